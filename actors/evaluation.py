@@ -1,0 +1,122 @@
+"""Evaluation: accuracy and NFE of a policy on held-out prompts, one setting of the sampler at a time.
+
+- Every setting answers the same prompts with the same seeds, so differences between settings and policies are paired.
+- Greedy (temperature 0) settings draw nothing; sampled ones use keyed numbers.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from actors.engine import DenoisingEngine, Request
+from common.config import Config
+from common.keyed_random import derive
+from common.policy import Policy
+from common.tasks.task import Example, Split, Task
+
+EVALUATION_SEED = 1_000_003  # keeps evaluation draws apart from training draws of the same run seed
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to sample: a reveal rule, its parameter, and a temperature."""
+
+    name: str
+    rule: str
+    parameter: float | Literal["sample", "mean"]
+    temperature: float = 0.0
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one setting reached; arrays have one entry per prompt."""
+
+    setting: Setting
+    correct: np.ndarray
+    nfe: np.ndarray
+    reward: np.ndarray
+    gamma: np.ndarray
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.correct.mean())
+
+    @property
+    def mean_nfe(self) -> float:
+        return float(self.nfe.mean())
+
+    def summary(self) -> dict[str, float | str]:
+        """One row of the results table; the standard error is the binomial one."""
+        return {
+            "setting": self.setting.name,
+            "rule": self.setting.rule,
+            "temperature": self.setting.temperature,
+            "accuracy": self.accuracy,
+            "accuracy_se": float(np.sqrt(self.accuracy * (1 - self.accuracy) / len(self.correct))),
+            "nfe": self.mean_nfe,
+            "reward": float(self.reward.mean()),
+            "gamma": float(np.exp(np.log(np.maximum(self.gamma, 1e-9)).mean())),
+        }
+
+
+class Evaluator:
+    """Holds a policy and its held-out prompts; measures one setting per call."""
+
+    def __init__(self, policy: Policy, task: Task, config: Config, *, prompts: int, split: Split) -> None:
+        self.policy = policy
+        self.task = task
+        self.config = config
+        self.examples: list[Example] = [task.example(split, index) for index in range(prompts)]
+        self._prompt_ids = [tuple(policy.encode(example.prompt)) for example in self.examples]
+
+    def measure(self, setting: Setting) -> Point:
+        """Accuracy, NFE and reward of every prompt under one setting."""
+        sampler = self.config.sampler
+        engine = DenoisingEngine(
+            self.policy,
+            slots=min(self.config.rollout.slots, len(self.examples)),
+            rule=setting.rule,
+            max_prompt_tokens=sampler.max_prompt_tokens,
+            completion_tokens=sampler.max_completion_tokens,
+            block_length=sampler.block_length,
+            use_autocast=self.config.rollout.autocast,
+        )
+        completions = engine.generate(
+            Request(
+                prompt_ids=prompt,
+                seed=derive(self.config.run.seed, EVALUATION_SEED, index),
+                group=index,
+                temperature=setting.temperature,
+                threshold=setting.parameter,
+            )
+            for index, prompt in enumerate(self._prompt_ids)
+        )
+        correct, reward = [], []
+        for example, completion in zip(self.examples, completions, strict=True):
+            text = self.policy.decode(completion.completion_ids.tolist())
+            correct.append(self.task.correct(example, text))
+            reward.append(self.task.reward(self.task.rewards(example, text)))
+        return Point(
+            setting=setting,
+            correct=np.array(correct, dtype=bool),
+            nfe=np.array([c.nfe for c in completions], dtype=np.int64),
+            reward=np.array(reward),
+            gamma=np.array([c.gamma for c in completions]),
+        )
+
+    def sweep(self, settings: Iterable[Setting]) -> list[Point]:
+        """All settings, in order."""
+        return [self.measure(setting) for setting in settings]
+
+
+def standard_settings(config: Config) -> list[Setting]:
+    """The settings of `diffpo eval`: fixed gammas, the other rules, and the learned threshold greedy and sampled."""
+    chosen = config.evaluation
+    settings = [Setting(f"eb gamma={gamma:g}", "entropy_bound", gamma) for gamma in chosen.gammas]
+    settings += [Setting(f"confidence {value:g}", "confidence", value) for value in chosen.confidences]
+    settings += [Setting(f"top-k {count}", "top_k", float(count)) for count in chosen.tokens_per_step]
+    settings.append(Setting("learned, greedy", "entropy_bound", "mean"))
+    settings.append(Setting("learned, sampled", "entropy_bound", "mean", config.sampler.temperature))
+    return settings

@@ -1,0 +1,92 @@
+"""Fleet: the rollout actors of a run; starts them, notices their deaths, starts them again.
+
+- An actor that dies (process, node) is infrastructure: its leases go back at once, a replacement starts, up to
+  `rollout.max_restarts` deaths for each place.
+- An actor that raises is a defect or a mistake: its error ends the run.
+- When the last place has no restart left, the fleet raises: a run is never left waiting for dead producers.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+
+from actors.rollout_actor import RolloutActor
+from common.config import Config
+from common.errors import RunError
+
+log = logging.getLogger(__name__)
+
+
+class Fleet:
+    """Owned by the controller; `run` ends when every actor has ended."""
+
+    def __init__(self, *, config: Config, buffer: Any, progress: Callable[[], None]) -> None:
+        self._config = config
+        self._buffer = buffer
+        self._progress = progress
+        self._actors: dict[str, Any] = {}
+        self.restarts = 0
+        self._stopping = False
+
+    async def run(self) -> None:
+        """Keep every place filled until its actor ends by itself.
+
+        Raises:
+            RunError: when all places are out of restarts; other errors are those that an actor raised.
+        """
+        places = [self._keep(place) for place in range(self._config.rollout.actors)]
+        outcomes = await asyncio.gather(*places)
+        if all(outcome is not None for outcome in outcomes):
+            raise RunError(
+                f"all {len(outcomes)} rollout actors are dead and out of restarts; last cause: {outcomes[-1]}"
+            )
+
+    async def _keep(self, place: int) -> str | None:
+        """One place in the fleet; returns the cause when it is given up, None when its actor ended by itself."""
+        cause = ""
+        for attempt in range(self._config.rollout.max_restarts + 1):
+            name = f"rollout-{place}.{attempt}"
+            rollout = self._config.rollout
+            actor = (
+                ray.remote(RolloutActor)
+                .options(num_cpus=rollout.cpus, num_gpus=rollout.gpus, max_concurrency=2, name=name)
+                .remote(config=self._config, name=name, buffer=self._buffer)
+            )
+            self._actors[name] = actor
+            try:
+                await actor.run.remote()
+                return None
+            except RayActorError as error:
+                cause = " ".join(str(error).split())
+                log.warning("%s died: %s", name, cause)
+                if self._stopping:
+                    return None
+            finally:
+                self._actors.pop(name, None)
+                await self._buffer.return_worker.remote(name)
+            self.restarts += 1
+            self._progress()
+        return cause
+
+    async def stop(self) -> None:
+        """Ask every actor to end at once."""
+        self._stopping = True
+        for actor in list(self._actors.values()):
+            actor.stop.remote()
+
+    async def gauges(self) -> dict[str, float]:
+        """Sums over the live actors."""
+        replies = await asyncio.gather(
+            *(actor.gauges.remote() for actor in list(self._actors.values())), return_exceptions=True
+        )
+        alive = [reply for reply in replies if isinstance(reply, dict)]
+        return {
+            "rollout_actors": float(len(alive)),
+            "rollout_restarts": float(self.restarts),
+            "rollout_row_forwards": sum(reply["row_forwards"] for reply in alive),
+            "weights_adopted_version": min((reply["version"] for reply in alive), default=-1.0),
+        }

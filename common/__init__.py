@@ -1,0 +1,1 @@
+"""What rollout and learner must agree on. Imports neither `actors` nor `learner`."""

@@ -1,0 +1,441 @@
+"""Config: the one tree that says what a run is.
+
+- `load_config(path, overrides)` reads YAML, applies dotted overrides (`learner.steps=20`), and validates.
+- Every mistake becomes one `UserError` line with the key, the value and the way out; unknown keys name the nearest
+  valid one.
+- Cross-section limits are checked here, so that nothing expensive starts on a configuration that cannot run.
+- Imports neither torch nor ray: `diffpo --help` and `--dry-run` stay fast.
+"""
+
+import difflib
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field, ValidationError, field_validator, model_validator
+from yaml import YAMLError
+
+from common.errors import UserError
+from common.section import Section
+from common.tasks.countdown import CountdownConfig
+from common.tasks.sudoku import SudokuConfig
+
+Increasing = Annotated[tuple[float, ...], Field(min_length=1)]
+TaskConfig = Annotated[SudokuConfig | CountdownConfig, Field(discriminator="name")]
+DTYPES = Literal["float32", "bfloat16", "float64"]
+
+
+class ModelConfig(Section):
+    """The masked diffusion language model: a folder in Hugging Face layout, or a small one built from sizes."""
+
+    path: str | None = None
+    """Folder in Hugging Face layout, also a checkpoint of a run; null builds a small model and warm-starts it."""
+    hidden_size: int = Field(128, ge=8)
+    """Width of the built model."""
+    layers: int = Field(4, ge=1)
+    """Transformer layers of the built model."""
+    heads: int = Field(4, ge=1)
+    """Attention heads of the built model; must divide `hidden_size`."""
+    intermediate_size: int = Field(512, ge=8)
+    """Width of the built model's feed-forward layers."""
+    max_positions: int = Field(512, ge=8)
+    """Longest prompt plus completion of the built model, in tokens."""
+    device: str = "cpu"
+    """torch device of rollout and learner, e.g. `cpu`, `cuda`."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """Attention implementation; on CPU, for sequences of some tens of tokens, eager trains 1.7 times faster."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.hidden_size % self.heads:
+            raise ValueError(f"heads={self.heads} does not divide hidden_size={self.hidden_size}; choose a divisor")
+        return self
+
+
+class WarmStartConfig(Section):
+    """Supervised masked-diffusion training on demonstrations before reinforcement learning."""
+
+    steps: int = Field(700, ge=0)
+    """Optimizer steps; 0 keeps the model as built."""
+    batch_size: int = Field(128, ge=1)
+    """Demonstrations per step."""
+    learning_rate: float = Field(2e-3, gt=0)
+    """Peak learning rate; linear warm-up over 5 % of the steps, then cosine to a tenth."""
+    weight_decay: float = Field(0.01, ge=0)
+    """AdamW weight decay."""
+    grad_clip: float = Field(1.0, gt=0)
+    """Largest gradient norm."""
+    file: str | None = None
+    """JSONL file with `prompt` and `completion` per line instead of the task's demonstrations."""
+    autocast: bool = True
+    """bfloat16 autocast (weights stay float32) where the device has it."""
+    threads: int = Field(2, ge=1)
+    """torch threads; nothing else runs during the warm start."""
+
+
+class ThresholdConfig(Section):
+    """The threshold policy p_phi(gamma | c)."""
+
+    head: Literal["categorical", "log_normal"] = "categorical"
+    """Categorical over `gamma_grid`, or a normal over ln(gamma)."""
+    gamma_grid: Increasing = (0.003, 0.007, 0.016, 0.038, 0.088, 0.205, 0.477, 1.109, 2.58, 6.0)
+    """Thresholds (nats) the categorical head chooses from; strictly increasing."""
+    gamma_init: float = Field(0.3, gt=0)
+    """Threshold (nats) around which the head starts, and the fixed one when the threshold is not trained."""
+    init_width: float = Field(1.0, gt=0)
+    """Standard deviation, in ln(gamma), of the initial distribution."""
+    prompt_blind: bool = False
+    """Bias only: the same distribution for every prompt (a control)."""
+
+    @field_validator("gamma_grid")
+    @classmethod
+    def _increasing(cls, grid: tuple[float, ...]) -> tuple[float, ...]:
+        if grid[0] <= 0 or any(b <= a for a, b in pairwise(grid)):
+            raise ValueError(f"{list(grid)} must be positive and strictly increasing; sort it and drop repeats")
+        return grid
+
+
+class SamplerConfig(Section):
+    """How completions are denoised."""
+
+    rule: Literal["entropy_bound", "confidence", "top_k"] = "entropy_bound"
+    """Reveal rule (entropy_bound: arXiv 2505.24857; confidence: 2505.22618; top_k: 2502.09992)."""
+    max_prompt_tokens: int = Field(32, ge=1)
+    """Longest prompt, in tokens; longer ones are refused before the run starts."""
+    max_completion_tokens: int = Field(16, ge=1)
+    """Completion length L, in tokens."""
+    block_length: int | None = None
+    """Semi-autoregressive block, in tokens; null is the whole completion."""
+    temperature: float = Field(1.0, gt=0)
+    """Temperature of the draw in training; the reveal rule never sees it."""
+    confidence_threshold: float = Field(0.9, gt=0, le=1)
+    """Top probability from which the `confidence` rule reveals."""
+    tokens_per_step: int = Field(1, ge=1)
+    """Positions that the `top_k` rule reveals per step."""
+    threshold: ThresholdConfig = ThresholdConfig()
+    """The threshold policy."""
+
+    @model_validator(mode="after")
+    def _blocks(self) -> Self:
+        block = self.block_length
+        if block is not None and (block < 1 or self.max_completion_tokens % block):
+            raise ValueError(
+                f"block_length={block} does not divide max_completion_tokens={self.max_completion_tokens}; "
+                "choose a divisor, or null for the whole completion"
+            )
+        return self
+
+
+class RolloutConfig(Section):
+    """The fleet of rollout actors."""
+
+    actors: int = Field(1, ge=1)
+    """Rollout actors."""
+    slots: int = Field(256, ge=1)
+    """Rows that one engine denoises at once."""
+    threads: int = Field(1, ge=1)
+    """torch threads of one rollout actor."""
+    cpus: float = Field(1, ge=0)
+    """CPUs that Ray reserves for one rollout actor."""
+    gpus: float = Field(0, ge=0)
+    """GPUs that Ray reserves for one rollout actor."""
+    autocast: bool = False
+    """bfloat16 autocast in rollout where the device has it."""
+    reward_workers: int = Field(1, ge=1)
+    """Reward processes of one rollout actor."""
+    reward_timeout: float = Field(10.0, gt=0)
+    """Seconds that the rewards of one group may take."""
+    max_restarts: int = Field(3, ge=0)
+    """Restarts of one rollout actor before the run gives it up."""
+
+
+class ReplayConfig(Section):
+    """The replay buffer: leases, admission, weight versions."""
+
+    max_staleness: int = Field(2, ge=0)
+    """Largest staleness of a trained group, in versions; 0 is synchronous."""
+    lease_seconds: float = Field(120.0, gt=0)
+    """Deadline of a lease; renewed while its actor lives."""
+    keep_versions: int = Field(2, ge=1)
+    """Weight versions kept in the object store."""
+    drop_no_spread: bool = True
+    """Discard groups whose rewards are all equal and draw replacements (dynamic sampling)."""
+
+
+class LearnerConfig(Section):
+    """Objective and optimizer."""
+
+    train: Literal["model", "threshold", "joint"] = "joint"
+    """What learns: the model's weights, the threshold head, or both."""
+    steps: int = Field(120, ge=1)
+    """Learner steps (batches)."""
+    groups_per_step: int = Field(32, ge=1)
+    """Groups in one batch."""
+    group_size: int = Field(8, ge=2)
+    """Completions per group, G; advantages need at least 2."""
+    inner_updates: int = Field(1, ge=1)
+    """Optimizer updates on one batch (mu)."""
+    surrogate_passes: int = Field(2, ge=1)
+    """m of the m-times mean-field surrogate: 1 = d1, 2 = DiFFPO, >= NFE = exact (with tau_law: distinct)."""
+    tau_law: Literal["paper", "distinct"] = "paper"
+    """paper: m = 2, tau uniform on 0..NFE-1; distinct: m-1 distinct values of 1..NFE-1."""
+    importance_weight: Literal["truncated", "none"] = "truncated"
+    """Weight of surrogate over behaviour likelihood."""
+    weight_cap: float = Field(2.0, gt=0)
+    """Truncation C of the importance weights."""
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    """Lower clip of the ratio."""
+    clip_high: float = Field(0.2, gt=0)
+    """Upper clip of the ratio."""
+    loss_mean: Literal["completion", "token"] = "completion"
+    """Mean over tokens inside each completion first (paper), or over all tokens (d1)."""
+    kl_beta: float = Field(0.0, ge=0)
+    """Weight of the k3 estimate of KL(policy || warm start)."""
+    advantage_baseline: Literal["mean", "leave_one_out"] = "mean"
+    """Baseline inside a group."""
+    advantage_std: bool = True
+    """Divide advantages by the group's standard deviation."""
+    speed_weight: float = Field(0.3, ge=0, le=1)
+    """Cost of forward passes: R = r * (1 - speed_weight * NFE / L)."""
+    cost: Literal["multiplicative", "additive", "off"] = "multiplicative"
+    """Form of the cost term; additive is R = r - speed_weight * NFE / L."""
+    threshold_weight: float = Field(1.0, ge=0)
+    """Weight of the threshold objective in joint training."""
+    entropy_bonus: float = Field(0.01, ge=0)
+    """Weight of the threshold policy's entropy."""
+    learning_rate: float = Field(1e-4, gt=0)
+    """AdamW learning rate of the model."""
+    threshold_learning_rate: float = Field(3e-3, gt=0)
+    """AdamW learning rate of the threshold head; too high collapses it to one value."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW beta1."""
+    beta2: float = Field(0.99, ge=0, lt=1)
+    """AdamW beta2."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW weight decay."""
+    warmup_steps: int = Field(20, ge=0)
+    """Steps of linear learning-rate warm-up."""
+    grad_clip: float = Field(1.0, gt=0)
+    """Largest gradient norm."""
+    micro_batch_tokens: int = Field(16384, ge=1)
+    """Tokens in one forward and backward pass."""
+    autocast: bool = True
+    """bfloat16 autocast (weights stay float32) where the device has it."""
+    threads: int = Field(1, ge=1)
+    """torch threads of the learner."""
+    cpus: float = Field(1, ge=0)
+    """CPUs that Ray reserves for the learner."""
+    gpus: float = Field(0, ge=0)
+    """GPUs that Ray reserves for the learner."""
+
+    @model_validator(mode="after")
+    def _paper_law_is_for_two(self) -> Self:
+        if self.tau_law == "paper" and self.surrogate_passes > 2:
+            raise ValueError(
+                f"surrogate_passes={self.surrogate_passes} with tau_law=paper: the paper's law is for m <= 2; "
+                "set tau_law=distinct"
+            )
+        return self
+
+
+class EvaluationConfig(Section):
+    """Held-out evaluation and the accuracy-NFE frontier."""
+
+    prompts: int = Field(1024, ge=1)
+    """Held-out prompts, the same for every setting, so that comparisons are paired."""
+    split: Literal["validation", "test"] = "test"
+    """Split that the prompts come from."""
+    gammas: tuple[float, ...] = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+    """Fixed thresholds (nats) of the entropy-bound sweep."""
+    confidences: tuple[float, ...] = (0.5, 0.7, 0.9)
+    """Thresholds of the confidence sweep."""
+    tokens_per_step: tuple[int, ...] = (1, 2, 4, 8)
+    """Fixed numbers of tokens per step of the top_k sweep."""
+    nfe_range: tuple[float, float] = (2.0, 16.0)
+    """NFE range over which the area under the frontier is taken, on a log2 axis."""
+    drift_every: int = Field(20, ge=0)
+    """Learner steps between measurements of accuracy and NFE at gamma_init on validation prompts; 0 is never."""
+    drift_prompts: int = Field(128, ge=1)
+    """Prompts of that measurement."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        low, high = self.nfe_range
+        if not 1 <= low < high:
+            raise ValueError(f"nfe_range={[low, high]} must satisfy 1 <= low < high")
+        for name, values in (("gammas", self.gammas), ("confidences", self.confidences)):
+            if any(b <= a for a, b in pairwise(values)) or any(v < 0 for v in values):
+                raise ValueError(f"{name}={list(values)} must be >= 0 and strictly increasing; sort, drop repeats")
+        return self
+
+
+class MetricsConfig(Section):
+    """The Prometheus endpoint in the controller."""
+
+    host: str = "127.0.0.1"
+    """Address the endpoint binds; loopback unless you say otherwise."""
+    port: int = Field(0, ge=-1, le=65535)
+    """Port; 0 takes a free one (printed, and written to RUN/metrics_target.json), -1 switches the endpoint off."""
+
+
+class RunConfig(Section):
+    """Where the run lives and how it ends."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
+    """Run id: also the Ray namespace and the directory below `root`."""
+    root: str = "runs"
+    """Directory that holds run directories."""
+    seed: int = Field(0, ge=0)
+    """Seed of everything drawn in the run (the task's split has its own)."""
+    deterministic: bool | None = None
+    """Bit-equal repeats (CPU, fixed padding, batches by group number); null means max_staleness == 0."""
+    checkpoint_every: int = Field(50, ge=0)
+    """Learner steps between checkpoints; 0 writes only the last."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints that stay."""
+    stall_timeout: float = Field(120.0, gt=0)
+    """Seconds without any progress after which the run ends with an error."""
+    ray_address: str | None = None
+    """Ray cluster to join; null joins the one of the surrounding job, else starts a local one."""
+
+
+class Config(Section):
+    """The whole configuration of a run."""
+
+    task: TaskConfig
+    """What is asked and how answers are scored."""
+    model: ModelConfig = ModelConfig()
+    """The model."""
+    warm_start: WarmStartConfig = WarmStartConfig()
+    """Supervised warm start."""
+    sampler: SamplerConfig = SamplerConfig()
+    """Denoising."""
+    rollout: RolloutConfig = RolloutConfig()
+    """Rollout actors."""
+    replay: ReplayConfig = ReplayConfig()
+    """Replay buffer."""
+    learner: LearnerConfig = LearnerConfig()
+    """Learner."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Evaluation."""
+    metrics: MetricsConfig = MetricsConfig()
+    """Metrics endpoint."""
+    run: RunConfig = RunConfig()
+    """Run directory, seed, endings."""
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether repeats are bit-equal (`run.deterministic`, by default at `max_staleness` 0)."""
+        chosen = self.run.deterministic
+        return self.replay.max_staleness == 0 if chosen is None else chosen
+
+    @property
+    def run_directory(self) -> Path:
+        """Directory of this run."""
+        return Path(self.run.root) / self.run.name
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        rule, train = self.sampler.rule, self.learner.train
+        if rule != "entropy_bound" and train != "model":
+            raise ValueError(
+                f"learner.train={train} needs sampler.rule=entropy_bound, got {rule}; the other rules have no "
+                "learned threshold: set learner.train=model"
+            )
+        if self.rollout.slots < self.learner.group_size:
+            raise ValueError(
+                f"rollout.slots={self.rollout.slots} is below learner.group_size={self.learner.group_size}; "
+                "a group shares its first step, so give at least group_size slots"
+            )
+        longest = self.sampler.max_prompt_tokens + self.sampler.max_completion_tokens
+        if self.model.path is None and longest > self.model.max_positions:
+            raise ValueError(
+                f"sampler.max_prompt_tokens + sampler.max_completion_tokens = {longest} exceeds "
+                f"model.max_positions={self.model.max_positions}; raise model.max_positions or shorten them"
+            )
+        return self
+
+
+def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply dotted overrides, validate.
+
+    Args:
+        path: YAML file; None starts from the defaults (then `task.name` must come from the overrides).
+        overrides: `key.sub=value` strings; values are YAML.
+
+    Raises:
+        UserError: on a missing or malformed file, a malformed override, an unknown key, or a value out of limits.
+    """
+    tree = OmegaConf.create({})
+    try:
+        if path is not None:
+            if not Path(path).is_file():
+                known = sorted(p.name for p in Path(path).parent.glob("*.yaml")) if Path(path).parent.is_dir() else []
+                raise UserError(f"config {path}: no such file; in that folder: {', '.join(known) or 'no YAML files'}")
+            tree = OmegaConf.load(path)
+        for item in overrides or []:
+            if "=" not in item or item.startswith(("=", "-")):
+                raise UserError(f"override {item!r} is not of the form key.sub=value, e.g. learner.steps=20")
+        tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides or [])))
+        data = OmegaConf.to_container(tree, resolve=True)
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path or ''} {overrides or ''}: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise UserError(
+            f"config {path}: the top level must be a mapping of sections ({', '.join(Config.model_fields)})"
+        )
+    return parse_config(data)
+
+
+def parse_config(data: dict[Any, Any]) -> Config:
+    """Validate a plain mapping; mistakes become one `UserError` line each."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise UserError("; ".join(_explain(item) for item in error.errors())) from error
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML, every key shown."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def _explain(item: Any) -> str:
+    """One validation error as `key: what is wrong and the way out`."""
+    # pydantic puts the tag of a discriminated union ("sudoku") into the location; users never wrote it
+    path = [str(part) for part in item["loc"]]
+    if len(path) > 1 and path[0] == "task":
+        path.pop(1)
+    key = ".".join(path) or "config"
+    if item["type"] == "extra_forbidden":
+        names = _siblings(item["loc"][:-1])
+        near = difflib.get_close_matches(str(path[-1]), names, n=1, cutoff=0.4)
+        way = f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(names)}"
+        return f"unknown key {key}; {way}"
+    if item["type"] in {"union_tag_invalid", "union_tag_not_found"}:
+        known = ", ".join(_task_names())
+        given = item["ctx"].get("tag")
+        return f"unknown task {given!r}; known tasks: {known}" if given else f"task.name is missing; one of: {known}"
+    if item["type"] == "missing" and key == "task":
+        return f"task is missing; give --config FILE or task.name=NAME ({', '.join(_task_names())})"
+    message = item["msg"].removeprefix("Value error, ")
+    shown = "" if item["type"] == "value_error" else f" (given {item['input']!r})"
+    return f"{key}: {message}{shown}"
+
+
+def _task_names() -> list[str]:
+    return [name for kind in (SudokuConfig, CountdownConfig) for name in kind.model_fields["name"].annotation.__args__]
+
+
+def _siblings(location: tuple[Any, ...]) -> list[str]:
+    """Valid key names of the section at `location`."""
+    section: Any = Config
+    tasks = {kind.model_fields["name"].annotation.__args__[0]: kind for kind in (SudokuConfig, CountdownConfig)}
+    for part in location:
+        if part in tasks:
+            section = tasks[part]
+        elif part != "task":
+            section = section.model_fields[part].annotation
+    return list(section.model_fields)

@@ -1,0 +1,13 @@
+"""Errors that decide how a run ends.
+
+- `UserError`: something the user gave is wrong. One line: the value, the limit, the way out. Exit code 2.
+- `RunError`: the run itself failed. One line with the cause. Exit code 1.
+"""
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; shown as one line without a traceback."""
+
+
+class RunError(Exception):
+    """A run that could not go on; shown as one line with the cause, logged with its traceback."""

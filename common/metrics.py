@@ -1,0 +1,94 @@
+"""Metrics: the catalogue of everything a run exports, and nothing else is exported.
+
+- Names here are without the prefix `diffpo_`; counters get `_total` from the Prometheus client.
+- The docs table is made from this module (`diffpo metrics`), the exporter refuses names that are not in it.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+PREFIX = "diffpo_"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One exported time series family."""
+
+    name: str
+    kind: Literal["gauge", "counter"]
+    meaning: str
+    labels: tuple[str, ...] = ()
+
+
+CATALOGUE: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("run_phase", "gauge", "1 for the phase the run is in", ("phase",)),
+        Metric("run_seconds", "gauge", "Seconds since the controller started"),
+        Metric("run_idle_seconds", "gauge", "Seconds since anything made progress; the stall watchdog acts on it"),
+        Metric("warm_start_steps", "gauge", "Supervised steps done"),
+        Metric("warm_start_loss", "gauge", "Supervised loss, nats per token, of the last step"),
+        Metric("learner_steps", "counter", "Learner steps done"),
+        Metric("learner_step_seconds", "gauge", "Seconds of the last learner step, without waiting for groups"),
+        Metric("learner_loss", "gauge", "Negative objective of the last update"),
+        Metric("learner_gradient_norm", "gauge", "Gradient norm of the last update, before clipping"),
+        Metric("learner_learning_rate", "gauge", "Learning rate of the model (of the head when only it learns)"),
+        Metric("learner_clip_fraction", "gauge", "Share of tokens whose ratio lies outside the clip range"),
+        Metric("learner_kl", "gauge", "k3 estimate of KL(policy || warm start), nats per token; 0 when not asked for"),
+        Metric("learner_scored_completions", "gauge", "Completions of the last batch that carry gradient"),
+        Metric("learner_rows_forwarded", "gauge", "Rows really forwarded in the last update"),
+        Metric("learner_weight_mean", "gauge", "Mean untruncated importance weight", ("bucket", "value")),
+        Metric("learner_weight_ess", "gauge", "Effective sample size of the weights, share", ("bucket", "value")),
+        Metric("learner_wait_seconds", "counter", "Seconds the learner waited for groups"),
+        Metric("rollout_reward", "gauge", "Mean task reward of the last batch, without cost"),
+        Metric("rollout_reward_costed", "gauge", "Mean reward of the last batch, cost of forward passes included"),
+        Metric("rollout_nfe", "gauge", "Mean forward passes per completion in the last batch"),
+        Metric("rollout_tokens_per_forward", "gauge", "Mean revealed tokens per forward pass (TPF) in the last batch"),
+        Metric("rollout_token_entropy", "gauge", "Mean entropy of tokens when revealed, nats"),
+        Metric("rollout_completions", "counter", "Completions accepted by the buffer"),
+        Metric("rollout_row_forwards", "counter", "Rows forwarded by live rollout actors"),
+        Metric("rollout_actors", "gauge", "Live rollout actors"),
+        Metric("rollout_restarts", "counter", "Rollout actors started again after a failure"),
+        Metric("rollout_wait_seconds", "counter", "Seconds rollout actors waited for leases"),
+        Metric("threshold_gamma", "gauge", "Geometric mean of the thresholds of the last batch, nats"),
+        Metric("threshold_gamma_spread", "gauge", "Standard deviation of ln(gamma) in the last batch"),
+        Metric("threshold_entropy", "gauge", "Mean entropy of the threshold policy, nats"),
+        Metric("drift_nfe", "gauge", "Greedy NFE at gamma_init on validation prompts: rises or falls show drift"),
+        Metric("drift_accuracy", "gauge", "Greedy exact-solve accuracy at gamma_init on validation prompts"),
+        Metric("replay_groups", "gauge", "Groups per state", ("state",)),
+        Metric("replay_tickets", "gauge", "Tickets in use"),
+        Metric("replay_fill", "gauge", "Share of tickets held by finished groups that wait for the learner"),
+        Metric("replay_held_bytes", "gauge", "Bytes of finished groups in memory"),
+        Metric("replay_staleness_mean", "gauge", "Mean staleness of the last batch, versions"),
+        Metric("replay_staleness_max", "gauge", "Largest staleness in the last batch, versions"),
+        Metric("replay_staleness_bound", "gauge", "Bound on staleness that admission guarantees, versions"),
+        Metric("replay_staleness_violations", "counter", "Groups beyond the bound; more than 0 is a defect"),
+        Metric("replay_no_spread", "counter", "Groups discarded because their rewards were all equal"),
+        Metric("replay_late_results", "counter", "Results of leases that were not current any more"),
+        Metric("replay_expired_leases", "counter", "Leases that ran out"),
+        Metric("replay_returned_leases", "counter", "Leases returned by death or drain"),
+        Metric("replay_wasted_groups", "counter", "Leases that had to be granted again"),
+        Metric("weights_version", "gauge", "Newest published version"),
+        Metric("weights_adopted_version", "gauge", "Oldest version that a live actor generates with"),
+        Metric("weights_bytes", "gauge", "Bytes of one published version"),
+        Metric("evaluation_frontier_area", "gauge", "Area under the accuracy-NFE frontier", ("when",)),
+    )
+}
+
+
+def split_labels(key: str) -> tuple[str, tuple[str, ...]]:
+    """`name{bucket=value}` -> name and label values, as parts of the system report labelled values."""
+    name, _, rest = key.partition("{")
+    if not rest:
+        return name, ()
+    label, _, value = rest.rstrip("}").partition("=")
+    return name, (label, value) if len(CATALOGUE[name].labels) == 2 else (value,)
+
+
+def markdown_table() -> str:
+    """The catalogue as the table in `docs/metrics.md`."""
+    rows = ["| metric | type | labels | meaning |", "| --- | --- | --- | --- |"]
+    for metric in CATALOGUE.values():
+        name = f"{PREFIX}{metric.name}{'_total' if metric.kind == 'counter' else ''}"
+        rows.append(f"| `{name}` | {metric.kind} | {', '.join(metric.labels) or '-'} | {metric.meaning} |")
+    return "\n".join(rows) + "\n"

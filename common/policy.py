@@ -1,0 +1,222 @@
+"""Policy: a Hugging Face model, its MASK id, its tokenizer, and the threshold head on top.
+
+- Everything downstream sees this and nothing of the model's family.
+- `hidden` is one function evaluation; `logits` applies the output head to selected positions only.
+- Positions are counted from the first attended token, so left padding changes nothing.
+- Saved as a standard Hugging Face folder plus `threshold.safetensors`; `from_pretrained` reads the folder.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from common.config import Config, ModelConfig, ThresholdConfig
+from common.errors import UserError
+from common.tasks import Task
+from common.threshold import ThresholdHead, build_threshold_head
+from common.tokenizer import character_tokenizer
+
+THRESHOLD_WEIGHTS = "threshold.safetensors"
+THRESHOLD_CONFIG = "threshold.json"
+UNLIMITED = 1 << 30
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The ids that sampling needs to know."""
+
+    mask_id: int
+    pad_id: int
+    eos_id: int
+    stop_ids: tuple[int, ...]
+
+
+class Policy(nn.Module):
+    """Model and threshold head, built or loaded once per process and overwritten by each adopted snapshot."""
+
+    def __init__(self, model: PreTrainedModel, head: ThresholdHead, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        self.model = model
+        self.head = head
+        self.tokenizer = tokenizer
+        self.vocabulary = read_vocabulary(tokenizer, model.config)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def max_positions(self) -> int:
+        """Longest prompt plus completion, in tokens."""
+        return int(getattr(self.model.config, "max_position_embeddings", UNLIMITED))
+
+    def hidden(self, ids: Tensor, attended: Tensor) -> Tensor:
+        """One forward pass.
+
+        Args:
+            ids: `[N, T]` int64.
+            attended: `[N, T]` bool; False at padding, which nothing attends to.
+
+        Returns:
+            Last hidden states `[N, T, H]`.
+        """
+        positions = (attended.cumsum(-1) - 1).clamp(min=0)
+        return self.model.base_model(
+            input_ids=ids, attention_mask=attended.long(), position_ids=positions, use_cache=False
+        ).last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Output head on selected positions: `[..., H]` -> `[..., V]`."""
+        return self.model.get_output_embeddings()(hidden)
+
+    @staticmethod
+    def prompt_features(hidden: Tensor, prompt: Tensor) -> Tensor:
+        """Mean hidden state over the prompt, detached from the trunk.
+
+        Args:
+            hidden: `[N, T, H]` of a forward on `z_0`.
+            prompt: `[N, T]` bool, attended prompt positions.
+
+        Returns:
+            `[N, H]`, fp32 or wider.
+        """
+        wide = hidden.detach().to(torch.promote_types(hidden.dtype, torch.float32))
+        weight = prompt.to(wide.dtype).unsqueeze(-1)
+        return (wide * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, nothing added around it."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of a completion's ids up to, not including, the first stop token."""
+        stops = [index for index, token in enumerate(ids) if token in self.vocabulary.stop_ids]
+        return str(self.tokenizer.decode(ids[: stops[0]] if stops else ids, skip_special_tokens=True))
+
+    def save(self, folder: Path) -> None:
+        """Write a Hugging Face folder and the threshold head beside it."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        save_file(self.head.state_dict(), folder / THRESHOLD_WEIGHTS)
+        (folder / THRESHOLD_CONFIG).write_text(self.head.config.model_dump_json())
+
+
+def build_policy(config: ModelConfig, threshold: ThresholdConfig, *, alphabet: str, seed: int) -> Policy:
+    """A small bidirectional Llama with a character tokenizer, initialised from `seed`."""
+    tokenizer = character_tokenizer(alphabet)
+    llama = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.heads,
+        max_position_embeddings=config.max_positions,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        tie_word_embeddings=False,
+        is_causal=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(llama)
+        model.set_attn_implementation(config.attention)
+        head = build_threshold_head(config.hidden_size, threshold)
+    return Policy(model, head, tokenizer).to(config.device).eval()
+
+
+def load_policy(path: str | Path, config: ModelConfig, threshold: ThresholdConfig) -> Policy:
+    """Read a Hugging Face folder; a threshold head saved beside it replaces a fresh one of `threshold`.
+
+    Raises:
+        UserError: when the folder, the model or its MASK token is missing or does not fit.
+    """
+    folder = _folder(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    model.config.is_causal = False
+    model.set_attn_implementation(config.attention)
+    if (folder / THRESHOLD_CONFIG).is_file():
+        threshold = _read_threshold(folder)
+    head = build_threshold_head(model.config.hidden_size, threshold)
+    if (folder / THRESHOLD_WEIGHTS).is_file():
+        head.load_state_dict(load_file(folder / THRESHOLD_WEIGHTS))
+    return Policy(model, head, tokenizer).to(config.device).eval()
+
+
+def open_policy(config: Config, task: Task) -> Policy:
+    """The policy that a run starts from: `model.path` if given, else a small one built for the task."""
+    if config.model.path is not None:
+        return load_policy(config.model.path, config.model, config.sampler.threshold)
+    return build_policy(config.model, config.sampler.threshold, alphabet=task.alphabet, seed=config.run.seed)
+
+
+def open_tokenizer(config: Config, task: Task) -> tuple[PreTrainedTokenizerBase, int]:
+    """Tokenizer and number of positions of the policy that a run starts from, without its weights; ids are checked."""
+    if config.model.path is None:
+        return character_tokenizer(task.alphabet), config.model.max_positions
+    folder = _folder(config.model.path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        described = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    read_vocabulary(tokenizer, described)
+    return tokenizer, int(getattr(described, "max_position_embeddings", UNLIMITED))
+
+
+def _folder(path: str | Path) -> Path:
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model {folder}: no config.json there; give a folder in Hugging Face layout")
+    return folder
+
+
+def read_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Vocabulary:
+    """Special ids of a tokenizer, checked against the model's configuration.
+
+    Raises:
+        UserError: without a MASK token, with MASK equal to PAD or EOS, or with an id outside the vocabulary.
+    """
+    mask, eos = tokenizer.mask_token_id, tokenizer.eos_token_id
+    if mask is None:
+        raise UserError("the tokenizer has no MASK token; set tokenizer.mask_token and save the folder again")
+    if eos is None:
+        raise UserError("the tokenizer has no EOS token; set tokenizer.eos_token and save the folder again")
+    pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if mask in (pad, eos):
+        which = "PAD" if mask == pad else "EOS"
+        raise UserError(f"MASK and {which} are both id {mask}; padding would be denoised: give them different tokens")
+    for name, token in (("MASK", mask), ("EOS", eos), ("PAD", pad)):
+        if not 0 <= token < config.vocab_size:
+            raise UserError(
+                f"{name} id {token} is outside the model's vocabulary of {config.vocab_size}; use a matching tokenizer"
+            )
+    declared = getattr(config, "eos_token_id", None)
+    extra = declared if isinstance(declared, list) else [] if declared is None else [declared]
+    return Vocabulary(mask_id=mask, pad_id=pad, eos_id=eos, stop_ids=tuple(sorted({eos, *extra})))
+
+
+def _read_threshold(folder: Path) -> ThresholdConfig:
+    try:
+        return ThresholdConfig.model_validate_json((folder / THRESHOLD_CONFIG).read_text())
+    except ValidationError as error:
+        raise UserError(f"{folder / THRESHOLD_CONFIG} is not a threshold head's description: {error}") from error

@@ -1,0 +1,467 @@
+"""ReplayBuffer: hands prompts out, takes finished groups in, and gives the learner its batches.
+
+Who waits for whom, who wakes it:
+
+    lease()     an actor waits for a ticket, a returned group,      publish, a discard, return_worker, fail, expiry,
+                or the first publication                            close
+    sample()    the learner waits for P groups inside the window    submit, fail (a quarantine moves the head), close
+    the rest    never waits for anything but the lock               -
+
+Contract:
+- Every group is in exactly one state (`common.ledger`), holds a ticket from its first lease to a terminal state, and is
+  trained at most once. Only the result of a group's current lease is stored; any other is late, counted and dropped.
+- No trained group exceeds the staleness bound (`common.admission`), so long as each publication ends at least one whole
+  step and raises the version by one. Both are enforced, and the staleness of every sample is checked.
+- Blocked calls wake by notification. Leases expire on a timer set for the nearest deadline. Nothing polls.
+- A call changes state only while it holds the lock and never waits between its first change and its reply, so a
+  cancelled call has either done nothing or all. A reply that reaches nobody is mended by its owner's end: an actor's
+  leases by `return_worker` or their deadline, the learner's batch by `unsample`.
+- A payload is held from its acceptance until its group is trained or discarded.
+
+Plain class for one event loop; `ray.remote(ReplayBuffer)` makes it an actor. Use the default concurrency group only:
+Ray runs others on loops of their own, and a condition does not cross loops.
+"""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from common.admission import Admission, WindowedFifo
+from common.errors import UserError
+from common.ledger import GroupState, Ledger
+from common.weight_store import Snapshot, WeightStore
+
+MAX_DATA_TRIES = 2
+NO_SPREAD = "no spread"
+# wasted_groups: leases granted again, each a generation that was lost in part or whole (late results are among them)
+_TALLIES = (
+    "late_results",
+    "violations",
+    "expired_leases",
+    "returned_leases",
+    "failed_leases",
+    "wasted_groups",
+    "completions",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """One prompt handed to one actor: `cursor` finds the prompt, no token may be older than `version`."""
+
+    number: int
+    cursor: int
+    attempt: int
+    version: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseReply:
+    """No leases while `closed` is false means that the worker was returned (drained) meanwhile."""
+
+    leases: list[Lease]
+    snapshot: Snapshot
+    closed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedGroup:
+    """The completions of one lease: `spread` of their rewards, `oldest_version` among their tokens."""
+
+    number: int
+    attempt: int
+    payload: bytes
+    spread: float
+    oldest_version: int
+    completions: int
+
+
+@dataclass(frozen=True, slots=True)
+class SubmitReply:
+    """Numbers that were accepted, numbers that came late, and the newest weights."""
+
+    accepted: list[int]
+    late: list[int]
+    snapshot: Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class RenewReply:
+    """`lost` are no longer this worker's: it stops generating them. And the newest weights."""
+
+    lost: list[int]
+    snapshot: Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's groups by ascending number; no numbers once the buffer is closed.
+
+    `version` is the learner's version when this batch is trained: a batch sampled before it counts as published.
+    """
+
+    numbers: list[int]
+    payloads: list[bytes]
+    version: int
+    staleness: list[int]
+    waited_s: float
+
+
+@dataclass(slots=True)
+class _Waits:
+    """Adds up the seconds that callers spent blocked, those that still are included."""
+
+    clock: Callable[[], float]
+    done: float = 0.0
+    since: list[float] = field(default_factory=list)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        started = self.clock()
+        self.since.append(started)
+        try:
+            yield
+        finally:
+            self.since.remove(started)
+            self.done += self.clock() - started
+
+    def seconds(self) -> float:
+        return self.done + sum(self.clock() - started for started in self.since)
+
+
+class ReplayBuffer:
+    """Waits for the first weights, circulates groups between actors and learner, and is closed once."""
+
+    def __init__(
+        self,
+        *,
+        groups_per_step: int,
+        max_staleness: int,
+        lease_seconds: float,
+        drop_no_spread: bool,
+        keep_versions: int = 2,
+        groups_limit: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`groups_limit`: how many groups the learner will consume; one that is discarded or quarantined is replaced.
+
+        Raises `UserError` for values under which nothing could ever be trained.
+        """
+        self._admission: Admission = WindowedFifo.for_staleness(
+            groups_per_step=groups_per_step, max_staleness=max_staleness
+        )
+        if not lease_seconds > 0:
+            raise UserError(f"lease_seconds is {lease_seconds}; give more than the time one group takes to generate")
+        if groups_limit is not None and (groups_limit < 0 or groups_limit % groups_per_step):
+            raise UserError(
+                f"groups_limit is {groups_limit}, not a whole number of steps of {groups_per_step} groups, so the last "
+                f"step could never be filled; give {max(0, groups_limit) // groups_per_step * groups_per_step}"
+            )
+        self._groups_per_step = groups_per_step
+        self._lease_seconds = lease_seconds
+        self._drop_no_spread = drop_no_spread
+        self._groups_limit = groups_limit
+        self._clock = clock
+        self._ledger = Ledger()
+        self._weights = WeightStore(keep=keep_versions)
+        self._held: dict[int, FinishedGroup] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._sweeps: set[asyncio.Task[None]] = set()
+        self._returns: Counter[str] = Counter()
+        self._closed = False
+        self._tally: Counter[str] = Counter()
+        self._last_staleness: list[int] = []
+        self._lease_waits = _Waits(clock)
+        self._sample_waits = _Waits(clock)
+        # Binds to the loop at its first wait: it may be made here although Ray builds an actor outside its loop.
+        self._changed = asyncio.Condition()
+
+    @property
+    def version(self) -> int:
+        """The learner's published version, -1 before the first publication."""
+        return self._weights.latest.version
+
+    # -- actors -------------------------------------------------------------------------------------------------
+
+    async def lease(self, worker: str, want: int) -> LeaseReply:
+        """Called by an actor's loop when it has `want` free places: queued -> leased, or a fresh group -> leased.
+
+        Blocks until at least one lease may be granted, the worker is returned, or the buffer is closed.
+        """
+        if want < 1:
+            raise ValueError(f"worker {worker} wants {want} leases; ask for at least 1")
+        # A worker that dies or drains while it waits here must not be granted anything afterwards.
+        returns = self._returns[worker]
+        async with self._changed:
+            self._expire_overdue()
+            with self._lease_waits.running():
+                await self._changed.wait_for(
+                    lambda: self._closed or self._returns[worker] != returns or self._next_to_lease() is not None
+                )
+            leases: list[Lease] = []
+            while not self._closed and self._returns[worker] == returns and len(leases) < want:
+                number = self._next_to_lease()
+                if number is None:
+                    break
+                leases.append(self._grant(number, worker))
+            self._set_timer()
+            return LeaseReply(leases, self._weights.latest, self._closed)
+
+    async def submit(self, worker: str, groups: Sequence[FinishedGroup]) -> SubmitReply:
+        """Called by an actor's loop with rewarded groups: leased -> finished (-> discarded without spread).
+
+        A group whose lease is not current (expired, submitted before, unknown) is late. Raises RuntimeError, and stores
+        nothing of the call, when a token is older than the lease or newer than anything published.
+        """
+        async with self._changed:
+            current: dict[int, FinishedGroup] = {}
+            late: list[int] = []
+            for group in groups:
+                if group.number not in current and self._ledger.is_current(worker, group.number, group.attempt):
+                    current[group.number] = group
+                else:
+                    late.append(group.number)
+            for group in current.values():
+                self._check_versions(group)
+            for group in current.values():
+                self._accept(group)
+            self._tally["late_results"] += len(late)
+            self._wake_if_useful()
+            return SubmitReply(list(current), late, self._weights.latest)
+
+    async def fail(self, worker: str, number: int, attempt: int, reason: str, data: bool) -> bool:
+        """Called by an actor's loop that gives a group up: leased -> queued, or quarantined at the second data failure.
+
+        False when the lease was not current any more; nothing changes then.
+        """
+        async with self._changed:
+            if not self._ledger.is_current(worker, number, attempt):
+                return False
+            if data and self._ledger.record(number).tries + 1 >= MAX_DATA_TRIES:
+                self._ledger.quarantine(number, reason=reason)
+            else:
+                self._ledger.requeue(number, reason=reason, data=data)
+            self._tally["failed_leases"] += 1
+            self._wake_if_useful()
+            return True
+
+    async def renew(self, worker: str, numbers: Sequence[int]) -> RenewReply:
+        """Called by an actor's loop while generation goes on: leased -> leased with a new deadline."""
+        async with self._changed:
+            deadline = self._clock() + self._lease_seconds
+            held, lost = set(self._ledger.leased_to(worker)), []
+            for number in numbers:
+                if number in held:
+                    self._ledger.renew(number, deadline=deadline)
+                else:
+                    lost.append(number)
+            return RenewReply(lost, self._weights.latest)
+
+    async def return_worker(self, worker: str) -> list[int]:
+        """Called by the fleet when a worker died or drains: all its leases, leased -> queued, at once.
+
+        Its blocked `lease` calls end without leases. Gives the numbers that went back.
+        """
+        async with self._changed:
+            self._returns[worker] += 1
+            numbers = self._ledger.leased_to(worker)
+            for number in numbers:
+                self._ledger.requeue(number, reason=f"worker {worker} returned")
+            self._tally["returned_leases"] += len(numbers)
+            self._changed.notify_all()
+            return numbers
+
+    # -- learner ------------------------------------------------------------------------------------------------
+
+    async def sample(self) -> Batch:
+        """Called by the learner's loop before each step: finished -> sampled, for P groups by ascending number.
+
+        Blocks until P groups may be taken or the buffer is closed. Raises RuntimeError, and takes nothing, when a group
+        exceeds the staleness bound.
+        """
+        async with self._changed:
+            started = self._clock()
+            with self._sample_waits.running():
+                await self._changed.wait_for(lambda: self._closed or bool(self._selectable()))
+            numbers = [] if self._closed else self._selectable()
+            ahead = len(self._ledger.numbers(GroupState.SAMPLED)) // self._groups_per_step
+            version = self.version + ahead
+            groups = [self._held[number] for number in numbers]
+            staleness = [version - group.oldest_version for group in groups]
+            self._check_staleness(numbers, staleness)
+            for number in numbers:
+                self._ledger.sample(number)
+            self._last_staleness = staleness or self._last_staleness  # a closing batch says nothing
+            return Batch(numbers, [group.payload for group in groups], version, staleness, self._clock() - started)
+
+    async def publish(
+        self, snapshot: Snapshot, trained: Sequence[int], discarded: Mapping[int, str] | None = None
+    ) -> None:
+        """Called by the learner's loop after each step: sampled -> trained or discarded, tickets freed, version raised.
+
+        The first publication has no groups. Raises RuntimeError, and changes nothing, when the version does not follow
+        the last one, a group was not sampled, or less than one whole step is accounted for.
+        """
+        async with self._changed:
+            dropped = dict(discarded or {})
+            self._check_publication(snapshot, [*trained, *dropped])
+            self._weights.publish(snapshot)
+            for number in trained:
+                self._ledger.train(number)
+            for number, reason in dropped.items():
+                self._ledger.discard(number, reason=reason)
+            for number in (*trained, *dropped):
+                del self._held[number]
+            self._changed.notify_all()
+
+    async def unsample(self) -> list[int]:
+        """Called by a learner that starts anew, before its first `sample`: sampled -> finished, for all of them."""
+        async with self._changed:
+            numbers = self._ledger.numbers(GroupState.SAMPLED)
+            for number in numbers:
+                self._ledger.unsample(number)
+            self._wake_if_useful()
+            return numbers
+
+    # -- controller ---------------------------------------------------------------------------------------------
+
+    async def close(self) -> None:
+        """Called by the controller at the end of the run: wakes every waiter; no leases or batches from then on."""
+        async with self._changed:
+            self._closed = True
+            self._set_timer()
+            self._changed.notify_all()
+
+    async def snapshot(self, version: int | None = None) -> Snapshot:
+        """Called by whoever needs weights outside its leases: the newest, or a kept version (else LookupError)."""
+        return self._weights.latest if version is None else self._weights.get(version)
+
+    async def gauges(self) -> dict[str, float]:
+        """Called by the controller's metrics loop. Totals count from the start of the run."""
+        counts, tickets = self._ledger.counts(), self._ledger.active_count
+        return {
+            **{f"groups_{state}": float(count) for state, count in counts.items()},
+            "tickets": float(tickets),
+            "fill": counts[GroupState.FINISHED] / tickets if tickets else 0.0,
+            "held_bytes": float(sum(len(group.payload) for group in self._held.values())),
+            **{key: float(self._tally[key]) for key in _TALLIES},
+            "no_spread_discards": float(self._ledger.discards().get(NO_SPREAD, 0)),
+            "batch_staleness_max": float(max(self._last_staleness, default=0)),
+            "batch_staleness_mean": sum(self._last_staleness) / max(1, len(self._last_staleness)),
+            "staleness_bound": float(self._admission.staleness_bound),
+            "sample_wait_seconds": self._sample_waits.seconds(),
+            "lease_wait_seconds": self._lease_waits.seconds(),
+            "version": float(self.version),
+        }
+
+    async def quarantine(self) -> list[tuple[int, str]]:
+        """Called by the controller's report: number and last reason of each quarantined group."""
+        return self._ledger.quarantined()
+
+    async def journal(self, since: int = 0) -> list[tuple[Any, ...]]:
+        """Called by the controller's checkpoint: the ledger's entries from index `since` on."""
+        return self._ledger.journal(since)
+
+    # -- under the lock -----------------------------------------------------------------------------------------
+
+    def _next_to_lease(self) -> int | None:
+        """The queue's head (its ticket is charged already), else a fresh number if one may be given, else None."""
+        if self.version < 0:
+            return None
+        queued = self._ledger.first_queued()
+        if queued is not None:
+            return queued
+        if self._groups_limit is not None:
+            counts = self._ledger.counts()
+            replaced = counts[GroupState.DISCARDED] + counts[GroupState.QUARANTINED]
+            if self._ledger.next_number - replaced >= self._groups_limit:
+                return None
+        return self._ledger.next_number if self._admission.may_lease(self._ledger.active_count) else None
+
+    def _grant(self, number: int, worker: str) -> Lease:
+        deadline = self._clock() + self._lease_seconds
+        record = self._ledger.lease(number, worker=worker, deadline=deadline, version=self.version)
+        self._tally["wasted_groups"] += record.attempt > 1
+        return Lease(number, record.cursor, record.attempt, record.version, self._lease_seconds)
+
+    def _accept(self, group: FinishedGroup) -> None:
+        self._ledger.finish(group.number)
+        self._tally["completions"] += group.completions
+        if self._drop_no_spread and group.spread == 0:
+            self._ledger.discard(group.number, reason=NO_SPREAD)
+        else:
+            self._held[group.number] = group
+
+    def _selectable(self) -> list[int]:
+        return self._admission.select(self._ledger.numbers(GroupState.FINISHED), self._ledger.head())
+
+    def _wake_if_useful(self) -> None:
+        """Wakes the waiters only if one of them could go on: dozens of actors wait here while tickets are short."""
+        if self._next_to_lease() is not None or self._selectable():
+            self._changed.notify_all()
+
+    def _expire_overdue(self) -> None:
+        """leased -> queued for every lease whose deadline has come."""
+        overdue = self._ledger.overdue(self._clock())
+        for number in overdue:
+            self._ledger.requeue(number, reason="lease expired")
+        self._tally["expired_leases"] += len(overdue)
+        if overdue:
+            self._changed.notify_all()
+
+    def _set_timer(self) -> None:
+        """One timer, for the nearest deadline; a renewed lease makes it fire early once, which sets it anew."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        deadline = self._ledger.next_deadline()
+        if deadline is not None and not self._closed:
+            delay = max(0.0, deadline - self._clock())
+            self._timer = asyncio.get_running_loop().call_later(delay, self._start_sweep)
+
+    def _start_sweep(self) -> None:
+        sweep = asyncio.get_running_loop().create_task(self._sweep())
+        self._sweeps.add(sweep)  # the loop itself keeps only a weak reference
+        sweep.add_done_callback(self._sweeps.discard)
+
+    async def _sweep(self) -> None:
+        async with self._changed:
+            self._expire_overdue()
+            self._set_timer()
+
+    def _check_versions(self, group: FinishedGroup) -> None:
+        record = self._ledger.record(group.number)
+        if not record.version <= group.oldest_version <= self.version:
+            self._violated(
+                f"group {group.number} of worker {record.worker} has a token of version {group.oldest_version}, not of "
+                f"{record.version} (its lease's) to {self.version} (the newest); actors adopt first or return the lease"
+            )
+
+    def _check_staleness(self, numbers: list[int], staleness: list[int]) -> None:
+        bound = self._admission.staleness_bound
+        stale = {number: age for number, age in zip(numbers, staleness, strict=True) if age > bound}
+        if stale:
+            self._violated(f"staleness above the bound {bound}: {stale} (group: staleness)")
+
+    def _check_publication(self, snapshot: Snapshot, numbers: list[int]) -> None:
+        first = self.version < 0
+        if not first and snapshot.version != self.version + 1:
+            raise RuntimeError(f"version {snapshot.version} published after {self.version}; staleness counts ones")
+        if len(set(numbers)) < len(numbers):
+            raise RuntimeError(f"version {snapshot.version} names a group twice: {numbers}")
+        strange = [number for number in numbers if self._ledger.state(number) is not GroupState.SAMPLED]
+        if strange:
+            raise RuntimeError(f"version {snapshot.version} names groups that were not sampled: {strange}")
+        if not first and len(numbers) < self._groups_per_step:
+            raise RuntimeError(
+                f"version {snapshot.version} ends {len(numbers)} groups, less than a step of {self._groups_per_step}"
+            )
+
+    def _violated(self, message: str) -> NoReturn:
+        self._tally["violations"] += 1
+        raise RuntimeError(message)

@@ -1,0 +1,59 @@
+"""WeightStore: the last few published snapshots of the learner's weights.
+
+Contract:
+- Versions strictly increase; the newest is what an actor starts from and adopts.
+- The last `keep` versions can be had; an older one is refused with the versions that are kept.
+- A snapshot's payload is an opaque handle (in production `[ObjectRef]`: a reference inside a list, so that Ray passes
+  the reference on and does not fetch what it stands for). Dropping a snapshot drops the handle, and with it the bytes.
+"""
+
+from dataclasses import dataclass
+
+from common.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One policy version: what an actor needs to fetch it and to check what it fetched."""
+
+    version: int
+    digest: str
+    payload: object
+
+
+UNPUBLISHED = Snapshot(version=-1, digest="", payload=None)
+"""What stands in for the newest snapshot before the first publication: older than any version, so nobody adopts it."""
+
+
+class WeightStore:
+    """Starts empty and holds the last `keep` publications."""
+
+    def __init__(self, *, keep: int) -> None:
+        """Raises `UserError` when `keep` is below 1."""
+        if keep < 1:
+            raise UserError(f"keep_versions is {keep}; at least the newest version must be kept, give 1 or more")
+        self._keep = keep
+        self._kept: dict[int, Snapshot] = {}
+        self._latest = UNPUBLISHED
+
+    @property
+    def latest(self) -> Snapshot:
+        """The newest snapshot; `UNPUBLISHED` before the first publication."""
+        return self._latest
+
+    def publish(self, snapshot: Snapshot) -> None:
+        """Makes `snapshot` the newest. Raises RuntimeError when its version is not above every earlier one."""
+        if snapshot.version <= self._latest.version:
+            raise RuntimeError(f"version {snapshot.version} published after {self._latest.version}; it must be greater")
+        self._latest = snapshot
+        self._kept[snapshot.version] = snapshot
+        if len(self._kept) > self._keep:
+            del self._kept[next(iter(self._kept))]
+
+    def get(self, version: int) -> Snapshot:
+        """The snapshot of `version`. Raises LookupError naming the versions that are kept."""
+        try:
+            return self._kept[version]
+        except KeyError:
+            kept = ", ".join(map(str, self._kept)) or "none, nothing was published"
+            raise LookupError(f"weights of version {version} are not kept; kept: {kept}") from None

@@ -1,0 +1,1 @@
+"""The learning side: surrogate, objective, optimizer step, warm start, controller, command line."""

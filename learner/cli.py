@@ -1,0 +1,172 @@
+"""Command line: `diffpo` and `python -m learner`.
+
+- `diffpo --help` imports neither torch nor ray; each command imports what it needs.
+- Exit codes: 0 done; 1 the run failed; 2 something given was wrong; 130 and 143 stopped by SIGINT and SIGTERM.
+"""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from common.errors import RunError, UserError
+
+app = typer.Typer(
+    name="diffpo",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    help="Train masked diffusion language models by asynchronous reinforcement learning.",
+)
+
+ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file, e.g. deploy/configs/sudoku.yaml.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, e.g. learner.steps=20 run.name=try.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and end.")]
+STOP_CODES = {"SIGINT": 130, "SIGTERM": 143}
+
+
+def _load(config: Path | None, overrides: list[str] | None, dry_run: bool) -> Any:
+    from common.config import dump_config, load_config
+
+    loaded = load_config(config, overrides)
+    if dry_run:
+        typer.echo(dump_config(loaded), nl=False)
+        raise typer.Exit
+    return loaded
+
+
+@app.command()
+def train(config: ConfigFile = None, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Warm start, reinforcement learning, evaluation and the Pareto plot.
+
+    Example: diffpo train --config deploy/configs/sudoku.yaml run.name=first
+    """
+    loaded = _load(config, overrides, dry_run)
+    from learner.display import Display
+    from learner.driver import train as run
+
+    with Display(warm_start_steps=loaded.warm_start.steps, learner_steps=loaded.learner.steps) as display:
+        summary = run(loaded, display.show)
+    if "stopped" in summary:
+        display.console.print(
+            f"stopped by {summary['stopped']} after {summary['steps']:.0f} steps; run directory {loaded.run_directory}"
+        )
+        raise typer.Exit(STOP_CODES.get(summary["stopped"], 1))
+    display.results(summary["evaluation"])
+    display.console.print(f"plot: {summary['pareto']}\nrun directory: {loaded.run_directory}")
+
+
+@app.command()
+def sft(config: ConfigFile = None, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Supervised warm start alone; writes RUN/warm_start, which `model.path` takes.
+
+    Example: diffpo sft --config deploy/configs/sudoku.yaml run.name=start warm_start.steps=300
+    """
+    loaded = _load(config, overrides, dry_run)
+    from learner.preflight import preflight
+
+    task = preflight(loaded)
+    from learner.display import Display
+    from learner.run_directory import RunDirectory
+    from learner.warm_start import supervised
+
+    directory = RunDirectory.create(loaded)
+    with Display(warm_start_steps=loaded.warm_start.steps, learner_steps=loaded.learner.steps) as display:
+
+        def report(step: int, loss: float) -> None:
+            values = {"warm_start_steps": float(step), "warm_start_loss": loss}
+            directory.append_metrics({"kind": "warm_start", **values})
+            display.show("warm_start", values)
+
+        supervised(loaded, task, directory.warm_start, report)
+    display.console.print(f"model: {directory.warm_start}")
+
+
+@app.command("eval")
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="Policy: a checkpoint, RUN/warm_start, or any folder in HF layout.")],
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    against: Annotated[Path | None, typer.Option(help="A second policy, drawn as `before`.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for evaluation.json and pareto.png.")] = Path("evaluation"),
+    dry_run: DryRun = False,
+) -> None:
+    """Accuracy and NFE on held-out prompts: fixed gammas, the other reveal rules, and the learned threshold.
+
+    Example: diffpo eval runs/first/checkpoints/step-000200 -c deploy/configs/sudoku.yaml evaluation.prompts=256
+    """
+    loaded = _load(config, overrides, dry_run)
+    loaded = loaded.model_copy(update={"model": loaded.model.model_copy(update={"path": str(folder)})})
+    from learner.preflight import preflight
+
+    preflight(loaded)
+    from learner.display import Display
+    from learner.final_evaluation import evaluate_policy, summarise
+    from learner.pareto import draw_pareto
+    from learner.run_directory import RunDirectory
+
+    folders = {"before": against, "after": folder} if against else {"policy": folder}
+    display = Display(warm_start_steps=0, learner_steps=0)
+    points = {}
+    for name, path in folders.items():
+        points[name] = evaluate_policy(
+            loaded,
+            path,
+            threads=os.cpu_count() or 1,
+            report=lambda point, name=name: display.console.print(
+                f"{name}: {point.setting.name}: accuracy {point.accuracy:.3f} NFE {point.mean_nfe:.2f}"
+            ),
+        )
+    results = summarise(loaded, points)
+    out.mkdir(parents=True, exist_ok=True)
+    RunDirectory(out).write_json("evaluation.json", results)
+    draw_pareto(points, out / "pareto.png", title=f"{loaded.task.name}: {folder}")
+    display.results(results)
+    display.console.print(f"plot: {out / 'pareto.png'}")
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="Which measurement: main.")],
+    quick: Annotated[bool, typer.Option("--quick", help="A small version of the measurement.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on the last line.")] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs with seeds 0, 1, ...")] = 1,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Measurements that the documentation quotes.
+
+    Example: diffpo bench main --seeds 3 --json
+    """
+    from learner.benchmarks import run_benchmark
+
+    run_benchmark(name, quick=quick, as_json=json, seeds=seeds, config=config, overrides=overrides or [])
+
+
+@app.command()
+def metrics() -> None:
+    """The metric catalogue as the Markdown table of docs/metrics.md."""
+    from common.metrics import markdown_table
+
+    typer.echo(markdown_table(), nl=False)
+
+
+def main() -> None:
+    """Entry point; mistakes and failures are one line on standard error."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except RunError as error:
+        typer.echo(f"run failed: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)

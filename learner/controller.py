@@ -1,0 +1,262 @@
+"""Controller: the life of one run, as a named Ray actor (namespace = run id) behind a thin driver.
+
+    phase        who works                                         ends when
+    warm_start   learner                                           demonstrations are done (skipped for a given model)
+    train        fleet -> buffer -> learner -> buffer -> fleet     all steps done, stop, or a failure
+    evaluate     two tasks, before and after RL                    both have measured every setting
+    finished / stopped / failed
+
+- Whatever fails first ends the run and names the cause; nothing waits on a dead part.
+- The watchdog ends a run in which nothing has progressed for `run.stall_timeout`.
+- A run that did not train all its steps is never reported as finished: a stop is `stopped`, the rest `failed`.
+- The driver only listens: `events` blocks until there is news.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+
+from actors.fleet import Fleet
+from common.config import Config
+from common.errors import RunError
+from common.replay_buffer import ReplayBuffer
+from learner.exporter import Exporter
+from learner.final_evaluation import evaluate_folders, summarise
+from learner.learner_actor import LearnerActor
+from learner.pareto import draw_pareto
+from learner.run_directory import RunDirectory
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+GAUGE_SECONDS = 2.0
+FLEET_STOP_SECONDS = 10.0
+# buffer gauge -> catalogue name
+BUFFER_METRICS = {
+    "tickets": "replay_tickets",
+    "fill": "replay_fill",
+    "held_bytes": "replay_held_bytes",
+    "staleness_bound": "replay_staleness_bound",
+    "violations": "replay_staleness_violations",
+    "no_spread_discards": "replay_no_spread",
+    "late_results": "replay_late_results",
+    "expired_leases": "replay_expired_leases",
+    "returned_leases": "replay_returned_leases",
+    "wasted_groups": "replay_wasted_groups",
+    "completions": "rollout_completions",
+    "sample_wait_seconds": "learner_wait_seconds",
+    "lease_wait_seconds": "rollout_wait_seconds",
+}
+
+
+class Controller:
+    """Started by the driver, owns every other part, lives as long as the run."""
+
+    def __init__(self, *, config: Config, directory: Path) -> None:
+        self.config = config
+        self._directory = RunDirectory(directory)
+        self._events: list[tuple[str, dict[str, Any]]] = []
+        self._news = asyncio.Condition()
+        self._started = self._progressed = time.monotonic()
+        self._phase = ""
+        self._stop_reason = ""
+        self._stopping = asyncio.Event()
+        self._buffer: Any = None
+        self._fleet: Fleet | None = None
+        self._exporter: Exporter | None = None
+        self._progress_mark: tuple[float, ...] = ()
+
+    # -- called from outside ------------------------------------------------------------------------------------
+
+    async def run(self) -> dict[str, Any]:
+        """Called once by the driver; the summary of a run that did what it was asked to.
+
+        Raises:
+            UserError, RunError: with the cause, when it did not.
+        """
+        watchdog = asyncio.create_task(self._watch())
+        work = asyncio.create_task(self._work())
+        try:
+            await asyncio.wait({watchdog, work}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                work.cancel()
+                await asyncio.gather(work, return_exceptions=True)
+                watchdog.result()  # raises
+            summary = work.result()
+            await self._tell("summary", summary)
+            return summary
+        except BaseException:
+            await self._enter("failed")
+            raise
+        finally:
+            watchdog.cancel()
+            if self._exporter is not None:
+                self._exporter.close()
+
+    async def events(self, after: int) -> list[tuple[str, dict[str, Any]]]:
+        """Called by the driver: the events from number `after` on; blocks until there is one."""
+        async with self._news:
+            await self._news.wait_for(lambda: len(self._events) > after)
+            return self._events[after:]
+
+    async def report(self, kind: str, values: dict[str, float]) -> None:
+        """Called by the learner after each step, and during the warm start."""
+        self._progressed = time.monotonic()
+        if self._exporter is not None:
+            self._exporter.update(values)
+        self._directory.append_metrics({"kind": kind, "seconds": round(self._progressed - self._started, 3), **values})
+        await self._tell(kind, values)
+
+    async def stop(self, reason: str) -> None:
+        """Called by the driver on a signal: the learner finishes its step, writes a checkpoint, and the run ends."""
+        self._stop_reason = reason
+        self._stopping.set()
+        if self._buffer is not None:
+            await self._buffer.close.remote()
+
+    async def status(self) -> dict[str, Any]:
+        """Called by anyone who found this actor by its name: phase and newest values."""
+        last = next((values for kind, values in reversed(self._events) if kind == "step"), {})
+        return {"phase": self._phase, "seconds": time.monotonic() - self._started, **last}
+
+    # -- phases -------------------------------------------------------------------------------------------------
+
+    async def _work(self) -> dict[str, Any]:
+        config = self.config
+        if config.metrics.port >= 0:
+            self._exporter = Exporter(host=config.metrics.host, port=config.metrics.port)
+            target = [{"targets": [self._exporter.address], "labels": {"run": config.run.name}}]
+            self._directory.write_json("metrics_target.json", target)
+            await self._tell("metrics", {"address": self._exporter.address})
+        learner: Any = (
+            ray.remote(LearnerActor)
+            .options(num_cpus=config.learner.cpus, num_gpus=config.learner.gpus, name="learner")
+            .remote(
+                config=config,
+                directory=self._directory.path,
+                controller=ray.get_runtime_context().current_actor,
+            )
+        )
+        await self._enter("warm_start")
+        await self._unless_stopped(learner.warm_start.remote())
+        reached = {"steps": 0.0, "version": 0.0}
+        if not self._stopping.is_set():
+            await self._enter("train")
+            reached = await self._train(learner)
+        ray.kill(learner)
+        evaluation = None
+        if not self._stopping.is_set():
+            if reached["steps"] < config.learner.steps:
+                raise RunError(f"training ended after {reached['steps']:.0f} of {config.learner.steps} steps")
+            await self._enter("evaluate")
+            last = self._directory.checkpoints()[-1]
+            folders = {"before": self._directory.warm_start, "after": last}
+            evaluation = await self._unless_stopped(evaluate_folders(config, folders, self._mark_progress))
+        if evaluation is None:
+            await self._enter("stopped")
+            return {"stopped": self._stop_reason, **reached}
+        results = summarise(config, evaluation)
+        self._directory.write_json("evaluation.json", results)
+        draw_pareto(evaluation, self._directory.pareto, title=f"{config.task.name}, run {config.run.name}")
+        if self._exporter is not None:
+            self._exporter.replace("evaluation_frontier_area", results["area"])
+        await self._enter("finished")
+        return {**reached, "evaluation": results, "pareto": str(self._directory.pareto)}
+
+    async def _unless_stopped(self, work: Awaitable[T]) -> T | None:
+        """The result of a part that cannot be asked to stop; None when a stop came first and the part is abandoned."""
+        task, stop = asyncio.ensure_future(work), asyncio.ensure_future(self._stopping.wait())
+        await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        return task.result() if task.done() else None
+
+    async def _train(self, learner: Any) -> dict[str, float]:
+        config = self.config
+        self._buffer = (
+            ray.remote(ReplayBuffer)
+            .options(num_cpus=0, max_concurrency=1000, name="buffer")
+            .remote(
+                groups_per_step=config.learner.groups_per_step,
+                max_staleness=config.replay.max_staleness,
+                lease_seconds=config.replay.lease_seconds,
+                drop_no_spread=config.replay.drop_no_spread,
+                keep_versions=config.replay.keep_versions,
+                groups_limit=config.learner.steps * config.learner.groups_per_step,
+            )
+        )
+        self._fleet = Fleet(config=config, buffer=self._buffer, progress=self._mark_progress)
+        training = asyncio.ensure_future(learner.run.remote(self._buffer))
+        generation = asyncio.create_task(self._fleet.run())
+        gauges = asyncio.create_task(self._collect())
+        try:
+            await asyncio.wait({training, generation, gauges}, return_when=asyncio.FIRST_COMPLETED)
+            if not training.done():
+                for part in (generation, gauges):
+                    if part.done():
+                        part.result()  # raises the cause, if it has one
+            reached = await training
+            await self._update_gauges()
+            return reached
+        finally:
+            gauges.cancel()
+            await self._buffer.close.remote()
+            await self._fleet.stop()
+            await asyncio.wait({generation}, timeout=FLEET_STOP_SECONDS)
+            generation.cancel()
+
+    # -- progress and metrics -----------------------------------------------------------------------------------
+
+    async def _enter(self, phase: str) -> None:
+        self._phase = phase
+        self._mark_progress()
+        if self._exporter is not None:
+            self._exporter.replace("run_phase", {phase: 1.0})
+        await self._tell("phase", {"phase": phase})
+
+    async def _tell(self, kind: str, values: dict[str, Any]) -> None:
+        async with self._news:
+            self._events.append((kind, values))
+            self._news.notify_all()
+
+    def _mark_progress(self) -> None:
+        self._progressed = time.monotonic()
+
+    async def _watch(self) -> None:
+        """Raises when nothing has progressed for too long; sleeps until the moment that could be."""
+        limit = self.config.run.stall_timeout
+        while True:
+            idle = time.monotonic() - self._progressed
+            if idle >= limit:
+                raise RunError(
+                    f"no progress for {idle:.0f} s in phase {self._phase} (run.stall_timeout={limit:g}); "
+                    "raise the limit if single steps take longer, else look at the actors' logs"
+                )
+            await asyncio.sleep(limit - idle)
+
+    async def _collect(self) -> None:
+        while True:
+            await self._update_gauges()
+            await asyncio.sleep(GAUGE_SECONDS)
+
+    async def _update_gauges(self) -> None:
+        if self._fleet is None:
+            return
+        gauges, fleet = await asyncio.gather(self._buffer.gauges.remote(), self._fleet.gauges())
+        mark = (gauges["completions"], fleet["rollout_row_forwards"], gauges["version"])
+        if mark != self._progress_mark:
+            self._progress_mark = mark
+            self._mark_progress()
+        if self._exporter is None:
+            return
+        now = time.monotonic()
+        self._exporter.update({BUFFER_METRICS[key]: value for key, value in gauges.items() if key in BUFFER_METRICS})
+        self._exporter.update(fleet)
+        self._exporter.update({"run_seconds": now - self._started, "run_idle_seconds": now - self._progressed})
+        states = {key.removeprefix("groups_"): gauges[key] for key in gauges if key.startswith("groups_")}
+        self._exporter.replace("replay_groups", states)

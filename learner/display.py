@@ -1,0 +1,95 @@
+"""Display: what a person sees of a run. A progress bar on a terminal, plain lines elsewhere."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+PLAIN_LINES = 20  # per phase, where there is no terminal to redraw
+
+
+class Display:
+    """Lives as long as one command; `show` takes the controller's events."""
+
+    def __init__(self, *, warm_start_steps: int, learner_steps: int) -> None:
+        self.console = Console(soft_wrap=True, highlight=False)
+        self._totals = {"warm_start": warm_start_steps, "step": learner_steps}
+        self._progress = Progress(
+            TextColumn("{task.description:<11}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._bars: dict[str, Any] = {}
+
+    def __enter__(self) -> "Display":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, kind: str, values: dict[str, Any]) -> None:
+        """One event of the controller."""
+        if kind == "phase":
+            self.console.print(f"phase: {values['phase']}")
+        elif kind == "metrics":
+            self.console.print(f"metrics: http://{values['address']}/metrics")
+        elif kind == "signal":
+            self.console.print(f"{values['name']}: finishing the step in hand and writing a checkpoint; again to quit")
+        elif kind == "warm_start":
+            self._advance(kind, values["warm_start_steps"], f"loss {values['warm_start_loss']:.3f}")
+        elif kind == "step":
+            self._advance(kind, values["learner_steps"], _step_note(values))
+
+    def _advance(self, kind: str, done: float, note: str) -> None:
+        total = self._totals[kind]
+        if not self.console.is_terminal:
+            every = max(1, total // PLAIN_LINES)
+            if done % every == 0 or done in (1, total):
+                self.console.print(f"{kind} {done:.0f}/{total}: {note}")
+            return
+        if kind not in self._bars:
+            self._bars[kind] = self._progress.add_task(kind.replace("_", " "), total=total, note="")
+        self._progress.update(self._bars[kind], completed=done, note=note)
+
+    def results(self, evaluation: dict[str, Any]) -> None:
+        """The table of an evaluation: one row per setting, one pair of columns per policy."""
+        names = list(evaluation["settings"])
+        table = Table(title=f"{evaluation['task']}: {evaluation['prompts']} {evaluation['split']} prompts")
+        table.add_column("setting")
+        for name in names:
+            for column in ("accuracy", "NFE", "reward"):
+                table.add_column(f"{name}\n{column}", justify="right")
+        for rows in zip(*evaluation["settings"].values(), strict=True):
+            cells = [f"{row['accuracy']:.3f} {row['nfe']:.2f} {row['reward']:.3f}".split() for row in rows]
+            table.add_row(rows[0]["setting"], *(cell for triple in cells for cell in triple))
+        self.console.print(table)
+        low, high = evaluation["nfe_range"]
+        for name, value in evaluation["area"].items():
+            self.console.print(f"area under the frontier, NFE {low:g} to {high:g}, {name}: {value:.4f}")
+        if "frontier_gain" in evaluation:
+            gain = evaluation["frontier_gain"]
+            self.console.print(
+                f"frontier gain: {gain['gain']:+.4f} (95 % over prompts: {gain['low']:+.4f} to {gain['high']:+.4f})"
+            )
+
+
+def _step_note(values: dict[str, float]) -> str:
+    parts = [
+        f"reward {values['rollout_reward']:.3f}",
+        f"with cost {values['rollout_reward_costed']:.3f}",
+        f"NFE {values['rollout_nfe']:.2f}",
+        f"gamma {values['threshold_gamma']:.3g}",
+        f"staleness {values['replay_staleness_mean']:.1f}",
+    ]
+    if "learner_weight_ess" in values:
+        parts.append(f"ESS {values['learner_weight_ess']:.2f}")
+    if "drift_nfe" in values:
+        parts.append(f"| at gamma_init: accuracy {values['drift_accuracy']:.3f} NFE {values['drift_nfe']:.2f}")
+    return "  ".join(parts)

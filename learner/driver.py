@@ -1,0 +1,119 @@
+"""Driver: the thin process a person starts. Joins or starts Ray, starts the controller, shows what it tells.
+
+- Everything a user can have got wrong is checked before Ray starts.
+- Ctrl-C and SIGTERM ask the controller to stop: the learner finishes its step and writes a checkpoint; a second
+  signal ends at once.
+- The exit code says how the run ended (`EXIT`); a run that did not train all its steps never exits with 0.
+"""
+
+import logging
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from common.config import Config
+from common.errors import RunError, UserError
+from learner.controller import Controller
+from learner.preflight import preflight
+from learner.run_directory import RunDirectory
+
+log = logging.getLogger(__name__)
+
+CONTROLLER = "controller"
+
+
+def train(config: Config, show: Callable[[str, dict[str, Any]], None]) -> dict[str, Any]:
+    """Run the main job to its end.
+
+    Args:
+        config: the run.
+        show: called with every event of the controller, in order.
+
+    Returns:
+        The controller's summary; has `stopped` when a signal ended the run early.
+
+    Raises:
+        UserError: when something the user gave is wrong.
+        RunError: when the run failed; the cause is the message.
+    """
+    preflight(config)
+    _connect(config)
+    try:
+        directory = RunDirectory.create(config)
+        return _follow(config, directory.path, show)
+    finally:
+        ray.shutdown()
+
+
+def _connect(config: Config) -> None:
+    address = config.run.ray_address or os.environ.get("RAY_ADDRESS") or "local"
+    local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    try:
+        ray.init(
+            address=address,
+            namespace=config.run.name,
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+            configure_logging=False,
+            **local,
+        )
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise UserError(
+            f"Ray at {address!r} cannot be reached ({' '.join(str(error).split())[:200]}); "
+            "start it (`ray start --head`), correct run.ray_address, or leave it out for a local one"
+        ) from error
+    wanted = config.rollout.actors * config.rollout.cpus + config.learner.cpus
+    available = ray.cluster_resources().get("CPU", 0.0)
+    if wanted > available and address == "local":
+        ray.shutdown()
+        raise UserError(
+            f"rollout.actors={config.rollout.actors} x {config.rollout.cpus:g} CPUs + learner {config.learner.cpus:g} "
+            f"exceed this machine's {available:g} CPUs; lower rollout.actors, or rollout.cpus to share cores"
+        )
+
+
+def _follow(config: Config, directory: Path, show: Callable[[str, dict[str, Any]], None]) -> dict[str, Any]:
+    controller: Any = (
+        ray.remote(Controller)
+        .options(name=CONTROLLER, num_cpus=0, max_concurrency=100)
+        .remote(config=config, directory=directory)
+    )
+    result = controller.run.remote()
+    signals: list[int] = []
+
+    def on_signal(number: int, _: Any) -> None:
+        if signals:
+            raise KeyboardInterrupt
+        signals.append(number)
+        show("signal", {"name": signal.Signals(number).name})
+        controller.stop.remote(signal.Signals(number).name)
+
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        seen = 0
+        while True:
+            news = controller.events.remote(seen)
+            ready, _ = ray.wait([news, result], num_returns=1)
+            if news in ready:
+                for kind, values in ray.get(news):
+                    seen += 1
+                    show(kind, values)
+                    if kind == "summary":
+                        return ray.get(result)
+            else:
+                return ray.get(result)
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, UserError | RunError):
+            raise type(cause)(str(cause)) from error
+        raise RunError(f"{type(cause).__name__}: {cause}") from error
+    except RayActorError as error:
+        raise RunError(f"the controller died: {' '.join(str(error).split())}") from error
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

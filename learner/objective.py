@@ -1,0 +1,57 @@
+"""Objective: the importance weight, the clipped objective of the model, and that of the threshold policy.
+
+Short pure functions on tensors; DESIGN's sections in brackets. Log-probabilities in nats.
+"""
+
+import torch
+from torch import Tensor
+
+
+def importance_weight(proximal: Tensor, behaviour: Tensor, *, cap: float, kind: str) -> Tensor:
+    """`w = min(C, pi_prox / pi_behaviour)`, a constant for the gradient [3.3].
+
+    *(paper)* surrogate over true behaviour; *(ours)* the behaviour likelihood was recorded when the token was
+    revealed, so the same ratio corrects staleness too.
+
+    Args:
+        proximal, behaviour: log-probabilities of one shape.
+        cap: C.
+        kind: `truncated` or `none` (1 everywhere).
+    """
+    if kind == "none":
+        return torch.ones_like(proximal)
+    return (proximal - behaviour).detach().exp().clamp(max=cap)
+
+
+def clipped_objective(
+    current: Tensor, proximal: Tensor, weight: Tensor, advantage: Tensor, *, clip_low: float, clip_high: float
+) -> Tensor:
+    """`w * min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)` with `rho = pi / pi_prox` [3.4]; to be maximised.
+
+    PPO's clipped surrogate (arXiv 1707.06347) with asymmetric clip and the weight of [3.3]. Tensors broadcast.
+    """
+    ratio = (current - proximal.detach()).exp()
+    return weight * torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
+
+
+def token_mean(values: Tensor, scored: Tensor, *, kind: str, completions: float, tokens: float) -> Tensor:
+    """Mean of per-token values `[N, L]` over the batch that these rows are a part of [3.4].
+
+    `completion`: mean inside each completion, then over all `completions` (paper); `token`: over all `tokens` (d1).
+    The denominators are the whole batch's, so that a sum over micro-batches is the batch's mean.
+    """
+    values = values.masked_fill(~scored, 0.0)
+    if kind == "token":
+        return values.sum() / max(tokens, 1.0)
+    return (values.sum(-1) / scored.sum(-1).clamp(min=1)).sum() / completions
+
+
+def kl_k3(current: Tensor, reference: Tensor) -> Tensor:
+    """Schulman's k3 estimate of `KL(pi || pi_ref)` at sampled tokens: `exp(d) - d - 1` with `d = ref - current`."""
+    difference = reference.detach() - current
+    return difference.exp() - difference - 1
+
+
+def effective_sample_share(weight: Tensor) -> Tensor:
+    """Effective sample size of untruncated weights over their number, in (0, 1]: `(sum w)^2 / (n sum w^2)`."""
+    return weight.sum().square() / (weight.numel() * weight.square().sum()).clamp(min=1e-12)

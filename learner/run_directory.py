@@ -1,0 +1,94 @@
+"""RunDirectory: the files of one run.
+
+    config.yaml            the resolved configuration
+    metrics.jsonl          one object per learner step (and per warm-start report)
+    warm_start/            the policy RL started from
+    checkpoints/step-N/    policies, newest `keep_checkpoints`; `manifest.json` is written last
+    evaluation.json        before and after, every setting
+    pareto.png             the accuracy-NFE frontier before and after
+    metrics_target.json    Prometheus `file_sd` target
+
+A run directory belongs to one run: an existing one is refused, so nothing is ever overwritten.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from common.config import Config, dump_config
+from common.errors import UserError
+
+MANIFEST = "manifest.json"
+
+
+class RunDirectory:
+    """Created by the driver, written by controller and learner."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+
+    @classmethod
+    def create(cls, config: Config) -> "RunDirectory":
+        """Make the directory and write the configuration.
+
+        Raises:
+            UserError: when it exists or cannot be made.
+        """
+        path = config.run_directory
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            raise UserError(
+                f"run directory {path} exists; choose another run.name (run.name={_next_name(path)} is free), "
+                "or move it away"
+            ) from None
+        except OSError as error:
+            raise UserError(f"run directory {path} cannot be made: {error}; choose another run.root") from error
+        directory = cls(path)
+        (directory.path / "config.yaml").write_text(dump_config(config))
+        return directory
+
+    @property
+    def warm_start(self) -> Path:
+        return self.path / "warm_start"
+
+    @property
+    def pareto(self) -> Path:
+        return self.path / "pareto.png"
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        """Add one line to `metrics.jsonl`."""
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """Write a file as a whole or not at all."""
+        target = self.path / name
+        partial = target.with_name(target.name + ".partial")
+        partial.write_text(json.dumps(value, indent=1) + "\n")
+        os.replace(partial, target)
+        return target
+
+    def read_json(self, name: str) -> Any:
+        return json.loads((self.path / name).read_text())
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return sorted(path.parent for path in self.path.glob(f"checkpoints/step-*/{MANIFEST}"))
+
+    def checkpoint_path(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"step-{step:06d}"
+
+    def prune_checkpoints(self, keep: int) -> None:
+        """Remove all but the newest `keep`."""
+        for path in self.checkpoints()[:-keep]:
+            shutil.rmtree(path)
+
+
+def _next_name(path: Path) -> str:
+    number = 2
+    while (path.parent / f"{path.name}-{number}").exists():
+        number += 1
+    return f"{path.name}-{number}"

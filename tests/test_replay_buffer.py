@@ -1,0 +1,604 @@
+"""The replay buffer: what blocks, what wakes it, what is late, and that no schedule breaks an invariant."""
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.errors import UserError
+from common.ledger import GroupState, Ledger, LedgerError
+from common.replay_buffer import Batch, FinishedGroup, Lease, ReplayBuffer
+from common.weight_store import UNPUBLISHED, Snapshot, WeightStore
+
+T = TypeVar("T")
+
+
+class Clock:
+    """A clock that stands still until a test moves it."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make(**changed: Any) -> ReplayBuffer:
+    values = {"groups_per_step": 2, "max_staleness": 1, "lease_seconds": 60.0, "drop_no_spread": False}
+    return ReplayBuffer(**{**values, **changed})
+
+
+def weights(version: int) -> Snapshot:
+    return Snapshot(version, f"digest {version}", [f"ref {version}"])
+
+
+def result(lease: Lease, *, spread: float = 1.0, oldest: int | None = None) -> FinishedGroup:
+    oldest = lease.version if oldest is None else oldest
+    return FinishedGroup(lease.number, lease.attempt, f"group {lease.number}".encode(), spread, oldest, 4)
+
+
+async def settle() -> None:
+    """Lets every task run that can run without time passing."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def blocked(call: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    task = asyncio.ensure_future(call)
+    await settle()
+    assert not task.done()
+    return task
+
+
+async def started(**changed: Any) -> ReplayBuffer:
+    buffer = make(**changed)
+    await buffer.publish(weights(0), [])
+    return buffer
+
+
+async def grant(buffer: ReplayBuffer, want: int, worker: str = "a") -> list[Lease]:
+    return (await asyncio.wait_for(buffer.lease(worker, want), 1.0)).leases
+
+
+async def fill(buffer: ReplayBuffer, want: int) -> list[Lease]:
+    leases = await grant(buffer, want)
+    await buffer.submit("a", [result(lease) for lease in leases])
+    return leases
+
+
+def test_a_group_goes_round() -> None:
+    async def scenario() -> None:
+        buffer = make()
+        waiting = await blocked(buffer.lease("a", 8))
+        await buffer.publish(weights(0), [])
+        reply = await waiting
+        assert [(x.number, x.cursor, x.attempt, x.version, x.seconds) for x in reply.leases] == [
+            (n, n, 1, 0, 60.0) for n in range(4)
+        ]
+        assert (reply.snapshot, reply.closed) == (weights(0), False)
+        learner = await blocked(buffer.sample())
+        accepted = await buffer.submit("a", [result(reply.leases[1])])
+        assert (accepted.accepted, accepted.late, accepted.snapshot) == ([1], [], weights(0))
+        await settle()
+        assert not learner.done()  # window 1: group 0 comes first
+        await buffer.submit("a", [result(reply.leases[0])])
+        batch = await learner
+        assert (batch.numbers, batch.payloads, batch.version, batch.staleness) == (
+            [0, 1],
+            [b"group 0", b"group 1"],
+            0,
+            [0, 0],
+        )
+        more = await blocked(buffer.lease("a", 8))
+        await buffer.publish(weights(1), batch.numbers)
+        assert [(x.number, x.version) for x in (await more).leases] == [(4, 1), (5, 1)]
+        gauges = await buffer.gauges()
+        assert (gauges["groups_trained"], gauges["groups_leased"], gauges["tickets"], gauges["version"]) == (2, 4, 4, 1)
+        assert (gauges["held_bytes"], gauges["completions"], gauges["wasted_groups"]) == (0, 8, 0)
+        assert vars(Ledger.from_journal(await buffer.journal())) == vars(buffer._ledger)
+
+    asyncio.run(scenario())
+
+
+def test_staleness_0_leases_only_after_the_batch_was_trained_and_published() -> None:
+    async def scenario() -> None:
+        buffer = await started(max_staleness=0)
+        await fill(buffer, 8)
+        waiting = await blocked(buffer.lease("a", 8))
+        batch = await buffer.sample()
+        await settle()
+        assert not waiting.done()
+        await buffer.publish(weights(1), batch.numbers)
+        assert [lease.version for lease in (await waiting).leases] == [1, 1]
+
+    asyncio.run(scenario())
+
+
+def test_late_duplicate_unknown_and_foreign_results_are_counted_and_not_stored() -> None:
+    async def scenario() -> None:
+        buffer = await started()
+        first, second, *_ = await grant(buffer, 4)
+        await buffer.return_worker("a")
+        (again,) = await grant(buffer, 1, "b")
+        assert (again.number, again.attempt) == (0, 2)
+        reply = await buffer.submit("a", [result(first), result(second)])
+        assert (reply.accepted, reply.late) == ([], [0, 1])
+        reply = await buffer.submit("b", [result(again), result(again)])
+        assert (reply.accepted, reply.late) == ([0], [0])
+        reply = await buffer.submit("b", [result(again), result(Lease(99, 99, 1, 0, 1.0))])
+        assert (reply.accepted, reply.late) == ([], [0, 99])
+        gauges = await buffer.gauges()
+        assert (gauges["late_results"], gauges["wasted_groups"], gauges["groups_finished"]) == (5, 1, 1)
+
+    asyncio.run(scenario())
+
+
+def test_a_group_without_spread_frees_its_ticket_at_once_and_is_replaced() -> None:
+    async def scenario() -> None:
+        buffer = await started(drop_no_spread=True, groups_limit=4)
+        leases = await grant(buffer, 8)
+        waiting = await blocked(buffer.lease("b", 8))
+        await buffer.submit("a", [result(leases[0], spread=0.0), result(leases[1])])
+        assert [lease.number for lease in (await waiting).leases] == [4]
+        gauges = await buffer.gauges()
+        assert (gauges["no_spread_discards"], gauges["groups_discarded"], gauges["tickets"]) == (1, 1, 4)
+        await buffer.submit("a", [result(leases[2])])
+        assert (await buffer.sample()).numbers == [1, 2]
+        await blocked(buffer.lease("b", 8))  # four that count were numbered: the limit
+
+    asyncio.run(scenario())
+
+
+def test_tokens_older_than_the_lease_are_refused() -> None:
+    async def scenario() -> None:
+        buffer = await started()
+        batch_leases = await fill(buffer, 2)
+        await buffer.sample()
+        await buffer.publish(weights(1), [lease.number for lease in batch_leases])
+        fine, wrong, *_ = await grant(buffer, 4)
+        for oldest in (0, 2):
+            with pytest.raises(RuntimeError, match=f"group 3 of worker a has a token of version {oldest}"):
+                await buffer.submit("a", [result(fine), result(wrong, oldest=oldest)])
+        gauges = await buffer.gauges()
+        assert (gauges["violations"], gauges["groups_finished"]) == (2, 0)
+        assert (await buffer.submit("a", [result(fine), result(wrong)])).accepted == [2, 3]
+
+    asyncio.run(scenario())
+
+
+def test_infrastructure_failures_go_back_and_data_failures_end_in_quarantine() -> None:
+    async def scenario() -> None:
+        buffer = await started()
+        await grant(buffer, 4)
+        for attempt in range(1, 5):
+            assert await buffer.fail("a", 1, attempt, "node lost", data=False)
+            assert not await buffer.fail("a", 1, attempt, "node lost", data=False)
+            assert [(x.number, x.attempt) for x in await grant(buffer, 1)] == [(1, attempt + 1)]
+        assert await buffer.fail("a", 1, 5, "no answer", data=True)
+        assert [(x.number, x.attempt) for x in await grant(buffer, 4)] == [(1, 6)]
+        waiting = await blocked(buffer.lease("b", 4))
+        assert await buffer.fail("a", 1, 6, "still no answer", data=True)
+        assert await buffer.quarantine() == [(1, "still no answer")]
+        assert [lease.number for lease in (await waiting).leases] == [4]
+        assert (await buffer.gauges())["failed_leases"] == 6
+
+    asyncio.run(scenario())
+
+
+def test_a_lease_expires_at_its_deadline_and_wakes_who_waits() -> None:
+    async def scenario() -> None:
+        buffer = await started(lease_seconds=0.05)
+        leases = await grant(buffer, 4)
+        assert (await buffer.renew("a", [2, 3, 77])).lost == [77]
+        before = asyncio.get_running_loop().time()
+        reply = await asyncio.wait_for(buffer.lease("b", 4), 1.0)
+        assert 0.02 < asyncio.get_running_loop().time() - before < 0.5
+        assert [(x.number, x.attempt) for x in reply.leases][:2] == [(0, 2), (1, 2)]
+        assert (await buffer.renew("a", [0])).lost == [0]
+        assert (await buffer.submit("a", [result(leases[0])])).late == [0]
+        assert (await buffer.gauges())["expired_leases"] >= 2
+        await buffer.close()
+
+    asyncio.run(scenario())
+
+
+def test_renewed_leases_do_not_expire() -> None:
+    async def scenario() -> None:
+        clock = Clock()
+        buffer = await started(clock=clock)
+        leases = await grant(buffer, 4)
+        clock.now = 50.0
+        await buffer.renew("a", [0, 1])
+        clock.now = 70.0
+        assert [x.number for x in await grant(buffer, 4, "b")] == [2, 3]
+        assert (await buffer.submit("a", [result(lease) for lease in leases])).accepted == [0, 1]
+
+    asyncio.run(scenario())
+
+
+def test_renewed_leases_still_expire_for_someone_who_waits_already() -> None:
+    async def scenario() -> None:
+        buffer = await started(lease_seconds=0.2)
+        await grant(buffer, 4)
+        waiting = await blocked(buffer.lease("b", 4))
+        await asyncio.sleep(0.15)
+        await buffer.renew("a", range(4))
+        await asyncio.sleep(0.1)
+        assert not waiting.done()  # the timer fired for the old deadline and found nothing
+        assert [lease.number for lease in (await asyncio.wait_for(waiting, 1.0)).leases] == [0, 1, 2, 3]
+        await buffer.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_drained_worker_s_blocked_lease_ends_although_nothing_is_free() -> None:
+    async def scenario() -> None:
+        buffer = await started()
+        await grant(buffer, 4)
+        drained, other = await blocked(buffer.lease("b", 1)), await blocked(buffer.lease("c", 1))
+        assert await buffer.return_worker("b") == []
+        reply = await asyncio.wait_for(drained, 1.0)
+        assert (reply.leases, reply.closed, other.done()) == ([], False, False)
+        await buffer.close()
+        await other
+
+    asyncio.run(scenario())
+
+
+def test_a_dead_worker_loses_its_leases_at_once_and_is_granted_nothing_afterwards() -> None:
+    async def scenario() -> None:
+        buffer = await started()
+        await grant(buffer, 4)
+        dead, alive = await blocked(buffer.lease("a", 4)), await blocked(buffer.lease("b", 1))
+        assert await buffer.return_worker("a") == [0, 1, 2, 3]
+        assert [lease.number for lease in (await alive).leases] == [0]
+        reply = await dead
+        assert (reply.leases, reply.closed) == ([], False)
+        assert [lease.number for lease in await grant(buffer, 4)] == [1, 2, 3]  # a new life under the same name
+        assert (await buffer.gauges())["returned_leases"] == 4
+
+    asyncio.run(scenario())
+
+
+def test_cancelling_blocked_calls_loses_nothing() -> None:
+    async def scenario() -> None:
+        buffer = await started()
+        leases = await grant(buffer, 4)
+        gone, heir = await blocked(buffer.sample()), await blocked(buffer.sample())
+        idle, next_idle = await blocked(buffer.lease("b", 4)), await blocked(buffer.lease("c", 4))
+        for lease in leases:
+            await buffer.submit("a", [result(lease)])
+            if lease.number == 1:
+                gone.cancel()  # it was notified but has not run yet
+        assert (await heir).numbers == [0, 1]
+        publication = asyncio.ensure_future(buffer.publish(weights(1), [0, 1]))
+        await asyncio.sleep(0)
+        idle.cancel()
+        await publication
+        assert [lease.number for lease in (await next_idle).leases] == [4, 5]
+        await asyncio.gather(gone, idle, return_exceptions=True)
+        assert gone.cancelled()
+        assert idle.cancelled()
+        assert (await buffer.sample()).numbers == [2, 3]
+        assert not buffer._changed.locked()
+        assert (await buffer.gauges())["sample_wait_seconds"] < 1.0
+
+    asyncio.run(scenario())
+
+
+def test_cancelling_a_call_that_waits_for_the_lock_changes_nothing() -> None:
+    async def scenario() -> None:
+        buffer = await started()
+        leases = await grant(buffer, 2)
+        await buffer._changed.acquire()
+        calls = [
+            await blocked(buffer.submit("a", [result(leases[0])])),
+            await blocked(buffer.lease("a", 1)),
+            await blocked(buffer.return_worker("a")),
+            await blocked(buffer.publish(weights(1), [])),
+        ]
+        for call in calls:
+            call.cancel()
+        buffer._changed.release()
+        await asyncio.gather(*calls, return_exceptions=True)
+        assert all(call.cancelled() for call in calls)
+        assert (buffer.version, buffer._ledger.numbers(GroupState.LEASED)) == (0, [0, 1])
+        assert (await buffer.submit("a", [result(lease) for lease in leases])).accepted == [0, 1]
+
+    asyncio.run(scenario())
+
+
+def test_a_learner_that_starts_anew_gets_its_batch_again() -> None:
+    async def scenario() -> None:
+        buffer = await started()
+        await fill(buffer, 4)
+        lost = await buffer.sample()
+        assert await buffer.unsample() == lost.numbers
+        again = await buffer.sample()
+        assert (again.numbers, again.payloads) == (lost.numbers, lost.payloads)
+        with pytest.raises(LedgerError, match="sampled to queued"):
+            buffer._ledger.requeue(again.numbers[0], reason="not possible")
+
+    asyncio.run(scenario())
+
+
+def test_a_batch_sampled_ahead_counts_the_step_before_it() -> None:
+    async def scenario() -> None:
+        buffer = await started()
+        await fill(buffer, 4)
+        first, second = await buffer.sample(), await buffer.sample()
+        assert (first.version, first.staleness) == (0, [0, 0])
+        assert (second.version, second.staleness) == (1, [1, 1])
+        assert (await buffer.gauges())["batch_staleness_max"] == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_sample_above_the_bound_raises_and_is_counted() -> None:
+    async def scenario() -> None:
+        buffer = await started()
+        await fill(buffer, 2)
+        buffer._weights.publish(weights(2))  # what `publish` would have refused
+        with pytest.raises(RuntimeError, match="staleness above the bound 1"):
+            await buffer.sample()
+        gauges = await buffer.gauges()
+        assert (gauges["violations"], gauges["groups_sampled"], gauges["groups_finished"]) == (1, 0, 2)
+
+    asyncio.run(scenario())
+
+
+def test_publications_that_break_the_proof_are_refused_and_change_nothing() -> None:
+    async def scenario() -> None:
+        buffer = await started()
+        await fill(buffer, 4)
+        numbers = (await buffer.sample()).numbers
+        for snapshot, trained, discarded, needle in [
+            (weights(2), numbers, {}, "version 2 published after 0"),
+            (weights(0), numbers, {}, "version 0 published after 0"),
+            (weights(1), [], {}, "less than a step of 2"),
+            (weights(1), [0], {}, "less than a step of 2"),
+            (weights(1), [0, 2], {}, r"not sampled: \[2\]"),
+            (weights(1), [0, 1], {1: "nan"}, "names a group twice"),
+        ]:
+            with pytest.raises(RuntimeError, match=needle):
+                await buffer.publish(snapshot, trained, discarded)
+        assert (buffer.version, len(buffer._held)) == (0, 4)
+        await buffer.publish(weights(1), [0], {1: "nan"})
+        assert buffer._ledger.discards() == {"nan": 1}
+        assert sorted(buffer._held) == [2, 3]
+
+    asyncio.run(scenario())
+
+
+def test_close_wakes_everybody_and_results_are_still_taken() -> None:
+    async def scenario() -> None:
+        unpublished = make()
+        early = await blocked(unpublished.lease("a", 1))
+        await unpublished.close()
+        assert ((await early).closed, (await early).snapshot) == (True, UNPUBLISHED)
+        buffer = await started()
+        leases = await grant(buffer, 4)
+        actor, learner = await blocked(buffer.lease("b", 1)), await blocked(buffer.sample())
+        await buffer.close()
+        assert ((await actor).leases, (await actor).closed) == ([], True)
+        assert (await learner).numbers == []
+        assert (await buffer.submit("a", [result(lease) for lease in leases])).accepted == [0, 1, 2, 3]
+        assert (await buffer.sample()).numbers == []
+        assert (await buffer.lease("b", 1)).closed
+
+    asyncio.run(scenario())
+
+
+def test_time_spent_blocked_shows_while_it_lasts() -> None:
+    async def scenario() -> None:
+        clock = Clock()
+        buffer = await started(clock=clock, lease_seconds=1000.0)
+        leases = await grant(buffer, 4)
+        learner = await blocked(buffer.sample())
+        actors = [await blocked(buffer.lease("b", 1)) for _ in range(2)]
+        clock.now = 5.0
+        gauges = await buffer.gauges()
+        assert (gauges["sample_wait_seconds"], gauges["lease_wait_seconds"]) == (5.0, 10.0)
+        await buffer.submit("a", [result(lease) for lease in leases])
+        assert (await learner).waited_s == 5.0
+        clock.now = 6.0
+        gauges = await buffer.gauges()
+        assert (gauges["sample_wait_seconds"], gauges["lease_wait_seconds"]) == (5.0, 12.0)
+        assert gauges["fill"] == 0.5
+        await buffer.close()
+        await asyncio.gather(*actors)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("changed", "needle"),
+    [
+        ({"groups_per_step": 0}, "groups_per_step is 0"),
+        ({"max_staleness": -1}, "max_staleness is -1"),
+        ({"lease_seconds": 0.0}, "lease_seconds is 0.0"),
+        ({"keep_versions": 0}, "keep_versions is 0"),
+        ({"groups_limit": 7}, "groups_limit is 7.*give 6"),
+    ],
+)
+def test_values_under_which_nothing_could_be_trained_are_refused(changed: dict[str, Any], needle: str) -> None:
+    with pytest.raises(UserError, match=needle):
+        make(**changed)
+
+
+def test_the_weight_store_keeps_the_last_versions() -> None:
+    store = WeightStore(keep=2)
+    assert store.latest is UNPUBLISHED
+    with pytest.raises(LookupError, match="nothing was published"):
+        store.get(0)
+    for version in (3, 4, 7):
+        store.publish(weights(version))
+    assert (store.latest, store.get(4)) == (weights(7), weights(4))
+    with pytest.raises(LookupError, match="version 3 are not kept; kept: 4, 7"):
+        store.get(3)
+    with pytest.raises(RuntimeError, match="version 7 published after 7"):
+        store.publish(weights(7))
+
+
+# -- random schedules -----------------------------------------------------------------------------------------------
+
+EVENTS = [
+    "lease",
+    "lease",
+    "submit",
+    "submit",
+    "sample",
+    "publish",
+    "late",
+    "fail",
+    "data",
+    "expire",
+    "die",
+    "unsample",
+]
+
+
+class Driver:
+    """Plays actors and learner against one buffer; a call that would block stays pending or is cancelled."""
+
+    def __init__(self, buffer: ReplayBuffer, clock: Clock, seed: int) -> None:
+        self.buffer, self.clock, self.draw = buffer, clock, random.Random(seed)
+        self.held: dict[str, list[Lease]] = {"a": [], "b": []}
+        self.done: list[tuple[str, FinishedGroup]] = []
+        self.batches: list[Batch] = []
+        self.pending: list[asyncio.Task[Any]] = []
+        self.trained: Counter[int] = Counter()
+
+    async def call(self, call: Coroutine[Any, Any, T]) -> T | None:
+        task = asyncio.ensure_future(call)
+        await settle()
+        if task.done():
+            return task.result()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert task.cancelled()
+        return None
+
+    async def step(self, event: str) -> None:
+        worker = self.draw.choice("ab")
+        if event == "lease":
+            reply = await self.call(self.buffer.lease(worker, self.draw.randint(1, 3)))
+            self.held[worker] += reply.leases if reply else []
+        elif event in ("submit", "late", "fail", "data"):
+            await self.end_lease(event, worker)
+        elif event == "sample":
+            batch = await self.call(self.buffer.sample())
+            self.batches += [batch] if batch else []
+        elif event == "publish" and self.batches:
+            batch = self.batches.pop(0)
+            assert batch.version == self.buffer.version
+            self.trained.update(batch.numbers)
+            await self.buffer.publish(weights(self.buffer.version + 1), batch.numbers)
+        elif event == "expire":
+            self.clock.now += self.draw.choice([20.0, 70.0])
+        elif event == "die":
+            await self.buffer.return_worker(worker)
+            self.held[worker].clear()
+        elif event == "unsample":
+            await self.buffer.unsample()
+            self.batches.clear()
+
+    async def end_lease(self, event: str, worker: str) -> None:
+        if event == "late" and self.done:
+            assert (await self.buffer.submit(*self.resend(worker))).accepted == []
+        elif event != "late" and self.held[worker]:
+            lease = self.held[worker].pop(self.draw.randrange(len(self.held[worker])))
+            if event == "submit":
+                group = result(lease, spread=self.draw.choice([0.0, 1.0, 1.0, 1.0]))
+                await self.buffer.submit(worker, [group])
+                self.done.append((worker, group))
+            else:
+                await self.buffer.fail(worker, lease.number, lease.attempt, event, data=event == "data")
+
+    def resend(self, worker: str) -> tuple[str, list[FinishedGroup]]:
+        return worker, [self.draw.choice(self.done)[1]]
+
+    async def check(self) -> None:
+        ledger, gauges = self.buffer._ledger, await self.buffer.gauges()
+        counts = ledger.counts()
+        assert gauges["violations"] == 0
+        assert gauges["batch_staleness_max"] <= gauges["staleness_bound"]
+        assert sum(counts.values()) == ledger.next_number
+        assert gauges["tickets"] == sum(
+            counts[s] for s in GroupState if s in ("queued", "leased", "finished", "sampled")
+        )
+        assert gauges["tickets"] <= self.buffer._admission.tickets  # pyright: ignore[reportAttributeAccessIssue]
+        assert sorted(self.buffer._held) == sorted(
+            ledger.numbers(GroupState.FINISHED) + ledger.numbers(GroupState.SAMPLED)
+        )
+        assert set(self.trained.values()) <= {1}
+        assert len(self.trained) == counts[GroupState.TRAINED]
+        assert not self.buffer._changed.locked()
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.integers(0, 4),
+    st.integers(0, 2**32),
+    st.lists(st.sampled_from(EVENTS), max_size=80),
+)
+def test_random_schedules(groups_per_step: int, max_staleness: int, seed: int, events: list[str]) -> None:
+    async def scenario() -> None:
+        clock = Clock()
+        buffer = await started(
+            groups_per_step=groups_per_step, max_staleness=max_staleness, drop_no_spread=True, clock=clock
+        )
+        driver = Driver(buffer, clock, seed)
+        for event in events:
+            await driver.step(event)
+            await driver.check()
+        target = buffer.version + 3
+        for _ in range(200):  # progress: workers that hold dead leases go on as well
+            for event in ("lease", "lease", "submit", "submit", "sample", "publish"):
+                await driver.step(event)
+            clock.now += 1.0
+            if buffer.version >= target:
+                break
+        await driver.check()
+        assert buffer.version >= target
+        assert vars(Ledger.from_journal(await buffer.journal())) == vars(buffer._ledger)
+        await buffer.close()
+
+    asyncio.run(scenario())
+
+
+def test_real_tasks_train_every_group_once_and_in_bound() -> None:
+    """Free-running actors and learner on one loop: 60 steps, one actor killed and replaced on the way."""
+
+    async def actor(buffer: ReplayBuffer, name: str, draw: random.Random) -> None:
+        while not (reply := await buffer.lease(name, 3)).closed:
+            for lease in reply.leases:
+                await asyncio.sleep(draw.random() * 0.002)
+                await buffer.submit(name, [result(lease, spread=float(draw.random() < 0.9))])
+
+    async def scenario() -> None:
+        buffer = make(groups_per_step=4, max_staleness=2, drop_no_spread=True, groups_limit=240)
+        draw = random.Random(0)
+        actors = {name: asyncio.ensure_future(actor(buffer, name, draw)) for name in "abcdef"}
+        await buffer.publish(weights(0), [])
+        numbers: list[int] = []
+        for version in range(1, 61):
+            batch = await asyncio.wait_for(buffer.sample(), 5.0)
+            numbers += batch.numbers
+            if version == 20:
+                actors["a"].cancel()
+                await buffer.return_worker("a")
+                actors["a"] = asyncio.ensure_future(actor(buffer, "a", draw))
+            await buffer.publish(weights(version), batch.numbers)
+        await buffer.close()
+        await asyncio.gather(*actors.values())
+        gauges = await buffer.gauges()
+        assert len(set(numbers)) == len(numbers) == gauges["groups_trained"] == 240
+        assert (gauges["violations"], gauges["tickets"]) == (0, 0)
+
+    asyncio.run(scenario())
