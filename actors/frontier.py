@@ -9,6 +9,7 @@ areas on the same prompts. *(ours)*
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from actors.evaluation import Point
 
@@ -18,16 +19,16 @@ SAMPLES = 2001
 def frontier_points(points: Sequence[Point]) -> list[Point]:
     """The points that make the frontier: greedy, entropy-bound, fixed gamma; by ascending NFE."""
     fixed = [
-        p
-        for p in points
-        if p.setting.rule == "entropy_bound"
-        and p.setting.temperature == 0
-        and p.setting.parameter not in ("mean", "sample")
+        point
+        for point in points
+        if point.setting.rule == "entropy_bound"
+        and point.setting.temperature == 0
+        and not isinstance(point.setting.parameter, str)
     ]
     return sorted(fixed, key=lambda point: point.mean_nfe)
 
 
-def frontier_area(nfe: Sequence[float], accuracy: Sequence[float], nfe_range: tuple[float, float]) -> float:
+def frontier_area(nfe: ArrayLike, accuracy: ArrayLike, nfe_range: tuple[float, float]) -> float:
     """Mean accuracy over log2(NFE) in a range.
 
     Args:

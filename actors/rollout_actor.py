@@ -24,8 +24,8 @@ from common.config import Config
 from common.cost import with_cost
 from common.errors import RunError
 from common.keyed_random import derive
+from common.lease import FinishedGroup, Lease, LeaseReply, RenewReply, SubmitReply
 from common.policy import open_policy
-from common.replay_buffer import FinishedGroup, Lease, LeaseReply, RenewReply, SubmitReply
 from common.tasks import build_task
 from common.trajectory import Completion, encode_group
 from common.weight_store import Snapshot
@@ -175,7 +175,8 @@ class RolloutActor:
     def _adopt(self, snapshot: Snapshot) -> None:
         if snapshot.version <= self._engine.version:
             return
-        flat = ray.get(snapshot.payload[0])
+        payload: Any = snapshot.payload
+        flat: Any = ray.get(payload[0])
         if digest(flat) != snapshot.digest:
             raise RunError(f"weights of version {snapshot.version} arrived with another digest than was published")
         self._engine.adopt(flat, snapshot.version)
@@ -228,9 +229,11 @@ class RolloutActor:
             "worker": self.name,
             "model_digest": self._digest,
         }
+        reward = torch.tensor([score["reward"] for score in scores])
+        nfe = torch.tensor([c.nfe for c in completions])
         costed = with_cost(
-            torch.tensor([score["reward"] for score in scores]),
-            torch.tensor([c.nfe for c in completions]),
+            reward,
+            nfe,
             length=config.sampler.max_completion_tokens,
             speed_weight=config.learner.speed_weight,
             form=config.learner.cost,
@@ -242,6 +245,8 @@ class RolloutActor:
             spread=float(costed.max() - costed.min()),
             oldest_version=min(c.oldest_version for c in completions),
             completions=len(completions),
+            reward=float(reward.mean()),
+            nfe=float(nfe.float().mean()),
         )
 
 

@@ -19,6 +19,7 @@ from yaml import YAMLError
 
 from common.errors import UserError
 from common.section import Section
+from common.tasks import TASKS
 from common.tasks.countdown import CountdownConfig
 from common.tasks.sudoku import SudokuConfig
 
@@ -32,15 +33,15 @@ class ModelConfig(Section):
 
     path: str | None = None
     """Folder in Hugging Face layout, also a checkpoint of a run; null builds a small model and warm-starts it."""
-    hidden_size: int = Field(128, ge=8)
+    hidden_size: int = Field(default=128, ge=8)
     """Width of the built model."""
-    layers: int = Field(4, ge=1)
+    layers: int = Field(default=4, ge=1)
     """Transformer layers of the built model."""
-    heads: int = Field(4, ge=1)
+    heads: int = Field(default=4, ge=1)
     """Attention heads of the built model; must divide `hidden_size`."""
-    intermediate_size: int = Field(512, ge=8)
+    intermediate_size: int = Field(default=512, ge=8)
     """Width of the built model's feed-forward layers."""
-    max_positions: int = Field(512, ge=8)
+    max_positions: int = Field(default=512, ge=8)
     """Longest prompt plus completion of the built model, in tokens."""
     device: str = "cpu"
     """torch device of rollout and learner, e.g. `cpu`, `cuda`."""
@@ -57,21 +58,21 @@ class ModelConfig(Section):
 class WarmStartConfig(Section):
     """Supervised masked-diffusion training on demonstrations before reinforcement learning."""
 
-    steps: int = Field(700, ge=0)
+    steps: int = Field(default=700, ge=0)
     """Optimizer steps; 0 keeps the model as built."""
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(default=128, ge=1)
     """Demonstrations per step."""
-    learning_rate: float = Field(2e-3, gt=0)
+    learning_rate: float = Field(default=2e-3, gt=0)
     """Peak learning rate; linear warm-up over 5 % of the steps, then cosine to a tenth."""
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
     """AdamW weight decay."""
-    grad_clip: float = Field(1.0, gt=0)
+    grad_clip: float = Field(default=1.0, gt=0)
     """Largest gradient norm."""
     file: str | None = None
     """JSONL file with `prompt` and `completion` per line instead of the task's demonstrations."""
     autocast: bool = True
     """bfloat16 autocast (weights stay float32) where the device has it."""
-    threads: int = Field(2, ge=1)
+    threads: int = Field(default=2, ge=1)
     """torch threads; nothing else runs during the warm start."""
 
 
@@ -82,9 +83,9 @@ class ThresholdConfig(Section):
     """Categorical over `gamma_grid`, or a normal over ln(gamma)."""
     gamma_grid: Increasing = (0.003, 0.007, 0.016, 0.038, 0.088, 0.205, 0.477, 1.109, 2.58, 6.0)
     """Thresholds (nats) the categorical head chooses from; strictly increasing."""
-    gamma_init: float = Field(0.3, gt=0)
+    gamma_init: float = Field(default=0.3, gt=0)
     """Threshold (nats) around which the head starts, and the fixed one when the threshold is not trained."""
-    init_width: float = Field(1.0, gt=0)
+    init_width: float = Field(default=1.0, gt=0)
     """Standard deviation, in ln(gamma), of the initial distribution."""
     prompt_blind: bool = False
     """Bias only: the same distribution for every prompt (a control)."""
@@ -102,17 +103,17 @@ class SamplerConfig(Section):
 
     rule: Literal["entropy_bound", "confidence", "top_k"] = "entropy_bound"
     """Reveal rule (entropy_bound: arXiv 2505.24857; confidence: 2505.22618; top_k: 2502.09992)."""
-    max_prompt_tokens: int = Field(32, ge=1)
+    max_prompt_tokens: int = Field(default=32, ge=1)
     """Longest prompt, in tokens; longer ones are refused before the run starts."""
-    max_completion_tokens: int = Field(16, ge=1)
+    max_completion_tokens: int = Field(default=16, ge=1)
     """Completion length L, in tokens."""
     block_length: int | None = None
     """Semi-autoregressive block, in tokens; null is the whole completion."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     """Temperature of the draw in training; the reveal rule never sees it."""
-    confidence_threshold: float = Field(0.9, gt=0, le=1)
+    confidence_threshold: float = Field(default=0.9, gt=0, le=1)
     """Top probability from which the `confidence` rule reveals."""
-    tokens_per_step: int = Field(1, ge=1)
+    tokens_per_step: int = Field(default=1, ge=1)
     """Positions that the `top_k` rule reveals per step."""
     threshold: ThresholdConfig = ThresholdConfig()
     """The threshold policy."""
@@ -131,34 +132,34 @@ class SamplerConfig(Section):
 class RolloutConfig(Section):
     """The fleet of rollout actors."""
 
-    actors: int = Field(1, ge=1)
+    actors: int = Field(default=1, ge=1)
     """Rollout actors."""
-    slots: int = Field(256, ge=1)
+    slots: int = Field(default=256, ge=1)
     """Rows that one engine denoises at once."""
-    threads: int = Field(1, ge=1)
+    threads: int = Field(default=1, ge=1)
     """torch threads of one rollout actor."""
-    cpus: float = Field(1, ge=0)
+    cpus: float = Field(default=1, ge=0)
     """CPUs that Ray reserves for one rollout actor."""
-    gpus: float = Field(0, ge=0)
+    gpus: float = Field(default=0, ge=0)
     """GPUs that Ray reserves for one rollout actor."""
     autocast: bool = False
     """bfloat16 autocast in rollout where the device has it."""
-    reward_workers: int = Field(1, ge=1)
+    reward_workers: int = Field(default=1, ge=1)
     """Reward processes of one rollout actor."""
-    reward_timeout: float = Field(10.0, gt=0)
+    reward_timeout: float = Field(default=10.0, gt=0)
     """Seconds that the rewards of one group may take."""
-    max_restarts: int = Field(3, ge=0)
+    max_restarts: int = Field(default=3, ge=0)
     """Restarts of one rollout actor before the run gives it up."""
 
 
 class ReplayConfig(Section):
     """The replay buffer: leases, admission, weight versions."""
 
-    max_staleness: int = Field(2, ge=0)
+    max_staleness: int = Field(default=2, ge=0)
     """Largest staleness of a trained group, in versions; 0 is synchronous."""
-    lease_seconds: float = Field(120.0, gt=0)
+    lease_seconds: float = Field(default=120.0, gt=0)
     """Deadline of a lease; renewed while its actor lives."""
-    keep_versions: int = Field(2, ge=1)
+    keep_versions: int = Field(default=2, ge=1)
     """Weight versions kept in the object store."""
     drop_no_spread: bool = True
     """Discard groups whose rewards are all equal and draw replacements (dynamic sampling)."""
@@ -169,65 +170,65 @@ class LearnerConfig(Section):
 
     train: Literal["model", "threshold", "joint"] = "joint"
     """What learns: the model's weights, the threshold head, or both."""
-    steps: int = Field(120, ge=1)
+    steps: int = Field(default=120, ge=1)
     """Learner steps (batches)."""
-    groups_per_step: int = Field(32, ge=1)
+    groups_per_step: int = Field(default=32, ge=1)
     """Groups in one batch."""
-    group_size: int = Field(8, ge=2)
+    group_size: int = Field(default=8, ge=2)
     """Completions per group, G; advantages need at least 2."""
-    inner_updates: int = Field(1, ge=1)
+    inner_updates: int = Field(default=1, ge=1)
     """Optimizer updates on one batch (mu)."""
-    surrogate_passes: int = Field(2, ge=1)
+    surrogate_passes: int = Field(default=2, ge=1)
     """m of the m-times mean-field surrogate: 1 = d1, 2 = DiFFPO, >= NFE = exact (with tau_law: distinct)."""
     tau_law: Literal["paper", "distinct"] = "paper"
     """paper: m = 2, tau uniform on 0..NFE-1; distinct: m-1 distinct values of 1..NFE-1."""
     importance_weight: Literal["truncated", "none"] = "truncated"
     """Weight of surrogate over behaviour likelihood."""
-    weight_cap: float = Field(2.0, gt=0)
+    weight_cap: float = Field(default=2.0, gt=0)
     """Truncation C of the importance weights."""
-    clip_low: float = Field(0.2, gt=0, lt=1)
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
     """Lower clip of the ratio."""
-    clip_high: float = Field(0.2, gt=0)
+    clip_high: float = Field(default=0.2, gt=0)
     """Upper clip of the ratio."""
     loss_mean: Literal["completion", "token"] = "completion"
     """Mean over tokens inside each completion first (paper), or over all tokens (d1)."""
-    kl_beta: float = Field(0.0, ge=0)
+    kl_beta: float = Field(default=0.0, ge=0)
     """Weight of the k3 estimate of KL(policy || warm start)."""
     advantage_baseline: Literal["mean", "leave_one_out"] = "mean"
     """Baseline inside a group."""
     advantage_std: bool = True
     """Divide advantages by the group's standard deviation."""
-    speed_weight: float = Field(0.3, ge=0, le=1)
+    speed_weight: float = Field(default=0.3, ge=0, le=1)
     """Cost of forward passes: R = r * (1 - speed_weight * NFE / L)."""
     cost: Literal["multiplicative", "additive", "off"] = "multiplicative"
     """Form of the cost term; additive is R = r - speed_weight * NFE / L."""
-    threshold_weight: float = Field(1.0, ge=0)
+    threshold_weight: float = Field(default=1.0, ge=0)
     """Weight of the threshold objective in joint training."""
-    entropy_bonus: float = Field(0.01, ge=0)
+    entropy_bonus: float = Field(default=0.01, ge=0)
     """Weight of the threshold policy's entropy."""
-    learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0)
     """AdamW learning rate of the model."""
-    threshold_learning_rate: float = Field(3e-3, gt=0)
+    threshold_learning_rate: float = Field(default=3e-3, gt=0)
     """AdamW learning rate of the threshold head; too high collapses it to one value."""
-    beta1: float = Field(0.9, ge=0, lt=1)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
     """AdamW beta1."""
-    beta2: float = Field(0.99, ge=0, lt=1)
+    beta2: float = Field(default=0.99, ge=0, lt=1)
     """AdamW beta2."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """AdamW weight decay."""
-    warmup_steps: int = Field(20, ge=0)
+    warmup_steps: int = Field(default=20, ge=0)
     """Steps of linear learning-rate warm-up."""
-    grad_clip: float = Field(1.0, gt=0)
+    grad_clip: float = Field(default=1.0, gt=0)
     """Largest gradient norm."""
-    micro_batch_tokens: int = Field(16384, ge=1)
+    micro_batch_tokens: int = Field(default=16384, ge=1)
     """Tokens in one forward and backward pass."""
     autocast: bool = True
     """bfloat16 autocast (weights stay float32) where the device has it."""
-    threads: int = Field(1, ge=1)
+    threads: int = Field(default=1, ge=1)
     """torch threads of the learner."""
-    cpus: float = Field(1, ge=0)
+    cpus: float = Field(default=1, ge=0)
     """CPUs that Ray reserves for the learner."""
-    gpus: float = Field(0, ge=0)
+    gpus: float = Field(default=0, ge=0)
     """GPUs that Ray reserves for the learner."""
 
     @model_validator(mode="after")
@@ -243,7 +244,7 @@ class LearnerConfig(Section):
 class EvaluationConfig(Section):
     """Held-out evaluation and the accuracy-NFE frontier."""
 
-    prompts: int = Field(1024, ge=1)
+    prompts: int = Field(default=1024, ge=1)
     """Held-out prompts, the same for every setting, so that comparisons are paired."""
     split: Literal["validation", "test"] = "test"
     """Split that the prompts come from."""
@@ -255,9 +256,9 @@ class EvaluationConfig(Section):
     """Fixed numbers of tokens per step of the top_k sweep."""
     nfe_range: tuple[float, float] = (2.0, 16.0)
     """NFE range over which the area under the frontier is taken, on a log2 axis."""
-    drift_every: int = Field(20, ge=0)
+    drift_every: int = Field(default=20, ge=0)
     """Learner steps between measurements of accuracy and NFE at gamma_init on validation prompts; 0 is never."""
-    drift_prompts: int = Field(128, ge=1)
+    drift_prompts: int = Field(default=128, ge=1)
     """Prompts of that measurement."""
 
     @model_validator(mode="after")
@@ -276,26 +277,26 @@ class MetricsConfig(Section):
 
     host: str = "127.0.0.1"
     """Address the endpoint binds; loopback unless you say otherwise."""
-    port: int = Field(0, ge=-1, le=65535)
+    port: int = Field(default=0, ge=-1, le=65535)
     """Port; 0 takes a free one (printed, and written to RUN/metrics_target.json), -1 switches the endpoint off."""
 
 
 class RunConfig(Section):
     """Where the run lives and how it ends."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
     """Run id: also the Ray namespace and the directory below `root`."""
     root: str = "runs"
     """Directory that holds run directories."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Seed of everything drawn in the run (the task's split has its own)."""
     deterministic: bool | None = None
     """Bit-equal repeats (CPU, fixed padding, batches by group number); null means max_staleness == 0."""
-    checkpoint_every: int = Field(50, ge=0)
+    checkpoint_every: int = Field(default=50, ge=0)
     """Learner steps between checkpoints; 0 writes only the last."""
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints that stay."""
-    stall_timeout: float = Field(120.0, gt=0)
+    stall_timeout: float = Field(default=120.0, gt=0)
     """Seconds without any progress after which the run ends with an error."""
     ray_address: str | None = None
     """Ray cluster to join; null joins the one of the surrounding job, else starts a local one."""
@@ -426,13 +427,13 @@ def _explain(item: Any) -> str:
 
 
 def _task_names() -> list[str]:
-    return [name for kind in (SudokuConfig, CountdownConfig) for name in kind.model_fields["name"].annotation.__args__]
+    return sorted(TASKS)
 
 
 def _siblings(location: tuple[Any, ...]) -> list[str]:
     """Valid key names of the section at `location`."""
     section: Any = Config
-    tasks = {kind.model_fields["name"].annotation.__args__[0]: kind for kind in (SudokuConfig, CountdownConfig)}
+    tasks = {kind.model_construct().name: kind for kind in (SudokuConfig, CountdownConfig)}
     for part in location:
         if part in tasks:
             section = tasks[part]

@@ -8,6 +8,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -54,6 +55,8 @@ class Policy(nn.Module):
         self.head = head
         self.tokenizer = tokenizer
         self.vocabulary = read_vocabulary(tokenizer, model.config)
+        if model.get_output_embeddings() is None:
+            raise UserError(f"{type(model).__name__} has no output head; give a causal or masked language model")
 
     @property
     def device(self) -> torch.device:
@@ -81,7 +84,8 @@ class Policy(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Output head on selected positions: `[..., H]` -> `[..., V]`."""
-        return self.model.get_output_embeddings()(hidden)
+        output: Any = self.model.get_output_embeddings()
+        return output(hidden)
 
     @staticmethod
     def prompt_features(hidden: Tensor, prompt: Tensor) -> Tensor:
@@ -118,23 +122,23 @@ class Policy(nn.Module):
 def build_policy(config: ModelConfig, threshold: ThresholdConfig, *, alphabet: str, seed: int) -> Policy:
     """A small bidirectional Llama with a character tokenizer, initialised from `seed`."""
     tokenizer = character_tokenizer(alphabet)
-    llama = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.heads,
-        max_position_embeddings=config.max_positions,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        tie_word_embeddings=False,
-        is_causal=False,
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.heads,
+        "max_position_embeddings": config.max_positions,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+        "tie_word_embeddings": False,
+        "is_causal": False,  # attends in both directions; a guard test holds it to that
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(llama)
+        model = LlamaForCausalLM(LlamaConfig(**sizes))
         model.set_attn_implementation(config.attention)
         head = build_threshold_head(config.hidden_size, threshold)
     return Policy(model, head, tokenizer).to(config.device).eval()
@@ -196,12 +200,13 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
     Raises:
         UserError: without a MASK token, with MASK equal to PAD or EOS, or with an id outside the vocabulary.
     """
-    mask, eos = tokenizer.mask_token_id, tokenizer.eos_token_id
+    special: Any = tokenizer
+    mask, eos = special.mask_token_id, special.eos_token_id
     if mask is None:
         raise UserError("the tokenizer has no MASK token; set tokenizer.mask_token and save the folder again")
     if eos is None:
         raise UserError("the tokenizer has no EOS token; set tokenizer.eos_token and save the folder again")
-    pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad = eos if special.pad_token_id is None else special.pad_token_id
     if mask in (pad, eos):
         which = "PAD" if mask == pad else "EOS"
         raise UserError(f"MASK and {which} are both id {mask}; padding would be denoised: give them different tokens")

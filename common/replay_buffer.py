@@ -24,7 +24,7 @@ Ray runs others on loops of their own, and a condition does not cross loops.
 
 import asyncio
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +32,7 @@ from typing import Any, NoReturn
 
 from common.admission import Admission, WindowedFifo
 from common.errors import UserError
+from common.lease import Batch, FinishedGroup, Lease, LeaseReply, RenewReply, SubmitReply
 from common.ledger import GroupState, Ledger
 from common.weight_store import Snapshot, WeightStore
 
@@ -47,69 +48,6 @@ _TALLIES = (
     "wasted_groups",
     "completions",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """One prompt handed to one actor: `cursor` finds the prompt, no token may be older than `version`."""
-
-    number: int
-    cursor: int
-    attempt: int
-    version: int
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class LeaseReply:
-    """No leases while `closed` is false means that the worker was returned (drained) meanwhile."""
-
-    leases: list[Lease]
-    snapshot: Snapshot
-    closed: bool
-
-
-@dataclass(frozen=True, slots=True)
-class FinishedGroup:
-    """The completions of one lease: `spread` of their rewards, `oldest_version` among their tokens."""
-
-    number: int
-    attempt: int
-    payload: bytes
-    spread: float
-    oldest_version: int
-    completions: int
-
-
-@dataclass(frozen=True, slots=True)
-class SubmitReply:
-    """Numbers that were accepted, numbers that came late, and the newest weights."""
-
-    accepted: list[int]
-    late: list[int]
-    snapshot: Snapshot
-
-
-@dataclass(frozen=True, slots=True)
-class RenewReply:
-    """`lost` are no longer this worker's: it stops generating them. And the newest weights."""
-
-    lost: list[int]
-    snapshot: Snapshot
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """One step's groups by ascending number; no numbers once the buffer is closed.
-
-    `version` is the learner's version when this batch is trained: a batch sampled before it counts as published.
-    """
-
-    numbers: list[int]
-    payloads: list[bytes]
-    version: int
-    staleness: list[int]
-    waited_s: float
 
 
 @dataclass(slots=True)
@@ -176,6 +114,7 @@ class ReplayBuffer:
         self._closed = False
         self._tally: Counter[str] = Counter()
         self._last_staleness: list[int] = []
+        self._generated: defaultdict[str, float] = defaultdict(float)
         self._lease_waits = _Waits(clock)
         self._sample_waits = _Waits(clock)
         # Binds to the loop at its first wait: it may be made here although Ray builds an actor outside its loop.
@@ -297,7 +236,9 @@ class ReplayBuffer:
             for number in numbers:
                 self._ledger.sample(number)
             self._last_staleness = staleness or self._last_staleness  # a closing batch says nothing
-            return Batch(numbers, [group.payload for group in groups], version, staleness, self._clock() - started)
+            payloads = [group.payload for group in groups]
+            waited = self._clock() - started
+            return Batch(numbers, payloads, version, staleness, waited, self._take_generated())
 
     async def publish(
         self, snapshot: Snapshot, trained: Sequence[int], discarded: Mapping[int, str] | None = None
@@ -392,10 +333,17 @@ class ReplayBuffer:
     def _accept(self, group: FinishedGroup) -> None:
         self._ledger.finish(group.number)
         self._tally["completions"] += group.completions
+        for name, value in (("groups", 1.0), ("reward", group.reward), ("nfe", group.nfe)):
+            self._generated[name] += value
         if self._drop_no_spread and group.spread == 0:
             self._ledger.discard(group.number, reason=NO_SPREAD)
         else:
             self._held[group.number] = group
+
+    def _take_generated(self) -> dict[str, float]:
+        sums, self._generated = self._generated, defaultdict(float)
+        groups = max(1.0, sums["groups"])
+        return {"groups": sums["groups"], "reward": sums["reward"] / groups, "nfe": sums["nfe"] / groups}
 
     def _selectable(self) -> list[int]:
         return self._admission.select(self._ledger.numbers(GroupState.FINISHED), self._ledger.head())

@@ -37,4 +37,4 @@ def load_flat(module: nn.Module, flat: np.ndarray) -> None:
 
 def digest(flat: np.ndarray) -> str:
     """128-bit xxh3 of the bytes; a guard against corruption, not against an attacker."""
-    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(flat))
+    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(flat).data)

@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 GAUGE_SECONDS = 2.0
 FLEET_STOP_SECONDS = 10.0
+# Where cores are shared, OpenMP threads that spin while they wait slowed the warm start 15-fold (measured).
+PATIENT_THREADS = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
 # buffer gauge -> catalogue name
 BUFFER_METRICS = {
     "tickets": "replay_tickets",
@@ -136,7 +138,12 @@ class Controller:
             await self._tell("metrics", {"address": self._exporter.address})
         learner: Any = (
             ray.remote(LearnerActor)
-            .options(num_cpus=config.learner.cpus, num_gpus=config.learner.gpus, name="learner")
+            .options(
+                num_cpus=config.learner.cpus,
+                num_gpus=config.learner.gpus,
+                name="learner",
+                runtime_env=PATIENT_THREADS,
+            )
             .remote(
                 config=config,
                 directory=self._directory.path,

@@ -82,9 +82,8 @@ class Display:
 
 def _step_note(values: dict[str, float]) -> str:
     parts = [
-        f"reward {values['rollout_reward']:.3f}",
-        f"with cost {values['rollout_reward_costed']:.3f}",
-        f"NFE {values['rollout_nfe']:.2f}",
+        f"reward {values['rollout_generated_reward']:.3f}",
+        f"NFE {values['rollout_generated_nfe']:.2f}",
         f"gamma {values['threshold_gamma']:.3g}",
         f"staleness {values['replay_staleness_mean']:.1f}",
     ]

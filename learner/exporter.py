@@ -27,7 +27,8 @@ class Exporter(Collector):
             self._server, self._thread = start_http_server(port, host, registry=self._registry)
         except OSError as error:
             raise UserError(
-                f"metrics endpoint {host}:{port} cannot be opened ({error.strerror}); set metrics.port=0 for a free port"
+                f"metrics endpoint {host}:{port} cannot be opened ({error.strerror}); "
+                "set metrics.port=0 for a free port"
             ) from error
         self.address = f"{host}:{self._server.server_port}"
 

@@ -1,4 +1,4 @@
-"""Final evaluation: policies measured on the same held-out prompts, as Ray tasks side by side, and the results table."""
+"""Final evaluation: policies on the same held-out prompts, as Ray tasks side by side, and the results table."""
 
 import asyncio
 from collections.abc import Callable, Mapping

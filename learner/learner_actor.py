@@ -16,8 +16,8 @@ import torch
 
 from actors.evaluation import Evaluator, Setting
 from common.config import Config
+from common.lease import Batch as Sampled
 from common.policy import Policy, open_policy
-from common.replay_buffer import Batch as Sampled
 from common.tasks import build_task
 from common.trajectory import decode_group
 from common.weight_store import Snapshot
@@ -80,6 +80,7 @@ class LearnerActor:
             metrics = learner.step(batch, version=sampled.version)
             version = sampled.version + 1
             self._publish(buffer, version, sampled.numbers)
+            metrics |= {f"rollout_generated_{name}": value for name, value in sampled.generated.items()}
             metrics["learner_step_seconds"] = time.monotonic() - started
             metrics["learner_learning_rate"] = float(learner.scheduler.get_last_lr()[0])
             metrics |= self._measure_drift(step)

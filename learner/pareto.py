@@ -1,4 +1,4 @@
-"""Pareto plot: accuracy against NFE of some policies, with the frontier's points joined and learned thresholds marked."""
+"""Pareto plot: accuracy against NFE of some policies, the frontier joined, learned thresholds marked."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,0 +1,77 @@
+"""Lease: one prompt handed to one actor, and the messages about it between actors, replay buffer and learner."""
+
+from dataclasses import dataclass
+
+from common.weight_store import Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """One prompt handed to one actor: `cursor` finds the prompt, no token may be older than `version`."""
+
+    number: int
+    cursor: int
+    attempt: int
+    version: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseReply:
+    """No leases while `closed` is false means that the worker was returned (drained) meanwhile."""
+
+    leases: list[Lease]
+    snapshot: Snapshot
+    closed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedGroup:
+    """The completions of one lease: `spread` of their costed rewards, `oldest_version` among their tokens.
+
+    `reward` (without cost) and `nfe` are means over the completions.
+    """
+
+    number: int
+    attempt: int
+    payload: bytes
+    spread: float
+    oldest_version: int
+    completions: int
+    reward: float = 0.0
+    nfe: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SubmitReply:
+    """Numbers that were accepted, numbers that came late, and the newest weights."""
+
+    accepted: list[int]
+    late: list[int]
+    snapshot: Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class RenewReply:
+    """`lost` are no longer this worker's: it stops generating them. And the newest weights."""
+
+    lost: list[int]
+    snapshot: Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's groups by ascending number; no numbers once the buffer is closed.
+
+    `generated` are the means over all groups accepted since the last batch, those discarded for lack of spread
+    included: a batch alone looks harder than the prompts are.
+
+    `version` is the learner's version when this batch is trained: a batch sampled before it counts as published.
+    """
+
+    numbers: list[int]
+    payloads: list[bytes]
+    version: int
+    staleness: list[int]
+    waited_s: float
+    generated: dict[str, float]
