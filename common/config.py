@@ -8,6 +8,7 @@
 """
 
 import difflib
+import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -25,7 +26,7 @@ from common.tasks.sudoku import SudokuConfig
 
 Increasing = Annotated[tuple[float, ...], Field(min_length=1)]
 TaskConfig = Annotated[SudokuConfig | CountdownConfig, Field(discriminator="name")]
-DTYPES = Literal["float32", "bfloat16", "float64"]
+IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of a submitted job
 
 
 class ModelConfig(Section):
@@ -287,7 +288,8 @@ class RunConfig(Section):
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
     """Run id: also the Ray namespace and the directory below `root`."""
     root: str = "runs"
-    """Directory that holds run directories."""
+    """Directory that holds run directories; inside a submitted Ray job a relative one is taken from the home
+    directory, since Ray deletes the job's own working directory."""
     seed: int = Field(default=0, ge=0)
     """Seed of everything drawn in the run (the task's split has its own)."""
     deterministic: bool | None = None
@@ -335,7 +337,10 @@ class Config(Section):
     @property
     def run_directory(self) -> Path:
         """Directory of this run."""
-        return Path(self.run.root) / self.run.name
+        root = Path(self.run.root)
+        if IN_RAY_JOB in os.environ:
+            root = Path.home() / root  # an absolute root stays as it is
+        return root / self.run.name
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

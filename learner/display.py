@@ -1,12 +1,13 @@
 """Display: what a person sees of a run. A progress bar on a terminal, plain lines elsewhere."""
 
+import time
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-PLAIN_LINES = 20  # per phase, where there is no terminal to redraw
+PLAIN_SECONDS = 10.0  # between lines, where there is no terminal to redraw
 
 
 class Display:
@@ -26,6 +27,7 @@ class Display:
             disable=not self.console.is_terminal,
         )
         self._bars: dict[str, Any] = {}
+        self._printed = 0.0
 
     def __enter__(self) -> "Display":
         self._progress.start()
@@ -50,9 +52,10 @@ class Display:
     def _advance(self, kind: str, done: float, note: str) -> None:
         total = self._totals[kind]
         if not self.console.is_terminal:
-            every = max(1, total // PLAIN_LINES)
-            if done % every == 0 or done in (1, total):
-                self.console.print(f"{kind} {done:.0f}/{total}: {note}")
+            now = time.monotonic()
+            if now - self._printed >= PLAIN_SECONDS or done in (1, total):
+                self._printed = now
+                self.console.print(f"{kind.replace('_', ' ')} {done:.0f}/{total}: {note}")
             return
         if kind not in self._bars:
             self._bars[kind] = self._progress.add_task(kind.replace("_", " "), total=total, note="")

@@ -147,7 +147,7 @@ def warm_start(
     policy.train()
     for step in range(settings.steps):
         prompt, completion = _stack([next(stream) for _ in range(settings.batch_size)], policy.vocabulary.pad_id)
-        t = torch.rand(len(prompt), generator=generator).clamp(min=SMALLEST_T)
+        t = stratified(len(prompt), generator)
         noise = torch.rand(completion.shape, generator=generator)
         with autocast(device, enabled=settings.autocast):
             loss = masked_diffusion_loss(
@@ -175,6 +175,12 @@ def supervised(config: Config, task: Task, folder: Path, report: Callable[[int, 
     folder.mkdir(parents=True, exist_ok=True)
     policy.save(folder)
     return policy
+
+
+def stratified(count: int, generator: torch.Generator) -> Tensor:
+    """`count` masking probabilities, each uniform on (0, 1] and together evenly spread *(ours; less variance)*."""
+    strata = torch.arange(count) + torch.rand(count, generator=generator)
+    return (strata / count).clamp(min=SMALLEST_T)
 
 
 def _rate(step: int, settings: WarmStartConfig) -> float:

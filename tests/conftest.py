@@ -32,7 +32,7 @@ def make_policy() -> Callable[..., Policy]:
                 else:
                     parameter.copy_((1.0 if "embed" in name else 0.5) * noise)
             weight = policy.head.linear.weight
-            weight.copy_(torch.randn(weight.shape, generator=generator))
+            weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
         return policy.double() if double else policy
 
     return make
