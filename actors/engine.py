@@ -11,6 +11,7 @@
   each token carries the version that revealed it.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ from common.keyed_random import GAMMA_STREAM, uniform
 from common.policy import Policy
 from common.trajectory import NOT_DRAWN, Completion
 from common.weights import load_flat
+
+MODES = {"sample": 1, "mean": 2}  # how a row takes its threshold from the policy; 0: it was given
+SMALLEST_TEMPERATURE = 1e-3  # below, tempered logits overflow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +71,7 @@ class DenoisingEngine:
         self.policy = policy
         self.version = 0
         self.slots = slots
+        self._rule_name = rule
         self._rule = REVEAL_RULES[rule]
         self._width = max_prompt_tokens
         self._length = completion_tokens
@@ -125,14 +130,31 @@ class DenoisingEngine:
                 f"prompt of {len(request.prompt_ids)} tokens; it must have 1 to {self._width} "
                 "(sampler.max_prompt_tokens)"
             )
-        if request.temperature < 0:
-            raise UserError(f"temperature={request.temperature} is negative; use 0 for argmax or a positive value")
+        if request.temperature != 0 and not SMALLEST_TEMPERATURE <= request.temperature < math.inf:
+            raise UserError(
+                f"temperature={request.temperature}; use 0 for argmax or a value from {SMALLEST_TEMPERATURE} on"
+            )
+        self._check_threshold(request.threshold)
         self._submitted += 1
         self._waiting.append((self._submitted, request))
         return self._submitted
 
+    def _check_threshold(self, threshold: float | str) -> None:
+        if isinstance(threshold, str):
+            if threshold not in MODES or self._rule_name != "entropy_bound":
+                raise UserError(
+                    f"threshold={threshold!r} under the rule {self._rule_name}; give a number, or with entropy_bound "
+                    f"one of {', '.join(MODES)}"
+                )
+            return
+        smallest = 1 if self._rule_name == "top_k" else 0
+        if not smallest <= threshold < math.inf:
+            raise UserError(f"threshold={threshold} under the rule {self._rule_name}; give a number >= {smallest}")
+
     def generate(self, requests: Iterable[Request]) -> list[Completion]:
-        """All completions, in the order of the requests."""
+        """All completions, in the order of the requests; for an engine that has nothing else to do."""
+        if not self.idle:
+            raise RuntimeError(f"generate() on an engine with {self.load} rows of other requests; step() it to its end")
         handles = [self.submit(request) for request in requests]
         finished: dict[int, Completion] = {}
         while not self.idle:
@@ -209,7 +231,7 @@ class DenoisingEngine:
             (self._temperature, request.temperature),
             (self._parameter_logprob, 0.0),
             (self._leader, leader),
-            (self._mode, {"sample": 1, "mean": 2}.get(str(request.threshold), 0)),
+            (self._mode, MODES.get(str(request.threshold), 0)),
             (self._parameter, 0.0 if isinstance(request.threshold, str) else request.threshold),
         ):
             state[slot] = value

@@ -1,7 +1,8 @@
 """Frontier: accuracy against NFE, and the area under it.
 
 Definition: the points of one fixed grid of gammas under greedy entropy-bound sampling, ordered by mean NFE, joined by
-straight lines over log2(NFE), and held constant beyond the first and last point. The area is the mean of that curve
+straight lines over log2(NFE), and held constant beyond the first and last point; of points with equal NFE the most
+accurate counts. The area is the mean of that curve
 over `nfe_range` on the log2 axis, so it is an accuracy; the gain of one policy over another is the difference of two
 areas on the same prompts. *(ours)*
 """
@@ -32,12 +33,15 @@ def frontier_area(nfe: ArrayLike, accuracy: ArrayLike, nfe_range: tuple[float, f
     """Mean accuracy over log2(NFE) in a range.
 
     Args:
-        nfe: mean NFE of each point, ascending.
+        nfe: mean NFE of each point, in any order.
         accuracy: accuracy of each point.
         nfe_range: lowest and highest NFE.
     """
+    cost, first = np.unique(np.asarray(nfe, dtype=float), return_inverse=True)
+    best = np.full(cost.shape, -np.inf)
+    np.maximum.at(best, first, np.asarray(accuracy, dtype=float))
     axis = np.linspace(np.log2(nfe_range[0]), np.log2(nfe_range[1]), SAMPLES)
-    return float(np.interp(axis, np.log2(np.asarray(nfe)), np.asarray(accuracy)).mean())
+    return float(np.interp(axis, np.log2(cost), best).mean())
 
 
 def area(points: Sequence[Point], nfe_range: tuple[float, float]) -> float:
@@ -64,9 +68,8 @@ def gain(
         areas = []
         for points in (old, new):
             nfes = np.array([p.nfe[rows].mean() for p in points])
-            order = nfes.argsort(kind="stable")
             values = np.array([p.correct[rows].mean() for p in points])
-            areas.append(frontier_area(nfes[order], values[order], nfe_range))
+            areas.append(frontier_area(nfes, values, nfe_range))
         draws.append(areas[1] - areas[0])
     low, high = np.percentile(draws, [2.5, 97.5])
     return observed, float(low), float(high)

@@ -63,7 +63,7 @@ class WarmStartConfig(Section):
     """Optimizer steps; 0 keeps the model as built."""
     batch_size: int = Field(default=128, ge=1)
     """Demonstrations per step."""
-    learning_rate: float = Field(default=2e-3, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0)
     """Peak learning rate; linear warm-up over 5 % of the steps, then cosine to a tenth."""
     weight_decay: float = Field(default=0.01, ge=0)
     """AdamW weight decay."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -153,16 +153,26 @@ def load_policy(path: str | Path, config: ModelConfig, threshold: ThresholdConfi
     folder = _folder(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+        read_vocabulary(tokenizer, AutoConfig.from_pretrained(folder, local_files_only=True))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+        )
+        model, info = loaded
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise UserError(
+                f"model {folder}: {len(missing)} parameters are not in its weights, e.g. {missing[0]}; "
+                "config.json and the weights must belong together"
+            )
+        model.config.is_causal = False
+        model.set_attn_implementation(config.attention)
+        if (folder / THRESHOLD_CONFIG).is_file():
+            threshold = ThresholdConfig.model_validate_json((folder / THRESHOLD_CONFIG).read_bytes())
+        head = build_threshold_head(model.config.hidden_size, threshold)
+        if (folder / THRESHOLD_WEIGHTS).is_file():
+            head.load_state_dict(load_file(folder / THRESHOLD_WEIGHTS))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model {folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    model.config.is_causal = False
-    model.set_attn_implementation(config.attention)
-    if (folder / THRESHOLD_CONFIG).is_file():
-        threshold = _read_threshold(folder)
-    head = build_threshold_head(model.config.hidden_size, threshold)
-    if (folder / THRESHOLD_WEIGHTS).is_file():
-        head.load_state_dict(load_file(folder / THRESHOLD_WEIGHTS))
     return Policy(model, head, tokenizer).to(config.device).eval()
 
 
@@ -210,18 +220,13 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
     if mask in (pad, eos):
         which = "PAD" if mask == pad else "EOS"
         raise UserError(f"MASK and {which} are both id {mask}; padding would be denoised: give them different tokens")
-    for name, token in (("MASK", mask), ("EOS", eos), ("PAD", pad)):
+    declared = getattr(config, "eos_token_id", None)
+    stops = {eos, *(declared if isinstance(declared, list) else [] if declared is None else [declared])}
+    if mask in stops:
+        raise UserError(f"MASK id {mask} is among the model's eos_token_id {declared}; every row would end at once")
+    for name, token in (("MASK", mask), ("PAD", pad), *(("EOS", stop) for stop in sorted(stops))):
         if not 0 <= token < config.vocab_size:
             raise UserError(
                 f"{name} id {token} is outside the model's vocabulary of {config.vocab_size}; use a matching tokenizer"
             )
-    declared = getattr(config, "eos_token_id", None)
-    extra = declared if isinstance(declared, list) else [] if declared is None else [declared]
-    return Vocabulary(mask_id=mask, pad_id=pad, eos_id=eos, stop_ids=tuple(sorted({eos, *extra})))
-
-
-def _read_threshold(folder: Path) -> ThresholdConfig:
-    try:
-        return ThresholdConfig.model_validate_json((folder / THRESHOLD_CONFIG).read_text())
-    except ValidationError as error:
-        raise UserError(f"{folder / THRESHOLD_CONFIG} is not a threshold head's description: {error}") from error
+    return Vocabulary(mask_id=mask, pad_id=pad, eos_id=eos, stop_ids=tuple(sorted(stops)))

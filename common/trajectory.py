@@ -102,9 +102,10 @@ def decode_group(payload: bytes) -> pa.Table:
     """
     try:
         table = pa.ipc.open_stream(payload).read_all()
-    except pa.ArrowInvalid as error:
-        raise RunError(f"a group's payload of {len(payload)} bytes is not an Arrow stream: {error}") from error
-    found = (table.schema.metadata or {}).get(b"diffpo.trajectory", b"none").decode()
+        table.validate(full=True)  # flipped bytes can decode and then crash whoever reads them
+        found = (table.schema.metadata or {}).get(b"diffpo.trajectory", b"none").decode()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise RunError(f"a group's payload of {len(payload)} bytes is not a sound Arrow stream: {error}") from error
     if found != SCHEMA_VERSION:
         raise RunError(
             f"trajectory schema version {found}, this code reads {SCHEMA_VERSION}; use the code that wrote it"

@@ -67,10 +67,11 @@ def sft(config: ConfigFile = None, overrides: Overrides = None, dry_run: DryRun 
     """
     loaded = _load(config, overrides, dry_run)
     from learner.preflight import preflight
+    from learner.run_directory import RunDirectory
 
+    RunDirectory.check_free(loaded.run_directory)
     task = preflight(loaded)
     from learner.display import Display
-    from learner.run_directory import RunDirectory
     from learner.warm_start import supervised
 
     directory = RunDirectory.create(loaded)

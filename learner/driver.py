@@ -9,6 +9,7 @@
 import logging
 import os
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from learner.run_directory import RunDirectory
 log = logging.getLogger(__name__)
 
 CONTROLLER = "controller"
+PROBE_SECONDS = 5.0
 
 
 def train(config: Config, show: Callable[[str, dict[str, Any]], None]) -> dict[str, Any]:
@@ -41,6 +43,7 @@ def train(config: Config, show: Callable[[str, dict[str, Any]], None]) -> dict[s
         UserError: when something the user gave is wrong.
         RunError: when the run failed; the cause is the message.
     """
+    RunDirectory.check_free(config.run_directory)
     preflight(config)
     _connect(config)
     try:
@@ -54,6 +57,7 @@ def _connect(config: Config) -> None:
     address = config.run.ray_address or os.environ.get("RAY_ADDRESS") or "local"
     local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:
+        _probe(address)
         ray.init(
             address=address,
             namespace=config.run.name,
@@ -75,6 +79,13 @@ def _connect(config: Config) -> None:
             f"rollout.actors={config.rollout.actors} x {config.rollout.cpus:g} CPUs + learner {config.learner.cpus:g} "
             f"exceed this machine's {available:g} CPUs; lower rollout.actors, or rollout.cpus to share cores"
         )
+
+
+def _probe(address: str) -> None:
+    """Open a connection to `host:port`: Ray itself tries for minutes where nothing listens (measured)."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=PROBE_SECONDS).close()
 
 
 def _follow(config: Config, directory: Path, show: Callable[[str, dict[str, Any]], None]) -> dict[str, Any]:

@@ -29,6 +29,19 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
 
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """Refuse a run directory that exists.
+
+        Raises:
+            UserError: naming a free name.
+        """
+        if path.exists():
+            raise UserError(
+                f"run directory {path} exists; choose another run.name (run.name={_next_name(path)} is free), "
+                "or move it away"
+            )
+
     @classmethod
     def create(cls, config: Config) -> "RunDirectory":
         """Make the directory and write the configuration.
@@ -37,13 +50,9 @@ class RunDirectory:
             UserError: when it exists or cannot be made.
         """
         path = config.run_directory
+        cls.check_free(path)
         try:
             path.mkdir(parents=True)
-        except FileExistsError:
-            raise UserError(
-                f"run directory {path} exists; choose another run.name (run.name={_next_name(path)} is free), "
-                "or move it away"
-            ) from None
         except OSError as error:
             raise UserError(f"run directory {path} cannot be made: {error}; choose another run.root") from error
         directory = cls(path)

@@ -1,4 +1,4 @@
-"""Textbook sampler for ONE sequence: slow, no batching, no tensors beyond the model's own forward. The engine must agree.
+"""Textbook sampler for ONE sequence: slow, no batching, no tensors beyond the model's forward. The engine must agree.
 
 Sources: semi-autoregressive blocks and the fixed number per step, LLaDA (arXiv 2502.09992); the confidence rule,
 Fast-dLLM (arXiv 2505.22618); the entropy-bounded rule, EB-Sampler (arXiv 2505.24857). Reveal rules look at untempered

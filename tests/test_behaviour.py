@@ -14,8 +14,8 @@ from common.keyed_random import uniform
 
 TEMPERATURES = [0.3, 0.7, 1.0, 2.5]
 MASK = 5
-# Open interval: the smallest and largest numbers that `uniform` can return, and ordinary ones.
-EDGES = [2.0**-53, 1 - 2.0**-53, 0.5]
+# The smallest and largest numbers that `uniform` can return, what rounding may make of them, and an ordinary one.
+EDGES = [0.0, 2.0**-53, 1 - 2.0**-53, 1.0, 0.5]
 
 
 def random_logits(rows: int, vocabulary: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -89,6 +89,12 @@ def test_a_draw_is_the_inverse_cdf_by_loop(logits: list[float], u: float, mask: 
         return  # rounding may decide either way
     drawn = draw(reveal_log_probs(torch.tensor([logits], dtype=torch.float64), mask), torch.tensor([u]).double())
     assert drawn.tolist() == [inverse_cdf(probabilities, u)]
+
+
+@pytest.mark.parametrize(("u", "expected"), [(0.0, 1), (0.25, 1), (0.5, 3), (0.75, 3), (1.0, 3)])
+def test_a_draw_on_an_edge_goes_to_the_next_id_with_mass(u: float, expected: int) -> None:
+    log_probs = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]], dtype=torch.float64).log()
+    assert draw(log_probs, torch.tensor([u], dtype=torch.float64)).tolist() == [expected]
 
 
 @settings(max_examples=150, deadline=None)

@@ -352,7 +352,7 @@ def test_a_stop_token_at_the_front_ends_the_row_at_once(make_policy: Callable[..
     [
         ({"prompt_ids": ()}, "prompt of 0 tokens; it must have 1 to 12"),
         ({"prompt_ids": (5,) * 13}, "prompt of 13 tokens; it must have 1 to 12"),
-        ({"temperature": -0.5}, "temperature=-0.5 is negative"),
+        ({"temperature": -0.5}, "temperature=-0.5; use 0 for argmax"),
     ],
 )
 def test_a_request_that_cannot_be_served_is_refused(policy: Policy, changes: dict[str, object], words: str) -> None:

@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from learner_fixtures import (
@@ -21,7 +22,8 @@ import learner.learner as module
 from common.errors import RunError
 from common.metrics import CATALOGUE, split_labels
 from common.policy import Policy
-from learner.batch import Batch
+from common.trajectory import Completion, decode_group, encode_group
+from learner.batch import Batch, build_batch
 from learner.learner import Learner
 from learner.surrogate import draw_taus, surrogate_log_probs
 
@@ -60,11 +62,64 @@ def gradients(learner: Learner) -> np.ndarray:
     return torch.cat([g.flatten() for g in found if g is not None]).numpy()
 
 
+def hand_made(prompt: list[int], rows: list[tuple[list[int], list[int]]]) -> pa.Table:
+    """A group's table from (ids, token versions) per completion; everything else counts up."""
+    completions = [
+        Completion(
+            prompt_ids=np.array(prompt, dtype=np.int32),
+            completion_ids=np.array(ids, dtype=np.int32),
+            reveal_step=np.arange(1, len(ids) + 1, dtype=np.int16),
+            behaviour_logprob=-np.arange(len(ids), dtype=np.float32),
+            entropy=np.arange(len(ids), dtype=np.float32),
+            token_version=np.array(versions, dtype=np.int32),
+            gamma=0.5 + index,
+            gamma_logprob=-0.5 - index,
+            nfe=len(ids) + index,
+            finish_reason="length",
+            seed=100 + index,
+            temperature=1.0 + index,
+        )
+        for index, (ids, versions) in enumerate(rows)
+    ]
+    shared = {"group_id": 1, "task": "t", "reveal_rule": "entropy_bound", "block_length": 4, "cache": "none"}
+    shared |= {"attempt": 1, "worker": "w", "model_digest": ""}
+    scores = [{"reward": 0.25 * index} for index in range(len(rows))]
+    return decode_group(encode_group(completions, shared, scores))
+
+
+EOS = 1
+
+
+def test_what_is_scored_is_drawn_and_not_behind_the_first_stop_token(policy: Policy) -> None:
+    tables = [
+        hand_made([4, 5, 6], [([4, EOS, 5, EOS], [0, 0, 0, -1]), ([4, 5, 6, 7], [0, -1, 2, 3])]),
+        hand_made([7], [([EOS, 4, 4, 4], [1, 1, 1, 1]), ([4, 4, 4, EOS], [1, 1, 1, 1]), ([4, 4, EOS, EOS], [1] * 4)]),
+    ]
+    batch = build_batch(tables, policy.vocabulary, width=None, device=torch.device("cpu"))
+    assert batch.scored.int().tolist() == [[1, 1, 0, 0], [1, 0, 1, 1], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]]
+    assert batch.group.tolist() == [0, 0, 1, 1, 1]
+    assert batch.prompts.tolist() == [[4, 5, 6], [0, 0, 7]]
+    assert batch.attended.tolist() == [[True] * 3, [False, False, True]]
+    assert batch.reveal_step.tolist() == [[1, 2, 3, 4]] * 5
+    assert batch.behaviour_logprob.tolist() == [[0.0, -1.0, -2.0, -3.0]] * 5
+    assert batch.nfe.tolist() == [4, 5, 4, 5, 6]
+    assert batch.gamma.tolist() == [0.5, 1.5, 0.5, 1.5, 2.5]
+    assert batch.gamma_logprob.tolist() == [-0.5, -1.5, -0.5, -1.5, -2.5]
+    assert batch.seed.tolist() == [100, 101, 100, 101, 102]
+    assert batch.temperature.tolist() == [1.0, 2.0, 1.0, 2.0, 3.0]
+    assert batch.reward.tolist() == [0.0, 0.25, 0.0, 0.25, 0.5]
+
+    wider = build_batch(tables, policy.vocabulary, width=5, device=torch.device("cpu"))
+    assert wider.prompts.tolist() == [[0, 0, 4, 5, 6], [0, 0, 0, 0, 7]]
+    some = batch.select(torch.tensor([2, 4]))
+    assert some.prompts.tolist() == [[0, 0, 7]]
+    assert some.group.tolist() == [0, 0]
+    assert some.seed.tolist() == [100, 102]
+
+
 @pytest.mark.parametrize("passes", [1, 2, 99])
-def test_a_step_raises_what_earned_more_and_lowers_what_earned_less(
-    policy: Policy, batch: Batch, passes: int
-) -> None:
-    good = torch.tensor([1, 0, 0, 0] + [0, 1, 0, 0, 0, 0] + [0, 0, 1])
+def test_a_step_raises_what_earned_more_and_lowers_what_earned_less(policy: Policy, batch: Batch, passes: int) -> None:
+    good = torch.tensor([1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1])  # groups of 4, 6 and 3
     config = learner_config(surrogate_passes=passes, tau_law="distinct", learning_rate=1e-4, train="model")
     before = scored_log_probs(policy, batch)
     Learner(policy, config).step(with_reward(batch, good), version=0)
@@ -176,11 +231,32 @@ def test_proximal_scores_are_those_of_the_weights_before_the_first_update(
         assert update == 0 or (ratio - 1).abs().max() > 1e-3
 
 
+def test_one_tau_per_update_scores_proximal_current_and_reference(
+    policy: Policy, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, list[list[int]]]] = []
+
+    def spy(scored: Policy, part: Batch, taus: Tensor, **rest: bool) -> object:
+        kind = "reference" if scored is not policy else "current" if torch.is_grad_enabled() else "proximal"
+        seen.append((kind, taus.tolist()))
+        return surrogate_log_probs(scored, part, taus, **rest)
+
+    monkeypatch.setattr(module, "surrogate_log_probs", spy)
+    config = learner_config(train="model", inner_updates=3, kl_beta=0.1, surrogate_passes=3, tau_law="distinct")
+    Learner(policy, config).step(batch, version=0)
+    expected = [
+        draw_taus(batch.seed, batch.nfe, passes=3, law="distinct", update=update).tolist() for update in range(3)
+    ]
+    assert [taus for kind, taus in seen if kind == "proximal"] == expected[1:]
+    assert [taus for kind, taus in seen if kind == "current"] == expected
+    assert [taus for kind, taus in seen if kind == "reference"] == expected
+
+
 @pytest.mark.parametrize("clip", [0.01, 0.9])
 def test_a_second_update_has_the_gradient_of_the_clipped_formula(
     original: Policy, policy: Policy, batch: Batch, clip: float
 ) -> None:
-    """Current from the weights after one update, proximal and weight from those before it; in the middle of the clip."""
+    """Current from the weights after one update, proximal and weight from those before it."""
     config = learner_config(
         train="model", surrogate_passes=1, clip_low=clip, clip_high=clip / 2, learning_rate=3e-3, grad_clip=1e9
     )
@@ -213,6 +289,8 @@ def test_only_what_learns_changes(
     Learner(policy, config).step(batch, version=0)
     assert (parameters(policy.model) != parameters(original.model)).any() == bool(model)
     assert (parameters(policy.head) != parameters(original.head)).any() == bool(head)
+    for part, learns in ((policy.model, model), (policy.head, head)):
+        assert {parameter.requires_grad for parameter in part.parameters()} == {bool(learns)}
 
 
 @pytest.mark.parametrize("train", ["model", "threshold", "joint"])

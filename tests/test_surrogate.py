@@ -5,7 +5,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from learner_fixtures import LENGTH, PROMPTS, generate_batch, loop_log_probs, prompt_of, tiny_policy
 from torch import Tensor
@@ -92,6 +92,7 @@ def test_taus_depend_on_seed_and_update_only(law: str, passes: int) -> None:
     assert (together != other_seed).any()
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.lists(st.integers(1, 9), min_size=4, max_size=4), min_size=1, max_size=5),
     st.lists(st.integers(0, 8), max_size=4),
@@ -102,6 +103,7 @@ def test_each_token_is_scored_after_the_latest_tau_before_it(reveal: list[list[i
     assert scored_after(torch.tensor(reveal), drawn).tolist() == expected
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.lists(st.integers(1, 9), min_size=4, max_size=4), min_size=1, max_size=5),
     st.integers(0, 9),
@@ -116,9 +118,7 @@ def test_a_latent_holds_what_was_revealed_up_to_its_step(reveal: list[list[int]]
 @pytest.mark.parametrize(
     ("law", "passes"), [("paper", 1), ("paper", 2), ("distinct", 2), ("distinct", 3), ("distinct", 99)]
 )
-def test_scores_equal_a_loop_over_completions_and_latents(
-    policy: Policy, batch: Batch, law: str, passes: int
-) -> None:
+def test_scores_equal_a_loop_over_completions_and_latents(policy: Policy, batch: Batch, law: str, passes: int) -> None:
     taus = draw_taus(batch.seed, batch.nfe, passes=passes, law=law, update=0)
     with torch.no_grad():
         scores = surrogate_log_probs(policy, batch, taus)
@@ -186,9 +186,7 @@ def test_rows_are_one_per_group_and_one_per_latent_that_scores_a_token(
     taus = draw_taus(batch.seed, batch.nfe, passes=passes, law=law, update=0)
     after = scored_after(batch.reveal_step, taus)
     latents = {
-        (n, int(after[n, position]))
-        for n, position in batch.scored.nonzero().tolist()
-        if int(after[n, position]) > 0
+        (n, int(after[n, position])) for n, position in batch.scored.nonzero().tolist() if int(after[n, position]) > 0
     }
     forwarded = []
     forward = policy.hidden
