@@ -206,7 +206,7 @@ class LearnerConfig(Section):
     threshold_weight: float = Field(default=1.0, ge=0)
     """Weight of the threshold objective in joint training."""
     entropy_bonus: float = Field(default=0.01, ge=0)
-    """Weight of the threshold policy's entropy."""
+    """Weight of the threshold policy's entropy, over completions that carry an advantage."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """AdamW learning rate of the model."""
     threshold_learning_rate: float = Field(default=3e-3, gt=0)
@@ -249,11 +249,11 @@ class EvaluationConfig(Section):
     """Held-out prompts, the same for every setting, so that comparisons are paired."""
     split: Literal["validation", "test"] = "test"
     """Split that the prompts come from."""
-    gammas: tuple[float, ...] = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+    gammas: Annotated[tuple[float, ...], Field(min_length=1)] = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
     """Fixed thresholds (nats) of the entropy-bound sweep."""
-    confidences: tuple[float, ...] = (0.5, 0.7, 0.9)
+    confidences: tuple[Annotated[float, Field(le=1)], ...] = (0.5, 0.7, 0.9)
     """Thresholds of the confidence sweep."""
-    tokens_per_step: tuple[int, ...] = (1, 2, 4, 8)
+    tokens_per_step: tuple[Annotated[int, Field(ge=1)], ...] = (1, 2, 4, 8)
     """Fixed numbers of tokens per step of the top_k sweep."""
     nfe_range: tuple[float, float] = (2.0, 16.0)
     """NFE range over which the area under the frontier is taken, on a log2 axis."""
@@ -285,7 +285,7 @@ class MetricsConfig(Section):
 class RunConfig(Section):
     """Where the run lives and how it ends."""
 
-    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
+    name: str = Field(default="run", coerce_numbers_to_str=True, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
     """Run id: also the Ray namespace and the directory below `root`."""
     root: str = "runs"
     """Directory that holds run directories; inside a submitted Ray job a relative one is taken from the home
@@ -380,7 +380,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
             if not Path(path).is_file():
                 known = sorted(p.name for p in Path(path).parent.glob("*.yaml")) if Path(path).parent.is_dir() else []
                 raise UserError(f"config {path}: no such file; in that folder: {', '.join(known) or 'no YAML files'}")
-            tree = OmegaConf.load(path)
+            tree = _read(path)
         for item in overrides or []:
             if "=" not in item or item.startswith(("=", "-")):
                 raise UserError(f"override {item!r} is not of the form key.sub=value, e.g. learner.steps=20")
@@ -388,14 +388,21 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
         data = OmegaConf.to_container(tree, resolve=True)
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"config {path or ''} {overrides or ''}: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise UserError(
-            f"config {path}: the top level must be a mapping of sections ({', '.join(Config.model_fields)})"
-        )
     return parse_config(data)
 
 
-def parse_config(data: dict[Any, Any]) -> Config:
+def _read(path: str | Path) -> Any:
+    sections = ", ".join(Config.model_fields)
+    try:
+        tree = OmegaConf.load(path)
+    except OSError as error:  # omegaconf's error for a scalar, and the system's
+        raise UserError(f"config {path}: {error}; the top level must be a mapping of sections ({sections})") from error
+    if not OmegaConf.is_dict(tree):
+        raise UserError(f"config {path}: the top level must be a mapping of sections ({sections})")
+    return tree
+
+
+def parse_config(data: Any) -> Config:
     """Validate a plain mapping; mistakes become one `UserError` line each."""
     try:
         return Config.model_validate(data)

@@ -24,12 +24,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from common.config import Config, ModelConfig, ThresholdConfig
 from common.errors import UserError
 from common.tasks import Task
 from common.threshold import ThresholdHead, build_threshold_head
 from common.tokenizer import character_tokenizer
+
+transformers_logging.disable_progress_bar()  # the command line draws its own
 
 THRESHOLD_WEIGHTS = "threshold.safetensors"
 THRESHOLD_CONFIG = "threshold.json"

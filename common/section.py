@@ -10,4 +10,6 @@ from pydantic import BaseModel, ConfigDict
 class Section(BaseModel):
     """One named group of configuration keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )

@@ -19,8 +19,9 @@ LEARNER_STATE = "learner_state.pt"
 
 def write_checkpoint(learner: Learner, folder: Path, *, version: int) -> Path:
     """Write a complete checkpoint to `folder` (replacing an incomplete one)."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = folder.with_name(f"partial-{folder.name}")
+    for unfinished in (partial, folder):
+        shutil.rmtree(unfinished, ignore_errors=True)
     partial.mkdir(parents=True)
     learner.policy.save(partial)
     torch.save(learner.state(), partial / LEARNER_STATE)

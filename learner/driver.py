@@ -20,6 +20,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from common.config import Config
 from common.errors import RunError, UserError
 from learner.controller import Controller
+from learner.exporter import check_port
 from learner.preflight import preflight
 from learner.run_directory import RunDirectory
 
@@ -44,6 +45,7 @@ def train(config: Config, show: Callable[[str, dict[str, Any]], None]) -> dict[s
         RunError: when the run failed; the cause is the message.
     """
     RunDirectory.check_free(config.run_directory)
+    check_port(config.metrics.host, config.metrics.port)
     preflight(config)
     _connect(config)
     try:

@@ -42,17 +42,19 @@ def evaluate_policy(
 async def evaluate_folders(
     config: Config, folders: Mapping[str, Path], progress: Callable[[], None]
 ) -> dict[str, list[Point]]:
-    """Points of each folder's policy, in parallel; `progress` is called as they arrive."""
+    """Points of each folder's policy, one Ray task for each setting; `progress` is called as they arrive."""
     rollout = config.rollout
     task: Any = ray.remote(num_cpus=rollout.cpus, num_gpus=rollout.gpus, max_retries=1)(evaluate_policy)
 
-    async def measured(folder: Path) -> list[Point]:
-        points = await task.remote(config, folder)
+    async def measured(folder: Path, setting: Setting) -> Point:
+        points = await task.remote(config, folder, threads=rollout.threads, settings=[setting])
         progress()
-        return points
+        return points[0]
 
-    found = await asyncio.gather(*(measured(folder) for folder in folders.values()))
-    return dict(zip(folders, found, strict=True))
+    settings = standard_settings(config)
+    jobs = [measured(folder, setting) for folder in folders.values() for setting in settings]
+    found = await asyncio.gather(*jobs)
+    return {name: found[i * len(settings) : (i + 1) * len(settings)] for i, name in enumerate(folders)}
 
 
 def summarise(config: Config, points: Points) -> dict[str, Any]:

@@ -6,7 +6,7 @@ One `step`: advantages -> (proximal scores) -> `inner_updates` times {surrogate,
   same numbers, so no proximal pass is made; later updates score theirs before the first one moves the weights.
 - Completions without advantage carry no gradient and are not scored (unless a KL term needs them).
 - Gradients are sums over micro-batches of whole-batch means: how a batch is cut does not change them.
-- A batch whose loss or gradient is not finite changes nothing and raises.
+- An inner update whose loss or gradient is not finite changes nothing and raises; earlier ones of its batch stay.
 """
 
 import copy
@@ -86,7 +86,7 @@ class Learner:
             Metrics of the step by catalogue name.
 
         Raises:
-            RunError: when reward, loss or gradient is not finite; weights and optimizer are as before.
+            RunError: when reward, loss or gradient is not finite; the failing update has changed nothing.
         """
         config = self.config
         if not batch.reward.isfinite().all():

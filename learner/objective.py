@@ -54,4 +54,5 @@ def kl_k3(current: Tensor, reference: Tensor) -> Tensor:
 
 def effective_sample_share(weight: Tensor) -> Tensor:
     """Effective sample size of untruncated weights over their number, in (0, 1]: `(sum w)^2 / (n sum w^2)`."""
-    return weight.sum().square() / (weight.numel() * weight.square().sum()).clamp(min=1e-12)
+    scaled = weight / weight.max().clamp(min=torch.finfo(weight.dtype).tiny)
+    return scaled.sum().square() / (weight.numel() * scaled.square().sum()).clamp(min=1.0)

@@ -1,22 +1,23 @@
 """Preflight: everything a user can have got wrong, checked before anything expensive starts."""
 
-from typing import Any
+import torch
 
 from common.config import Config
 from common.errors import UserError
+from common.policy import open_tokenizer
 from common.tasks import Task, build_task
-from learner.exporter import check_port
+from learner.demonstrations import checked_ids, read_demonstrations
 
 SAMPLED_PROMPTS = 64
 
 
 def preflight(config: Config) -> Task:
-    """Check task, data, model folder, special tokens, prompt lengths and metrics port.
+    """Check device, task, data, model folder, special tokens and lengths.
 
     Raises:
         UserError: naming the value, the limit and the way out.
     """
-    check_port(config.metrics.host, config.metrics.port)
+    check_device(config.model.device)
     task = build_task(config.task)
     chosen = config.evaluation
     if chosen.split == "test" and task.test_size is not None and chosen.prompts > task.test_size:
@@ -24,20 +25,25 @@ def preflight(config: Config) -> Task:
             f"evaluation.prompts={chosen.prompts} exceeds the {task.test_size} rows of task.file; "
             f"set evaluation.prompts={task.test_size} or less"
         )
-    if config.warm_start.file is not None:
-        from learner.warm_start import read_demonstrations
-
-        read_demonstrations(config.warm_start.file)
-    check_lengths(config, task)
+    check_texts(config, task)
     return task
 
 
-def check_lengths(config: Config, task: Task) -> None:
-    """Tokenise some prompts of every split, and demonstrations, and hold them against the limits."""
-    from common.policy import open_tokenizer  # imports transformers
+def check_device(name: str) -> None:
+    """Refuse a device that torch does not know or this machine does not have."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split(". ")[0].splitlines()[0][:160]
+        raise UserError(
+            f"model.device={name!r} cannot be used here ({reason}); use cpu, or cuda with a CUDA build"
+        ) from error
 
+
+def check_texts(config: Config, task: Task) -> None:
+    """Tokenise some prompts of every split, and demonstrations (a file's: all), and hold them against the limits."""
     tokenizer, positions = open_tokenizer(config, task)
-    sampler = config.sampler
+    sampler, file = config.sampler, config.warm_start.file
     total = sampler.max_prompt_tokens + sampler.max_completion_tokens
     if total > positions:
         raise UserError(
@@ -48,16 +54,10 @@ def check_lengths(config: Config, task: Task) -> None:
         size = task.test_size if split == "test" and task.test_size is not None else SAMPLED_PROMPTS
         for index in range(min(size, SAMPLED_PROMPTS)):
             example = task.example(split, index)
-            _check(tokenizer, example.prompt, "prompt", sampler.max_prompt_tokens, f"{split} {index}")
-            if split == "train" and config.warm_start.file is None:
+            checked_ids(tokenizer, example.prompt, "prompt", sampler, f"{split} example {index}")
+            if split == "train" and file is None:
                 text = task.demonstration(example, index)
-                _check(tokenizer, text, "completion", sampler.max_completion_tokens, f"demonstration {index}")
-
-
-def _check(tokenizer: Any, text: str, kind: str, limit: int, where: str) -> None:
-    length = len(tokenizer.encode(text, add_special_tokens=False))
-    if length > limit:
-        raise UserError(
-            f"{where}: {kind} of {length} tokens exceeds sampler.max_{kind}_tokens={limit}; raise the limit "
-            f"or use shorter {kind}s"
-        )
+                checked_ids(tokenizer, text, "completion", sampler, f"demonstration {index}")
+    for number, (prompt, completion) in enumerate(read_demonstrations(file) if file is not None else [], 1):
+        checked_ids(tokenizer, prompt, "prompt", sampler, f"{file}, demonstration {number}")
+        checked_ids(tokenizer, completion, "completion", sampler, f"{file}, demonstration {number}")

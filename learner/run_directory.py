@@ -85,7 +85,8 @@ class RunDirectory:
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        return sorted(path.parent for path in self.path.glob(f"checkpoints/step-*/{MANIFEST}"))
+        complete = [path.parent for path in self.path.glob(f"checkpoints/step-*/{MANIFEST}")]
+        return sorted(complete, key=lambda folder: int(folder.name.removeprefix("step-")))
 
     def checkpoint_path(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step-{step:06d}"

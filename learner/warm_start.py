@@ -4,12 +4,10 @@ LLaDA's objective (arXiv 2502.09992, eq. 3): t ~ U(0, 1), each completion token 
 cross-entropy of the masked ones is divided by t; the prompt is never masked. Completions are padded with EOS to L.
 """
 
-import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import nll_loss
@@ -18,85 +16,15 @@ from torch.nn.utils import clip_grad_norm_
 from common.autocast import autocast
 from common.behaviour import reveal_log_probs
 from common.config import Config, WarmStartConfig
-from common.errors import RunError, UserError
+from common.errors import RunError
 from common.keyed_random import derive
 from common.policy import Policy, open_policy
 from common.tasks.task import Task
+from learner.demonstrations import demonstrations
 
 WARMUP_SHARE = 0.05
 FINAL_RATE = 0.1
 SMALLEST_T = 1e-3  # keeps 1/t finite
-
-
-def demonstrations(config: Config, task: Task, policy: Policy) -> Iterator[tuple[list[int], list[int]]]:
-    """Endless stream of (prompt ids, completion ids padded with EOS to L): the task's, or those of a JSONL file."""
-    if config.warm_start.file is not None:
-        pairs = read_demonstrations(config.warm_start.file)
-        texts = (pairs[i] for order in _orders(len(pairs), config.run.seed) for i in order)
-    else:
-        texts = _from_task(task, config.run.seed)
-    cache: dict[str, list[int]] = {}
-    for number, (prompt, completion) in enumerate(texts, 1):
-        for text in (prompt, completion):
-            if text not in cache:
-                cache[text] = policy.encode(text)
-        ids, answer = cache[prompt], cache[completion]
-        _check_lengths(number, ids, answer, config)
-        padding = [policy.vocabulary.eos_id] * (config.sampler.max_completion_tokens - len(answer))
-        if len(cache) > 100_000:
-            cache.clear()
-        yield ids, answer + padding
-
-
-def _from_task(task: Task, seed: int) -> Iterator[tuple[str, str]]:
-    index = 0
-    while True:
-        example = task.example("train", index)
-        yield example.prompt, task.demonstration(example, derive(seed, index))
-        index += 1
-
-
-def _orders(count: int, seed: int) -> Iterator[list[int]]:
-    epoch = 0
-    while True:
-        yield np.random.default_rng([seed, epoch]).permutation(count).tolist()
-        epoch += 1
-
-
-def read_demonstrations(path: str) -> list[tuple[str, str]]:
-    """Pairs of a JSONL file with `prompt` and `completion`.
-
-    Raises:
-        UserError: naming file and line when something is missing or malformed, or when there is nothing.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"warm_start.file={path}: no such file; give a JSONL file with `prompt` and `completion`")
-    pairs = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            pairs.append((str(row["prompt"]), str(row["completion"])))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path}, line {number}: expected an object with `prompt` and `completion`, got {line[:60]!r} ({error})"
-            ) from error
-    if not pairs:
-        raise UserError(f"warm_start.file={path} holds no demonstrations; add lines or leave the key out")
-    return pairs
-
-
-def _check_lengths(number: int, prompt: list[int], completion: list[int], config: Config) -> None:
-    for name, ids, limit in (
-        ("prompt", prompt, config.sampler.max_prompt_tokens),
-        ("completion", completion, config.sampler.max_completion_tokens),
-    ):
-        if len(ids) > limit:
-            raise UserError(
-                f"demonstration {number}: {name} of {len(ids)} tokens exceeds sampler.max_{name}_tokens={limit}; "
-                "raise the limit or shorten the text"
-            )
 
 
 def masked_diffusion_loss(policy: Policy, prompt: Tensor, completion: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -138,7 +66,7 @@ def warm_start(
     settings = config.warm_start
     device = policy.device
     generator = torch.Generator().manual_seed(derive(config.run.seed, 1))
-    stream = demonstrations(config, task, policy)
+    stream = demonstrations(config, task, policy.tokenizer)
     optimizer = torch.optim.AdamW(
         policy.model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
     )
@@ -178,7 +106,7 @@ def supervised(config: Config, task: Task, folder: Path, report: Callable[[int, 
 
 
 def stratified(count: int, generator: torch.Generator) -> Tensor:
-    """`count` masking probabilities, each uniform on (0, 1] and together evenly spread *(ours; less variance)*."""
+    """`count` masking probabilities, one in each of `count` equal parts of (0, 1] *(ours: less variance)*."""
     strata = torch.arange(count) + torch.rand(count, generator=generator)
     return (strata / count).clamp(min=SMALLEST_T)
 

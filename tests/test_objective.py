@@ -168,7 +168,6 @@ def test_effective_sample_share_is_the_loops(weights: list[float]) -> None:
     assert 1 / len(weights) - 1e-9 <= found <= 1 + 1e-9
 
 
-@pytest.mark.xfail(strict=True, reason="the floor 1e-12 is absolute: a bucket of tiny weights reads as a share near 0")
 def test_effective_sample_share_does_not_depend_on_the_weights_scale() -> None:
     assert float(effective_sample_share(torch.full((8,), 1e-8, dtype=torch.float64))) == pytest.approx(1.0)
 

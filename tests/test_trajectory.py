@@ -105,5 +105,5 @@ def test_garbage_is_refused(payload: bytes) -> None:
 
 @pytest.mark.parametrize("share", [0.01, 0.2, 0.5, 0.9])
 def test_a_truncated_group_is_refused(share: float) -> None:
-    with pytest.raises(RunError, match="not an Arrow stream"):
+    with pytest.raises(RunError, match="not a sound Arrow stream"):
         decode_group(PAYLOAD[: int(share * len(PAYLOAD))])
