@@ -29,7 +29,7 @@ STOP_CODES = {"SIGINT": 130, "SIGTERM": 143}
 
 
 def _load(config: Path | None, overrides: list[str] | None, dry_run: bool) -> Any:
-    from common.config import dump_config, load_config
+    from common.config_file import dump_config, load_config
 
     loaded = load_config(config, overrides)
     if dry_run:

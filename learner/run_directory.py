@@ -17,7 +17,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from common.config import Config, dump_config
+from common.config import Config
+from common.config_file import dump_config
 from common.errors import UserError
 
 MANIFEST = "manifest.json"

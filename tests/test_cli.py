@@ -18,7 +18,8 @@ import torch
 from learner_fixtures import MODEL
 
 import learner.warm_start
-from common.config import ThresholdConfig, load_config
+from common.config import ThresholdConfig
+from common.config_file import load_config
 from common.metrics import CATALOGUE, PREFIX
 from common.policy import build_policy
 from learner.cli import main

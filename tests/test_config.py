@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from common.config import Config, dump_config, load_config, parse_config
+from common.config import Config
+from common.config_file import dump_config, load_config, parse_config
 from common.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "deploy/configs").glob("*.yaml"))

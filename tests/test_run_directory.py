@@ -7,7 +7,8 @@ import pytest
 import torch
 from learner_fixtures import MODEL, generate_batch, learner_config, parameters, tiny_policy
 
-from common.config import Config, ThresholdConfig, load_config
+from common.config import Config, ThresholdConfig
+from common.config_file import load_config
 from common.errors import UserError
 from common.policy import load_policy
 from learner.checkpoint import LEARNER_STATE, write_checkpoint

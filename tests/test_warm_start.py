@@ -10,7 +10,8 @@ import torch
 from learner_fixtures import MODEL, parameters, tiny_policy
 from torch import Tensor
 
-from common.config import Config, ThresholdConfig, load_config
+from common.config import Config, ThresholdConfig
+from common.config_file import load_config
 from common.errors import RunError, UserError
 from common.policy import Policy, build_policy
 from common.tasks import Task, build_task

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from common.config import Config, load_config
+from common.config import Config
+from common.config_file import load_config
 from common.cost import with_cost
 from learner.benchmarks import Options
 from learner.display import Display
