@@ -6,7 +6,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -37,6 +37,7 @@ class Point:
     correct: np.ndarray
     nfe: np.ndarray
     reward: np.ndarray
+    components: dict[str, np.ndarray]
     gamma: np.ndarray
 
     @property
@@ -47,8 +48,8 @@ class Point:
     def mean_nfe(self) -> float:
         return float(self.nfe.mean())
 
-    def summary(self) -> dict[str, float | str]:
-        """One row of the results table; the standard error is the binomial one."""
+    def summary(self) -> dict[str, Any]:
+        """One row of the results table; the standard error is the binomial one, `components` are d1's metrics."""
         return {
             "setting": self.setting.name,
             "rule": self.setting.rule,
@@ -57,6 +58,7 @@ class Point:
             "accuracy_se": float(np.sqrt(self.accuracy * (1 - self.accuracy) / len(self.correct))),
             "nfe": self.mean_nfe,
             "reward": float(self.reward.mean()),
+            "components": {name: float(values.mean()) for name, values in self.components.items()},
             "gamma": float(np.exp(np.log(np.maximum(self.gamma, 1e-9)).mean())),
         }
 
@@ -93,16 +95,17 @@ class Evaluator:
             )
             for index, prompt in enumerate(self._prompt_ids)
         )
-        correct, reward = [], []
+        correct, components = [], []
         for example, completion in zip(self.examples, completions, strict=True):
             text = self.policy.decode(completion.completion_ids.tolist())
             correct.append(self.task.correct(example, text))
-            reward.append(self.task.reward(self.task.rewards(example, text)))
+            components.append(self.task.rewards(example, text))
         return Point(
             setting=setting,
             correct=np.array(correct, dtype=bool),
             nfe=np.array([c.nfe for c in completions], dtype=np.int64),
-            reward=np.array(reward),
+            reward=np.array([self.task.reward(found) for found in components]),
+            components={name: np.array([found[name] for found in components]) for name in components[0]},
             gamma=np.array([c.gamma for c in completions]),
         )
 

@@ -5,7 +5,8 @@ Keys, each a mean over seeds with `_spread` (standard deviation over seeds; 0 fo
 - `minutes_to_plot`: from the driver's start to `pareto.png`, installation not included.
 - `reward_before`, `reward_after`, `nfe_before`, `nfe_after`: sampled at the training temperature with the learned
   gamma, on held-out prompts; the reward has its cost of forward passes taken off.
-- `greedy_accuracy_before`, ... : the same at temperature 0, exact-solve accuracy and NFE.
+- `accuracy_before`, ...: exact-solve accuracy of those samples.
+- `greedy_accuracy_before`, `greedy_nfe_before`, `greedy_cells_before` (d1's metric), ...: the same at temperature 0.
 - `frontier_gain`: area after minus area before (`actors.frontier`), on the same prompts.
 
 `runs` has one entry per seed. `--quick` trains 10 steps: it shows that the machinery runs, not that it learns.
@@ -71,5 +72,7 @@ def measures(config: Config, evaluation: dict[str, Any]) -> dict[str, float]:
         found[f"accuracy_{when}"] = sampled["accuracy"]
         found[f"greedy_accuracy_{when}"] = greedy["accuracy"]
         found[f"greedy_nfe_{when}"] = greedy["nfe"]
+        if "cells" in greedy["components"]:
+            found[f"greedy_cells_{when}"] = greedy["components"]["cells"]
     found["frontier_gain"] = evaluation["frontier_gain"]["gain"]
     return found
