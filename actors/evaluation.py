@@ -4,14 +4,15 @@
 - Greedy (temperature 0) settings draw nothing; sampled ones use keyed numbers.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from actors.engine import DenoisingEngine, Request
 from common.config import Config
+from common.cost import with_cost
 from common.keyed_random import derive
 from common.policy import Policy
 from common.tasks.task import Example, Split, Task
@@ -37,6 +38,7 @@ class Point:
     correct: np.ndarray
     nfe: np.ndarray
     reward: np.ndarray
+    reward_costed: np.ndarray
     components: dict[str, np.ndarray]
     gamma: np.ndarray
 
@@ -58,6 +60,7 @@ class Point:
             "accuracy_se": float(np.sqrt(self.accuracy * (1 - self.accuracy) / len(self.correct))),
             "nfe": self.mean_nfe,
             "reward": float(self.reward.mean()),
+            "reward_costed": float(self.reward_costed.mean()),
             "components": {name: float(values.mean()) for name, values in self.components.items()},
             "gamma": float(np.exp(np.log(np.maximum(self.gamma, 1e-9)).mean())),
         }
@@ -100,18 +103,24 @@ class Evaluator:
             text = self.policy.decode(completion.completion_ids.tolist())
             correct.append(self.task.correct(example, text))
             components.append(self.task.rewards(example, text))
+        reward = np.array([self.task.reward(found) for found in components])
+        nfe = np.array([c.nfe for c in completions], dtype=np.int64)
+        costed = with_cost(
+            torch.from_numpy(reward),
+            torch.from_numpy(nfe),
+            length=sampler.max_completion_tokens,
+            speed_weight=self.config.learner.speed_weight,
+            form=self.config.learner.cost,
+        )
         return Point(
             setting=setting,
             correct=np.array(correct, dtype=bool),
-            nfe=np.array([c.nfe for c in completions], dtype=np.int64),
-            reward=np.array([self.task.reward(found) for found in components]),
+            nfe=nfe,
+            reward=reward,
+            reward_costed=costed.numpy(),
             components={name: np.array([found[name] for found in components]) for name in components[0]},
             gamma=np.array([c.gamma for c in completions]),
         )
-
-    def sweep(self, settings: Iterable[Setting]) -> list[Point]:
-        """All settings, in order."""
-        return [self.measure(setting) for setting in settings]
 
 
 def standard_settings(config: Config) -> list[Setting]:

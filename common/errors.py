@@ -2,6 +2,7 @@
 
 - `UserError`: something the user gave is wrong. One line: the value, the limit, the way out. Exit code 2.
 - `RunError`: the run itself failed. One line with the cause. Exit code 1.
+- `Stopped`: a signal ended it.
 """
 
 
@@ -11,3 +12,7 @@ class UserError(Exception):
 
 class RunError(Exception):
     """A run that could not go on; shown as one line with the cause, logged with its traceback."""
+
+
+class Stopped(Exception):
+    """A signal ended the command early; its message is the signal's name. Exit code 128 + the signal's number."""

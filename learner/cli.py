@@ -6,13 +6,14 @@
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from common.errors import RunError, UserError
+from common.errors import RunError, Stopped, UserError
 
 app = typer.Typer(
     name="diffpo",
@@ -25,7 +26,6 @@ app = typer.Typer(
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file, e.g. deploy/configs/sudoku.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, e.g. learner.steps=20 run.name=try.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and end.")]
-STOP_CODES = {"SIGINT": 130, "SIGTERM": 143}
 
 
 def _load(config: Path | None, overrides: list[str] | None, dry_run: bool) -> Any:
@@ -54,7 +54,7 @@ def train(config: ConfigFile = None, overrides: Overrides = None, dry_run: DryRu
         display.console.print(
             f"stopped by {summary['stopped']} after {summary['steps']:.0f} steps; run directory {loaded.run_directory}"
         )
-        raise typer.Exit(STOP_CODES.get(summary["stopped"], 1))
+        raise Stopped(summary["stopped"])
     display.results(summary["evaluation"])
     display.console.print(f"plot: {summary['pareto']}\nrun directory: {loaded.run_directory}")
 
@@ -168,6 +168,8 @@ def main() -> None:
     except RunError as error:
         typer.echo(f"run failed: {error}", err=True)
         sys.exit(1)
+    except Stopped as stop:
+        sys.exit(128 + signal.Signals[str(stop)].value)
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         sys.exit(130)

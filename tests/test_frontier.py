@@ -17,7 +17,8 @@ RANGE = (2.0, 16.0)
 def point(nfe: list[int], correct: list[bool], gamma: float = 0.1, **keys: object) -> Point:
     setting = Setting(**({"name": "eb", "rule": "entropy_bound", "parameter": gamma, "temperature": 0.0} | keys))
     size = len(nfe)
-    return Point(setting, np.array(correct), np.array(nfe), np.array(correct, dtype=float), {}, np.full(size, gamma))
+    reward = np.array(correct, dtype=float)
+    return Point(setting, np.array(correct), np.array(nfe), reward, reward, {}, np.full(size, gamma))
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import torch
-
-from common.config import Config
 from common.config_file import load_config
-from common.cost import with_cost
+from common.errors import Stopped
 from learner.benchmarks import Options
 from learner.display import Display
 from learner.driver import train
@@ -42,8 +39,10 @@ def run(options: Options) -> dict[str, Any]:
         with Display(warm_start_steps=config.warm_start.steps, learner_steps=config.learner.steps) as display:
             summary = train(config, display.show)
         minutes = (time.monotonic() - started) / 60
+        if "stopped" in summary:
+            raise Stopped(summary["stopped"])
         display.results(summary["evaluation"])
-        runs.append({"seed": seed, "minutes_to_plot": minutes, **measures(config, summary["evaluation"])})
+        runs.append({"seed": seed, "minutes_to_plot": minutes, **measures(summary["evaluation"])})
         options.console.print(runs[-1])
     result: dict[str, Any] = {"seeds": options.seeds}
     for key in runs[0]:
@@ -54,20 +53,13 @@ def run(options: Options) -> dict[str, Any]:
     return {**result, "runs": runs}
 
 
-def measures(config: Config, evaluation: dict[str, Any]) -> dict[str, float]:
+def measures(evaluation: dict[str, Any]) -> dict[str, float]:
     """The benchmark's keys from an `evaluation.json`."""
     found: dict[str, float] = {}
     for when in ("before", "after"):
         rows = {row["setting"]: row for row in evaluation["settings"][when]}
         sampled, greedy = rows["learned, sampled"], rows["learned, greedy"]
-        costed = with_cost(
-            torch.tensor([sampled["reward"]]),
-            torch.tensor([sampled["nfe"]]),
-            length=config.sampler.max_completion_tokens,
-            speed_weight=config.learner.speed_weight,
-            form=config.learner.cost,
-        )
-        found[f"reward_{when}"] = float(costed)
+        found[f"reward_{when}"] = sampled["reward_costed"]
         found[f"nfe_{when}"] = sampled["nfe"]
         found[f"accuracy_{when}"] = sampled["accuracy"]
         found[f"greedy_accuracy_{when}"] = greedy["accuracy"]
