@@ -125,11 +125,7 @@ class DenoisingEngine:
         Raises:
             UserError: on a prompt that is empty or longer than the engine's prompt width.
         """
-        if not 0 < len(request.prompt_ids) <= self._width:
-            raise UserError(
-                f"prompt of {len(request.prompt_ids)} tokens; it must have 1 to {self._width} "
-                "(sampler.max_prompt_tokens)"
-            )
+        self.check_prompt(request.prompt_ids)
         if request.temperature != 0 and not SMALLEST_TEMPERATURE <= request.temperature < math.inf:
             raise UserError(
                 f"temperature={request.temperature}; use 0 for argmax or a value from {SMALLEST_TEMPERATURE} on"
@@ -138,6 +134,13 @@ class DenoisingEngine:
         self._submitted += 1
         self._waiting.append((self._submitted, request))
         return self._submitted
+
+    def check_prompt(self, prompt_ids: tuple[int, ...]) -> None:
+        """Raises UserError for a prompt that is empty or longer than the engine's prompt width."""
+        if not 0 < len(prompt_ids) <= self._width:
+            raise UserError(
+                f"prompt of {len(prompt_ids)} tokens; it must have 1 to {self._width} (sampler.max_prompt_tokens)"
+            )
 
     def _check_threshold(self, threshold: float | str) -> None:
         if isinstance(threshold, str):

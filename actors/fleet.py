@@ -2,7 +2,7 @@
 
 - An actor that dies (process, node) is infrastructure: its leases go back at once, a replacement starts, up to
   `rollout.max_restarts` deaths for each place.
-- An actor that raises is a defect or a mistake: its error ends the run.
+- An actor that raises, also while it starts, is a defect or a mistake: its error ends the run.
 - When the last place has no restart left, the fleet raises: a run is never left waiting for dead producers.
 """
 
@@ -12,11 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
 from actors.rollout_actor import RolloutActor
 from common.config import Config
-from common.errors import RunError
+from common.errors import RunError, one_line
+
+ANSWER_SECONDS = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +33,8 @@ class Fleet:
         self._actors: dict[str, Any] = {}
         self.restarts = 0
         self._stopping = False
+        self._forwards: dict[str, float] = {}
+        self._forwards_of_ended = 0.0
 
     async def run(self) -> None:
         """Keep every place filled until its actor ends by itself.
@@ -61,14 +65,18 @@ class Fleet:
                 await actor.run.remote()
                 return None
             except RayActorError as error:
-                cause = " ".join(str(error).split())
+                # raised inside a living actor (another actor's death), or while this one started: not this death
+                if isinstance(error, RayTaskError) or error.actor_init_failed:
+                    raise
+                cause = one_line(error)
                 log.warning("%s died: %s", name, cause)
                 if self._stopping:
                     return None
             finally:
+                self._forwards_of_ended += self._forwards.pop(name, 0.0)
                 self._actors.pop(name, None)
                 await self._buffer.return_worker.remote(name)
-            self.restarts += 1
+            self.restarts += attempt < self._config.rollout.max_restarts
             self._progress()
         return cause
 
@@ -79,14 +87,17 @@ class Fleet:
             actor.stop.remote()
 
     async def gauges(self) -> dict[str, float]:
-        """Sums over the live actors."""
-        replies = await asyncio.gather(
-            *(actor.gauges.remote() for actor in list(self._actors.values())), return_exceptions=True
-        )
-        alive = [reply for reply in replies if isinstance(reply, dict)]
+        """Sums over the actors that answer; one that is pending or starting does not hold the others up."""
+        asked = {asyncio.ensure_future(actor.gauges.remote()): name for name, actor in self._actors.items()}
+        done = (await asyncio.wait(asked, timeout=ANSWER_SECONDS))[0] if asked else set()
+        alive = []
+        for reply in done:
+            if reply.exception() is None:
+                alive.append(reply.result())
+                self._forwards[asked[reply]] = alive[-1]["row_forwards"]
         return {
             "rollout_actors": float(len(alive)),
             "rollout_restarts": float(self.restarts),
-            "rollout_row_forwards": sum(reply["row_forwards"] for reply in alive),
+            "rollout_row_forwards": self._forwards_of_ended + sum(self._forwards.values()),
             "weights_adopted_version": min((reply["version"] for reply in alive), default=-1.0),
         }

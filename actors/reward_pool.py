@@ -43,7 +43,7 @@ class RewardPool:
     def submit(self, cursor: int, completions: list[str], done: Callable[[Scores | BaseException], None]) -> None:
         """Score a group; `done` is called from another thread with the scores or the failure."""
         future = self._pool.schedule(score_group, args=(*self._arguments, cursor, completions), timeout=self._timeout)
-        future.add_done_callback(lambda f: done(f.exception() or f.result()))
+        future.add_done_callback(lambda f: None if f.cancelled() else done(f.exception() or f.result()))
 
     def close(self) -> None:
         """Stop the processes at once."""

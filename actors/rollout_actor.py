@@ -22,7 +22,7 @@ from actors.engine import DenoisingEngine, Request
 from actors.reward_pool import RewardPool, Scores
 from common.config import Config
 from common.cost import with_cost
-from common.errors import RunError
+from common.errors import RunError, UserError
 from common.keyed_random import derive
 from common.lease import FinishedGroup, Lease, LeaseReply, RenewReply, SubmitReply
 from common.policy import open_policy
@@ -109,11 +109,12 @@ class RolloutActor:
         self._groups.clear()
 
     def _handle_events(self) -> None:
-        """All that has arrived; sleeps for the first only when there is nothing to denoise."""
+        """All that has arrived; sleeps only when there is nothing to denoise, and never past a renewal."""
         idle = self._engine.idle and not (self._ending and not self._groups)
+        wait = self.config.replay.lease_seconds / RENEWALS_PER_LEASE if self._groups else None
         try:
             while True:
-                self._events.get(block=idle)()
+                self._events.get(block=idle, timeout=wait)()
                 idle = False
         except Empty:
             return
@@ -143,10 +144,17 @@ class RolloutActor:
             self._start(lease)
 
     def _start(self, lease: Lease) -> None:
+        """Queue the completions of one lease; a prompt that cannot be served is the data's fault."""
         config = self.config
-        example = self._task.example("train", lease.cursor)
-        prompt = tuple(self._policy.encode(example.prompt))
         size = config.learner.group_size
+        try:
+            example = self._task.example("train", lease.cursor)
+            prompt = tuple(self._policy.encode(example.prompt))
+            self._engine.check_prompt(prompt)
+        except UserError as error:
+            failed = self._buffer.fail.remote(self.name, lease.number, lease.attempt, str(error), True)
+            self._call(failed, lambda _: None)
+            return
         key = (lease.number, lease.attempt)
         self._groups[key] = _Group(lease, [None] * size)
         for index in range(size):

@@ -131,8 +131,8 @@ class RolloutConfig(Section):
     """Rows that one engine denoises at once."""
     threads: int = Field(default=1, ge=1)
     """torch threads of one rollout actor."""
-    cpus: float = Field(default=1, ge=0)
-    """CPUs that Ray reserves for one rollout actor."""
+    cpus: float = Field(default=1, gt=0)
+    """CPUs that Ray reserves for one rollout actor, and for one task of the final evaluation."""
     gpus: float = Field(default=0, ge=0)
     """GPUs that Ray reserves for one rollout actor."""
     autocast: bool = False
@@ -198,7 +198,7 @@ class LearnerConfig(Section):
     threshold_weight: float = Field(default=1.0, ge=0)
     """Weight of the threshold objective in joint training."""
     entropy_bonus: float = Field(default=0.01, ge=0)
-    """Weight of the threshold policy's entropy, over completions that carry an advantage."""
+    """Weight of the threshold policy's entropy, over the completions that are scored."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """AdamW learning rate of the model."""
     threshold_learning_rate: float = Field(default=3e-3, gt=0)
@@ -223,6 +223,12 @@ class LearnerConfig(Section):
     """CPUs that Ray reserves for the learner."""
     gpus: float = Field(default=0, ge=0)
     """GPUs that Ray reserves for the learner."""
+
+    @model_validator(mode="after")
+    def _kl_is_the_models(self) -> Self:
+        if self.kl_beta > 0 and self.train == "threshold":
+            raise ValueError(f"kl_beta={self.kl_beta} with train=threshold: the model does not move; set kl_beta=0")
+        return self
 
     @model_validator(mode="after")
     def _paper_law_is_for_two(self) -> Self:
@@ -291,7 +297,7 @@ class RunConfig(Section):
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints that stay."""
     stall_timeout: float = Field(default=120.0, gt=0)
-    """Seconds without any progress after which the run ends with an error."""
+    """Seconds without any progress after which the run ends with an error; more than one group or step may take."""
     ray_address: str | None = None
     """Ray cluster to join; null joins the one of the surrounding job, else starts a local one."""
 

@@ -14,5 +14,10 @@ class RunError(Exception):
     """A run that could not go on; shown as one line with the cause, logged with its traceback."""
 
 
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks, cut to what a person reads."""
+    return " ".join(str(error).split())[:300]
+
+
 class Stopped(Exception):
     """A signal ended the command early; its message is the signal's name. Exit code 128 + the signal's number."""

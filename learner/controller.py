@@ -3,11 +3,12 @@
     phase        who works                                         ends when
     warm_start   learner                                           demonstrations are done (skipped for a given model)
     train        fleet -> buffer -> learner -> buffer -> fleet     all steps done, stop, or a failure
-    evaluate     two tasks, before and after RL                    both have measured every setting
+    evaluate     Ray tasks, one per setting, before and after RL   every setting has been measured
     finished / stopped / failed
 
 - Whatever fails first ends the run and names the cause; nothing waits on a dead part.
-- The watchdog ends a run in which nothing has progressed for `run.stall_timeout`.
+- The watchdog ends a run in which nothing has progressed for `run.stall_timeout`. In the training phase only groups
+  that can be trained count: discarding every group for equal rewards is not progress.
 - A run that did not train all its steps is never reported as finished: a stop is `stopped`, the rest `failed`.
 - The driver only listens: `events` blocks until there is news.
 """
@@ -20,10 +21,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
+from ray.exceptions import RayActorError
 
 from actors.fleet import Fleet
 from common.config import Config
-from common.errors import RunError
+from common.errors import RunError, one_line
 from common.replay_buffer import ReplayBuffer
 from learner.exporter import Exporter
 from learner.final_evaluation import evaluate_folders, summarise
@@ -36,6 +38,8 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 GAUGE_SECONDS = 2.0
+CLOSE_SECONDS = 5.0
+CAUSE_SECONDS = 3.0  # a dead learner takes actors with it that need its weights: its death is the cause
 FLEET_STOP_SECONDS = 10.0
 # Where cores are shared, OpenMP threads that spin while they wait slowed the warm start 15-fold (measured).
 PATIENT_THREADS = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
@@ -48,6 +52,7 @@ BUFFER_METRICS = {
     "violations": "replay_staleness_violations",
     "no_spread_discards": "replay_no_spread",
     "late_results": "replay_late_results",
+    "failed_leases": "replay_failed_leases",
     "expired_leases": "replay_expired_leases",
     "returned_leases": "replay_returned_leases",
     "wasted_groups": "replay_wasted_groups",
@@ -73,6 +78,8 @@ class Controller:
         self._fleet: Fleet | None = None
         self._exporter: Exporter | None = None
         self._progress_mark: tuple[float, ...] = ()
+        self._quarantined = 0.0
+        self._untrainable = ""
 
     # -- called from outside ------------------------------------------------------------------------------------
 
@@ -203,6 +210,7 @@ class Controller:
         gauges = asyncio.create_task(self._collect())
         try:
             await asyncio.wait({training, generation, gauges}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({training}, timeout=CAUSE_SECONDS)
             if not training.done():
                 for part in (generation, gauges):
                     if part.done():
@@ -210,9 +218,17 @@ class Controller:
             reached = await training
             await self._update_gauges()
             return reached
+        except RayActorError as error:
+            raise RunError(
+                "the learner or the replay buffer died (killed, or out of memory); checkpoints so far are in "
+                f"{self._directory.path / 'checkpoints'}: {one_line(error)}"
+            ) from error
         finally:
             gauges.cancel()
-            await self._buffer.close.remote()
+            closing = asyncio.ensure_future(self._buffer.close.remote())
+            await asyncio.wait({closing}, timeout=CLOSE_SECONDS)  # a dead buffer must not hide the cause
+            if closing.done() and closing.exception() is not None:
+                log.warning("replay buffer did not close: %s", closing.exception())
             await self._fleet.stop()
             await asyncio.wait({generation}, timeout=FLEET_STOP_SECONDS)
             generation.cancel()
@@ -241,10 +257,18 @@ class Controller:
             idle = time.monotonic() - self._progressed
             if idle >= limit:
                 raise RunError(
-                    f"no progress for {idle:.0f} s in phase {self._phase} (run.stall_timeout={limit:g}); "
-                    "raise the limit if single steps take longer, else look at the actors' logs"
+                    f"no progress for {idle:.0f} s in phase {self._phase} (run.stall_timeout={limit:g})"
+                    f"{self._untrainable}; "
+                    "raise the limit if single groups or steps take longer, else look at the actors' logs"
                 )
             await asyncio.sleep(limit - idle)
+
+    async def _report_quarantine(self) -> None:
+        """Write the failures down with their tracebacks, and tell the last line of the newest."""
+        found = await self._buffer.quarantine.remote()
+        self._directory.write_json("quarantine.json", [{"group": n, "reason": reason} for n, reason in found])
+        group, reason = found[-1]
+        await self._tell("quarantine", {"group": group, "reason": reason.strip().splitlines()[-1]})
 
     async def _collect(self) -> None:
         while True:
@@ -255,10 +279,19 @@ class Controller:
         if self._fleet is None:
             return
         gauges, fleet = await asyncio.gather(self._buffer.gauges.remote(), self._fleet.gauges())
-        mark = (gauges["completions"], fleet["rollout_row_forwards"], gauges["version"])
+        mark = tuple(gauges[f"groups_{state}"] for state in ("finished", "sampled", "trained"))
         if mark != self._progress_mark:
             self._progress_mark = mark
             self._mark_progress()
+        if gauges["groups_quarantined"] > self._quarantined:
+            self._quarantined = gauges["groups_quarantined"]
+            await self._report_quarantine()
+        if gauges["groups_discarded"] + gauges["groups_quarantined"] > 0:
+            self._untrainable = (
+                f": {gauges['no_spread_discards']:.0f} groups were discarded for equal rewards (a longer warm start, "
+                f"another reward, or replay.drop_no_spread=false) and {self._quarantined:.0f} quarantined for a "
+                "failing reward (RUN/quarantine.json)"
+            )
         if self._exporter is None:
             return
         now = time.monotonic()

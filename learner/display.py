@@ -43,7 +43,9 @@ class Display:
         elif kind == "metrics":
             self.console.print(f"metrics: http://{values['address']}/metrics")
         elif kind == "signal":
-            self.console.print(f"{values['name']}: finishing the step in hand and writing a checkpoint; again to quit")
+            self.console.print(f"{values['name']}: stopping; in training, after the step in hand and a checkpoint")
+        elif kind == "quarantine":
+            self.console.print(f"group {values['group']} quarantined, its reward failed twice: {values['reason']}")
         elif kind == "warm_start":
             self._advance(kind, values["warm_start_steps"], f"loss {values['warm_start_loss']:.3f}")
         elif kind == "step":

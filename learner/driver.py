@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from common.config import Config
-from common.errors import RunError, UserError
+from common.errors import RunError, UserError, one_line
 from learner.controller import Controller
 from learner.exporter import check_port
 from learner.preflight import preflight
@@ -70,7 +70,7 @@ def _connect(config: Config) -> None:
         )
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise UserError(
-            f"Ray at {address!r} cannot be reached ({' '.join(str(error).split())[:200]}); "
+            f"Ray at {address!r} cannot be reached ({one_line(error)}); "
             "start it (`ray start --head`), correct run.ray_address, or leave it out for a local one"
         ) from error
     wanted = config.rollout.actors * config.rollout.cpus + config.learner.cpus
@@ -122,11 +122,10 @@ def _follow(config: Config, directory: Path, show: Callable[[str, dict[str, Any]
                 return ray.get(result)
     except RayTaskError as error:
         cause = error.cause
-        if isinstance(cause, UserError | RunError):
-            raise type(cause)(str(cause)) from error
-        raise RunError(f"{type(cause).__name__}: {cause}") from error
+        named = "" if isinstance(cause, UserError | RunError) else f"{type(cause).__name__}: "
+        raise RunError(named + one_line(cause)) from error
     except RayActorError as error:
-        raise RunError(f"the controller died: {' '.join(str(error).split())}") from error
+        raise RunError(f"the controller died: {one_line(error)}") from error
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

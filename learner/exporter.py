@@ -33,18 +33,20 @@ class Exporter(Collector):
         self.address = f"{host}:{self._server.server_port}"
 
     def update(self, values: Mapping[str, float]) -> None:
-        """Take new values; keys are `name` or `name{label=value}`.
+        """Take new values; keys are `name` or `name{label=value}`. All series of a metric named here are replaced.
 
         Raises:
             KeyError: for a name that the catalogue does not have.
         """
+        fresh: dict[str, dict[tuple[str, ...], float]] = {}
         for key, value in values.items():
             name, labels = split_labels(key)
             if name not in CATALOGUE:
                 raise KeyError(f"metric {name!r} is not in common.metrics.CATALOGUE")
             wanted = len(CATALOGUE[name].labels)
             labels = labels or ("all",) * wanted
-            self._values.setdefault(name, {})[labels] = value
+            fresh.setdefault(name, {})[labels] = value
+        self._values.update(fresh)
 
     def replace(self, name: str, values: Mapping[str, float]) -> None:
         """Set all series of a metric with one label at once."""

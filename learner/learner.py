@@ -116,7 +116,8 @@ class Learner:
 
     def _taus(self, part: Batch, update: int) -> Tensor:
         config = self.config
-        return draw_taus(part.seed, part.nfe, passes=config.surrogate_passes, law=config.tau_law, update=update)
+        passes = config.surrogate_passes if self._learns_model else 1  # the head rides on the pass on z_0
+        return draw_taus(part.seed, part.nfe, passes=passes, law=config.tau_law, update=update)
 
     @torch.no_grad()
     def _proximal(

@@ -79,7 +79,7 @@ class LearnerActor:
             batch = build_batch(tables, self._policy.vocabulary, width=width, device=self._policy.device)
             metrics = learner.step(batch, version=sampled.version)
             version = sampled.version + 1
-            self._publish(buffer, version, sampled.numbers)
+            metrics["weights_bytes"] = float(self._publish(buffer, version, sampled.numbers))
             metrics |= {f"rollout_generated_{name}": value for name, value in sampled.generated.items()}
             metrics["learner_step_seconds"] = time.monotonic() - started
             metrics["learner_learning_rate"] = float(learner.scheduler.get_last_lr()[0])
@@ -90,10 +90,11 @@ class LearnerActor:
         self._checkpoint(learner, version)
         return {"steps": float(learner.steps_done), "version": float(version)}
 
-    def _publish(self, buffer: Any, version: int, trained: list[int]) -> None:
+    def _publish(self, buffer: Any, version: int, trained: list[int]) -> int:
         flat = to_flat(self._policy)
         snapshot = Snapshot(version=version, digest=digest(flat), payload=[ray.put(flat)])
         ray.get(buffer.publish.remote(snapshot, trained))
+        return flat.nbytes
 
     def _measure_drift(self, step: int) -> dict[str, float]:
         """NFE and accuracy at the initial gamma on validation prompts: the gauge of threshold drift *(ours)*."""

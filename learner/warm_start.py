@@ -96,7 +96,7 @@ def warm_start(
 
 
 def supervised(config: Config, task: Task, folder: Path, report: Callable[[int, float], None] | None = None) -> Policy:
-    """The policy that RL starts from, saved in `folder`: warm-started here unless it was given or steps are 0."""
+    """Open the policy, train it on demonstrations, and save it in `folder`."""
     policy = open_policy(config, task)
     torch.set_num_threads(config.warm_start.threads)
     warm_start(policy, task, config, report=report)

@@ -133,9 +133,9 @@ def test_a_dead_fleet_ends_the_run_with_its_cause(tmp_path: Path) -> None:
     process = start("sudoku", tmp_path, ENDLESS, "rollout.max_restarts=1")
     run = tmp_path / "run"
     wait_for_step(process, run, 2)
-    kill_rollout_actor(process.pid)
+    kill(process.pid, "RolloutActor")
     wait_for_step(process, run, len(rows(run)) + 12)  # more than was buffered: the replacement generates
-    kill_rollout_actor(process.pid)
+    kill(process.pid, "RolloutActor")
     killed = time.monotonic()
     output, _ = process.communicate(timeout=90)
     assert process.returncode == 1, output
@@ -143,10 +143,28 @@ def test_a_dead_fleet_ends_the_run_with_its_cause(tmp_path: Path) -> None:
     assert time.monotonic() - killed < 60
 
 
-def kill_rollout_actor(driver: int) -> None:
-    """SIGKILL to the rollout actor of the run that `driver` started."""
+def test_a_dead_learner_ends_the_run_with_its_cause(tmp_path: Path) -> None:
+    """Nothing waits for a learner that was killed; the last line says so."""
+    process = start("sudoku", tmp_path, ENDLESS)
+    wait_for_step(process, tmp_path / "run", 2)
+    kill(process.pid, "LearnerActor")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, output
+    assert "run failed: the learner or the replay buffer died" in output.splitlines()[-1]
+
+
+def test_a_run_in_which_nothing_can_be_trained_ends(tmp_path: Path) -> None:
+    """A model that never solves countdown yields groups of equal rewards; discarding them is not progress."""
+    process = start("countdown", tmp_path, "warm_start.steps=0", "replay.drop_no_spread=true", "run.stall_timeout=15")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, output
+    assert "groups were discarded for equal rewards" in output.splitlines()[-1]
+
+
+def kill(driver: int, name: str) -> None:
+    """SIGKILL to the actors called `name` in the run that `driver` started."""
     children = psutil.Process(driver).children(recursive=True)
-    actors = [child for child in children if "RolloutActor" in " ".join(child.cmdline())]
+    actors = [child for child in children if name in " ".join(child.cmdline())]
     assert actors, [" ".join(child.cmdline())[:60] for child in children]
     for actor in actors:
         actor.kill()
