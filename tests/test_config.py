@@ -253,6 +253,7 @@ UNCHECKED = [
     ("learner.learning_rate=.inf", "the first update is NaN"),
     ("evaluation.nfe_range=[1,.inf]", "the area is NaN"),
     ("evaluation.confidences=[1.5]", "sampler.confidence_threshold refuses it"),
+    ("rollout.cpus=0", "every task of the evaluation would start at once"),
 ]
 
 

@@ -38,8 +38,10 @@ def test_nothing_is_exported_before_anything_is_reported(exporter: Exporter) -> 
 
 
 def test_values_arrive_with_prefix_suffix_and_labels(exporter: Exporter) -> None:
-    exporter.update({"learner_loss": 0.25, "learner_steps": 3.0, "learner_weight_mean": 1.5})
-    exporter.update({"learner_weight_mean{staleness=2}": 0.5, "learner_weight_mean{reveal_step=4}": 0.75})
+    exporter.update({"learner_loss": 0.25, "learner_steps": 3.0, "learner_weight_mean{staleness=7}": 9.0})
+    # a report replaces all series of a metric: nothing of the batch that had staleness 7 is left
+    weights = {"learner_weight_mean{staleness=2}": 0.5, "learner_weight_mean{reveal_step=4}": 0.75}
+    exporter.update({"learner_weight_mean": 1.5, **weights})
     exporter.update({"run_phase{phase=train}": 1.0, "learner_loss": -0.5})
     assert scrape(exporter) == {
         ("diffpo_learner_loss", ()): -0.5,

@@ -209,7 +209,7 @@ def test_reward_is_the_weighted_sum() -> None:
         ({"holdout_grids": 288}, "holdout_grids 288 is outside 3 to 287"),
         ({"reward_weights": {"cell": 1.0}}, "'cell' is unknown; give one of cells, exact"),
         ({"reward_weights": {}}, "make every reward 0"),
-        ({"reward_weights": {"cells": float("nan")}}, "not finite"),
+        ({"reward_weights": {"cells": float("nan")}}, "finite number"),
         ({"careful_fraction": 1.5}, "less than or equal to 1"),
         ({"blank_max": 4}, "blank_max"),
     ],

@@ -36,7 +36,7 @@ def features(rows: int = 4) -> Tensor:
 
 def reference(head: ThresholdHead, prompts: Tensor) -> Categorical | Normal:
     """The distribution over grid indices, or over ln gamma."""
-    outputs = prompts @ head.linear.weight.T + head.linear.bias
+    outputs = prompts / math.sqrt(prompts.shape[1]) @ head.linear.weight.T + head.linear.bias
     if head.config.head == "categorical":
         return Categorical(logits=outputs)
     return Normal(outputs.squeeze(-1), head.log_width.exp())
