@@ -176,6 +176,7 @@ def ray_head():
     binaries = Path(sys.executable).parent  # first on the path, as in an activated virtual environment
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "PATH": f"{binaries}:{os.environ['PATH']}"}
     head = ["ray", "start", "--head", "--block", "--num-cpus=2", "--port=6411", "--dashboard-port=8311"]
+    head.append("--dashboard-agent-listen-port=8312")  # its default may be held by another Ray on this machine
     process = subprocess.Popen(head, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 90
     while not listening(8311):
