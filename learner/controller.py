@@ -41,7 +41,7 @@ GAUGE_SECONDS = 2.0
 CLOSE_SECONDS = 5.0
 CAUSE_SECONDS = 3.0  # a dead learner takes actors with it that need its weights: its death is the cause
 FLEET_STOP_SECONDS = 10.0
-# Where cores are shared, OpenMP threads that spin while they wait slowed the warm start 15-fold (measured).
+# Where cores are shared, OpenMP threads that spin while they wait take the time of those who work.
 PATIENT_THREADS = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
 # buffer gauge -> catalogue name
 BUFFER_METRICS = {

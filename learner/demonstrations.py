@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from common.keyed_random import derive
 from common.tasks.task import Task
 
 CACHED_TEXTS = 100_000
+FIRST_EXAMPLE = 1 << 32  # reinforcement learning takes the training examples from 0 on: it does not repeat these
 
 
 def demonstrations(config: Config, task: Task, tokenizer: Any) -> Iterator[tuple[list[int], list[int]]]:
@@ -94,11 +96,9 @@ def checked_ids(tokenizer: Any, text: str, kind: str, sampler: SamplerConfig, wh
 
 
 def _from_task(task: Task, seed: int) -> Iterator[tuple[str, str]]:
-    index = 0
-    while True:
+    for index in count(FIRST_EXAMPLE):
         example = task.example("train", index)
         yield example.prompt, task.demonstration(example, derive(seed, index))
-        index += 1
 
 
 def _orders(count: int, seed: int) -> Iterator[list[int]]:

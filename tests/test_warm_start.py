@@ -15,7 +15,7 @@ from common.config_file import load_config
 from common.errors import RunError, UserError
 from common.policy import Policy, build_policy
 from common.tasks import Task, build_task
-from learner.demonstrations import demonstrations, read_demonstrations
+from learner.demonstrations import FIRST_EXAMPLE, demonstrations, read_demonstrations
 from learner.warm_start import masked_diffusion_loss, stratified, warm_start
 
 PAD, MASK = 0, 2
@@ -171,7 +171,9 @@ def test_a_loss_that_is_not_finite_ends_the_warm_start(task: Task) -> None:
 
 def test_the_tasks_demonstrations_are_padded_with_eos(policy: Policy, task: Task) -> None:
     config = settings()
-    for index, (prompt, completion) in enumerate(islice(demonstrations(config, task, policy.tokenizer), 5)):
+    for index, (prompt, completion) in enumerate(
+        islice(demonstrations(config, task, policy.tokenizer), 5), FIRST_EXAMPLE
+    ):
         example = task.example("train", index)
         assert policy.decode(prompt) == example.prompt
         assert policy.decode(completion) == example.fields["solution"]
