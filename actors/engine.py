@@ -3,49 +3,52 @@
 - `slots` rows; a step admits waiting requests into free slots, runs one forward over live rows, reveals, and retires
   finished rows. Nobody waits for the slowest row; no forward is spent on a finished row or a finished block.
 - Every step reveals at least one token in every live row; a revealed token never changes; MASK is never revealed.
-- The forward on `z_0` is the same for all completions of a group: computed once for those admitted together.
+- The forward on `z_0` is the same for all completions of a group: computed once, also for those admitted later, as
+  long as the group's requests were submitted in a row and the weights stay.
 - Logits exist only for masked positions of the active block; temperature touches only revealed ones.
 - Random numbers are keyed by (seed, step, position): a completion does not depend on its batch companions beyond
   floating-point noise (padding to the longest live prompt moves it by about 1e-6; `fixed_padding` removes that).
-- New weights are adopted between two steps; a model without cache has nothing to recompute, so live rows go on and
-  each token carries the version that revealed it.
+- New weights are adopted between two steps. Without a cache there is nothing to recompute: live rows go on, and each
+  token carries the version that revealed it. With one, every live row begins again with a full forward.
+- With a cache (`actors.cached_forward_pass`) the recorded log-probabilities are those of the distribution really
+  sampled, and how far it is from the exact one is measured as it goes.
 """
 
 import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from actors.cached_forward_pass import CachedForwardPass
+from actors.forward_pass import ForwardPass
+from actors.request import MODES, Failure, Request
 from actors.reveal_rules import REVEAL_RULES
+from actors.rows import Rows
 from common.autocast import autocast
-from common.behaviour import behaviour_log_probs, draw, entropy, reveal_log_probs
+from common.behaviour import draw_tokens, reveal_statistics
+from common.config import Config
 from common.errors import RunError, UserError
 from common.keyed_random import GAMMA_STREAM, uniform
 from common.policy import Policy
-from common.trajectory import NOT_DRAWN, Completion
+from common.trajectory import Completion
 from common.weights import load_flat
 
-MODES = {"sample": 1, "mean": 2}  # how a row takes its threshold from the policy; 0: it was given
+CACHES = ("none", "prefix", "dual")
 SMALLEST_TEMPERATURE = 1e-3  # below, tempered logits overflow
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """One completion to be generated."""
+@dataclass
+class _FirstPass:
+    """A group's forward on `z_0`, kept while members of the group wait for a slot."""
 
-    prompt_ids: tuple[int, ...]
-    seed: int
-    group: int
-    """Requests of one group and prompt that wait together share their first forward."""
-    temperature: float = 1.0
-    """Temperature of the draw; 0 is argmax, for evaluation only."""
-    threshold: float | Literal["sample", "mean"] = "mean"
-    """The reveal rule's parameter, or how to take it from the threshold policy."""
+    key: tuple
+    hidden: Tensor  # [L, H]
+    features: Tensor  # [H]
 
 
 class DenoisingEngine:
@@ -60,54 +63,102 @@ class DenoisingEngine:
         max_prompt_tokens: int,
         completion_tokens: int,
         block_length: int | None = None,
+        cache: str = "none",
+        drift_every: int = 32,
         fixed_padding: bool = False,
         use_autocast: bool = False,
+        compiled: bool = False,
+        queue_limit: int = 100_000,
     ) -> None:
+        """The arguments are explained in the configuration's sections `sampler` and `rollout`.
+
+        Raises:
+            UserError: when lengths exceed the model's positions, blocks do not divide, rule or cache are unknown or
+                impossible with this model, or the rows do not fit the memory.
+        """
+        block = completion_tokens if block_length is None else block_length
+        if completion_tokens < 1 or block < 1 or completion_tokens % block:
+            raise UserError(
+                f"block_length={block} does not divide completion_tokens={completion_tokens}; choose a divisor, and a "
+                "length of at least 1"
+            )
         if max_prompt_tokens + completion_tokens > policy.max_positions:
             raise UserError(
                 f"prompt of {max_prompt_tokens} + completion of {completion_tokens} tokens exceed the model's "
                 f"{policy.max_positions} positions; shorten sampler.max_prompt_tokens or max_completion_tokens"
             )
+        for name, value, known in (("rule", rule, REVEAL_RULES), ("cache", cache, CACHES)):
+            if value not in known:
+                raise UserError(f"{name}={value!r} is unknown; give one of {', '.join(known)}")
+        if compiled and cache != "none":
+            raise UserError(f"cache={cache} cannot be compiled; set rollout.compile=false or sampler.cache=none")
         self.policy = policy
         self.version = 0
         self.slots = slots
-        self._rule_name = rule
-        self._rule = REVEAL_RULES[rule]
-        self._width = max_prompt_tokens
-        self._length = completion_tokens
-        self._block = block_length or completion_tokens
-        self._fixed_padding = fixed_padding
+        self._rule_name, self._rule = rule, REVEAL_RULES[rule]
         self._use_autocast = use_autocast
-        self._stops = torch.tensor(policy.vocabulary.stop_ids, device=policy.device)
+        self._queue_limit = queue_limit
         self._waiting: deque[tuple[int, Request]] = deque()
-        self._free = list(range(slots))[::-1]
         self._handles: dict[int, int] = {}
         self._submitted = 0
-        self.forwards = 0
-        self.row_forwards = 0
-        self._allocate()
+        self._kept: _FirstPass | None = None
+        self._wide = torch.promote_types(policy.model.dtype, torch.float32)
+        try:
+            self._rows = Rows(
+                slots=slots + 1,  # the last is never live: it stands for the kept first pass
+                width=max_prompt_tokens,
+                length=completion_tokens,
+                block=block,
+                vocabulary=policy.vocabulary,
+                device=policy.device,
+                dtype=self._wide,
+            )
+        except (RuntimeError, MemoryError) as error:
+            raise UserError(
+                f"slots={slots} rows of {max_prompt_tokens + completion_tokens} tokens do not fit the memory of "
+                f"{policy.device}: {str(error).splitlines()[0][:120]}; lower rollout.slots"
+            ) from error
+        self._free = list(range(slots))[::-1]
+        self._spare = torch.tensor([slots], device=policy.device)
+        self._leader = torch.zeros(slots, dtype=torch.int64, device=policy.device)
+        if cache == "none":
+            self._forward = ForwardPass(
+                policy, self._rows, use_autocast=use_autocast, fixed_padding=fixed_padding, compiled=compiled
+            )
+        else:
+            self._forward = CachedForwardPass(
+                policy,
+                self._rows,
+                dual=cache == "dual",
+                drift_every=drift_every,
+                use_autocast=use_autocast,
+                fixed_padding=fixed_padding,
+            )
 
-    def _allocate(self) -> None:
-        device, wide = self.policy.device, torch.promote_types(self.policy.model.dtype, torch.float32)
+    @classmethod
+    def of(cls, policy: Policy, config: Config, *, rule: str, slots: int, fixed_padding: bool = False) -> Self:
+        """The engine that a configuration describes, in the precision that the policy's weights have."""
+        sampler, rollout = config.sampler, config.rollout
+        return cls(
+            policy,
+            slots=slots,
+            rule=rule,
+            max_prompt_tokens=sampler.max_prompt_tokens,
+            completion_tokens=sampler.max_completion_tokens,
+            block_length=sampler.block_length,
+            cache=sampler.cache,
+            drift_every=sampler.cache_drift_every,
+            fixed_padding=fixed_padding,
+            use_autocast=rollout.precision == "autocast",
+            compiled=rollout.compile,
+        )
 
-        def slot(shape: tuple[int, ...], value: float, dtype: torch.dtype) -> Tensor:
-            return torch.full((self.slots, *shape), value, dtype=dtype, device=device)
+    @property
+    def cost(self) -> ForwardPass:
+        """Counters of what was forwarded and, with a cache, of its drift."""
+        return self._forward
 
-        length, total = (self._length,), (self._width + self._length,)
-        self._ids = slot(total, self.policy.vocabulary.pad_id, torch.int64)
-        self._attended = slot(total, False, torch.bool)
-        self._reveal_step = slot(length, 0, torch.int64)
-        self._logprob = slot(length, 0.0, wide)
-        self._entropy = slot(length, 0.0, wide)
-        self._token_version = slot(length, NOT_DRAWN, torch.int64)
-        self._live = slot((), False, torch.bool)
-        self._nfe = slot((), 0, torch.int64)
-        self._seed = slot((), 0, torch.int64)
-        self._temperature = slot((), 1.0, wide)
-        self._parameter = slot((), 0.0, wide)
-        self._parameter_logprob = slot((), 0.0, wide)
-        self._mode = slot((), 0, torch.int64)
-        self._leader = slot((), 0, torch.int64)
+    # -- requests -----------------------------------------------------------------------------------------------
 
     @property
     def idle(self) -> bool:
@@ -123,7 +174,7 @@ class DenoisingEngine:
         """Queue a request; the handle comes back with its completion.
 
         Raises:
-            UserError: on a prompt that is empty or longer than the engine's prompt width.
+            UserError: on a request that cannot be served, or when the queue is full.
         """
         self.check_prompt(request.prompt_ids)
         if request.temperature != 0 and not SMALLEST_TEMPERATURE <= request.temperature < math.inf:
@@ -131,15 +182,26 @@ class DenoisingEngine:
                 f"temperature={request.temperature}; use 0 for argmax or a value from {SMALLEST_TEMPERATURE} on"
             )
         self._check_threshold(request.threshold)
+        length = request.completion_tokens
+        if length is not None and (not 0 < length <= self._rows.length or length % self._rows.block):
+            raise UserError(
+                f"completion of {length} tokens; give 1 to {self._rows.length} (sampler.max_completion_tokens), "
+                f"in blocks of {self._rows.block}"
+            )
+        if len(self._waiting) >= self._queue_limit:
+            raise UserError(
+                f"{len(self._waiting)} requests wait, queue_limit={self._queue_limit}; step() the engine before "
+                "submitting more, or raise the limit"
+            )
         self._submitted += 1
         self._waiting.append((self._submitted, request))
         return self._submitted
 
     def check_prompt(self, prompt_ids: tuple[int, ...]) -> None:
         """Raises UserError for a prompt that is empty or longer than the engine's prompt width."""
-        if not 0 < len(prompt_ids) <= self._width:
+        if not 0 < len(prompt_ids) <= self._rows.width:
             raise UserError(
-                f"prompt of {len(prompt_ids)} tokens; it must have 1 to {self._width} (sampler.max_prompt_tokens)"
+                f"prompt of {len(prompt_ids)} tokens; it must have 1 to {self._rows.width} (sampler.max_prompt_tokens)"
             )
 
     def _check_threshold(self, threshold: float | str) -> None:
@@ -155,190 +217,190 @@ class DenoisingEngine:
             raise UserError(f"threshold={threshold} under the rule {self._rule_name}; give a number >= {smallest}")
 
     def generate(self, requests: Iterable[Request]) -> list[Completion]:
-        """All completions, in the order of the requests; for an engine that has nothing else to do."""
+        """All completions, in the order of the requests; for an engine that has nothing else to do.
+
+        Raises:
+            UserError: for a request that cannot be served.
+            RunError: when requests failed; the first reason. The engine is idle then and can be used again.
+        """
         if not self.idle:
             raise RuntimeError(f"generate() on an engine with {self.load} rows of other requests; step() it to its end")
-        handles = [self.submit(request) for request in requests]
-        finished: dict[int, Completion] = {}
-        while not self.idle:
+        waiting, handles = iter(requests), []
+        finished: dict[int, Completion | Failure] = {}
+        more = True
+        while more or not self.idle:
+            while more and len(self._waiting) < self._queue_limit:
+                request = next(waiting, None)
+                more = request is not None
+                if request is not None:
+                    handles.append(self.submit(request))
             finished.update(self.step())
-        return [finished[handle] for handle in handles]
+        completions = [outcome for outcome in map(finished.get, handles) if isinstance(outcome, Completion)]
+        failures = [outcome for outcome in finished.values() if isinstance(outcome, Failure)]
+        if failures:
+            raise RunError(f"{len(failures)} of {len(handles)} requests failed; the first: {failures[0].reason}")
+        return completions
+
+    def latent(self, handle: int) -> np.ndarray | None:
+        """`[L]` ids of a live row as it stands between two steps, MASK where nothing is revealed yet; else None."""
+        slots = [slot for slot, live in self._handles.items() if live == handle]
+        return self._rows.completion_ids[slots[0]].cpu().numpy().copy() if slots else None
 
     def adopt(self, flat: np.ndarray, version: int) -> None:
         """Take new weights between two steps; live rows go on with them."""
         load_flat(self.policy, flat)
         self.version = version
+        self._forward.invalidate()
+        self._forget()
+
+    # -- one step -----------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def step(self) -> list[tuple[int, Completion]]:
-        """Admit, run one forward, reveal, retire; returns (handle, completion) of the rows that finished."""
-        self._admit()
-        rows = self._live.nonzero().squeeze(-1)
-        if not len(rows):
+    def step(self) -> list[tuple[int, Completion | Failure]]:
+        """Admit, run one forward, reveal, retire; returns (handle, outcome) of the rows that ended.
+
+        Raises:
+            RunError: when the forward does not fit the memory.
+        """
+        keep = self._admit()
+        if not self._handles:
             return []
-        fresh = self._nfe[rows] == 0
-        source_slot = torch.where(fresh, self._leader[rows], rows)
-        forward = rows[source_slot == rows]
-        place = torch.zeros(self.slots, dtype=torch.int64, device=rows.device)
-        place[forward] = torch.arange(len(forward), device=rows.device)
+        rows = self._rows
+        live = rows.live.nonzero().squeeze(-1)
+        fresh = rows.nfe[live] == 0
+        source_slot = torch.where(fresh, self._leader[live], live)
+        sources = live[source_slot == live]
+        hidden, features = None, None
+        try:
+            if len(sources):  # none where every live row begins with the kept pass
+                hidden, features = self._forward(sources, rows.nfe[sources] == 0)
+        except torch.OutOfMemoryError as error:
+            raise RunError(f"a forward of {len(sources)} rows does not fit the memory; lower rollout.slots") from error
+        place = torch.zeros(self.slots + 1, dtype=torch.int64, device=live.device)
+        place[sources] = torch.arange(len(sources), device=live.device)
+        hidden, features = self._with_kept(hidden, features)
+        place[self.slots] = len(hidden) - 1
         source = place[source_slot]
+        if fresh.any() and features is not None:
+            self._draw_thresholds(live[fresh], features[source[fresh]])
 
-        hidden = self._forward(forward)
-        active = self._active(forward)
-        with autocast(rows.device, enabled=self._use_autocast):
-            logits = self.policy.logits(hidden[:, -self._length :][active])
-        log_probs = reveal_log_probs(logits, self.policy.vocabulary.mask_id)
-        self._draw_thresholds(rows[fresh], forward, source[fresh], hidden)
+        active = rows.active(live)
+        needed = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=live.device)
+        needed[source] = active  # rows of one source are equal
+        with autocast(live.device, enabled=self._use_autocast):
+            logits = self.policy.logits(hidden[needed])
+        entropy, top = reveal_statistics(logits, self.policy.vocabulary.mask_id)
+        blank = entropy.new_full(needed.shape, torch.inf)
+        entropies = blank.masked_scatter(needed, entropy)[source]
+        tops = (-blank).masked_scatter(needed, top)[source]
+        broken = (active & ~entropies.isfinite()).any(-1) | ~rows.parameter[live].isfinite()
+        chosen = self._rule(entropies, tops, active, rows.parameter[live]) & ~broken.unsqueeze(-1)
+        row, position = chosen.nonzero(as_tuple=True)
+        index = needed.flatten().cumsum(0).view_as(needed) - 1
+        self._reveal(live[row], position, logits[index[source[row], position]], entropies[row, position])
+        self._forward.share(live[fresh], source_slot[fresh])
+        self._keep(keep, place, hidden, features)
+        rows.nfe[live] += 1
+        return self._retire(live, broken)
 
-        blank = self._entropy.new_full(active.shape, torch.inf)
-        entropies = blank.masked_scatter(active, entropy(log_probs))
-        tops = (-blank).masked_scatter(active, log_probs.amax(-1).exp())
-        self._check_finite(entropies, active, forward)
-        index = torch.zeros(active.shape, dtype=torch.int64, device=rows.device)
-        index[active] = torch.arange(len(logits), device=rows.device)
-        chosen = self._rule(entropies[source], tops[source], active[source], self._parameter[rows])
-        at, position = chosen.nonzero(as_tuple=True)
-        self._reveal(rows[at], position, logits[index[source[at], position]], entropies[source[at], position])
-        self._nfe[rows] += 1
-        return self._retire(rows)
+    def _admit(self) -> int | None:
+        """Fill free slots in order of arrival; requests with the same first pass get the same leader.
 
-    def _admit(self) -> None:
-        """Fill free slots in order of arrival, whole groups at a time so that they share their first forward."""
+        Returns the leader whose first pass is to be kept since more requests for it wait, None if nothing is, and
+        `self.slots` (which stands for the kept pass) if what is kept stays.
+        """
+        handles, requests, slots, leaders = [], [], [], []
+        kept = None if self._kept is None else self._kept.key
+        key, leader = None, -1
         while self._waiting and self._free:
-            group, prompt = self._waiting[0][1].group, self._waiting[0][1].prompt_ids
-            together = 0
-            for _, request in self._waiting:
-                if request.group != group or request.prompt_ids != prompt:
-                    break
-                together += 1
-            if len(self._free) < min(together, self.slots):
-                return
-            leader = self._free[-1]
-            for _ in range(min(together, len(self._free))):
-                self._place(self._free.pop(), leader, *self._waiting.popleft())
+            handle, request = self._waiting.popleft()
+            slots.append(self._free.pop())
+            if request.first_pass != key:
+                key = request.first_pass
+                leader = self.slots if key == kept else slots[-1]
+            handles.append(handle)
+            requests.append(request)
+            leaders.append(leader)
+        if not requests:
+            return self.slots
+        self._handles.update(zip(slots, handles, strict=True))
+        where = torch.tensor(slots, device=self._leader.device)
+        self._leader[where] = torch.tensor(leaders, device=where.device)
+        self._rows.place(where, requests)
+        return leader if self._waiting and self._waiting[0][1].first_pass == key else None
 
-    def _place(self, slot: int, leader: int, handle: int, request: Request) -> None:
-        ids, start = self._ids[slot], self._width - len(request.prompt_ids)
-        ids[:start] = self.policy.vocabulary.pad_id
-        ids[start : self._width] = torch.tensor(request.prompt_ids, device=ids.device)
-        ids[self._width :] = self.policy.vocabulary.mask_id
-        self._attended[slot] = torch.arange(len(ids), device=ids.device) >= start
-        for state, value in (
-            (self._reveal_step, 0),
-            (self._logprob, 0.0),
-            (self._entropy, 0.0),
-            (self._token_version, NOT_DRAWN),
-            (self._live, True),
-            (self._nfe, 0),
-            (self._seed, request.seed),
-            (self._temperature, request.temperature),
-            (self._parameter_logprob, 0.0),
-            (self._leader, leader),
-            (self._mode, MODES.get(str(request.threshold), 0)),
-            (self._parameter, 0.0 if isinstance(request.threshold, str) else request.threshold),
-        ):
-            state[slot] = value
-        self._handles[slot] = handle
+    def _with_kept(self, hidden: Tensor | None, features: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The kept first pass as one more source, the last; or the only one, where nothing was forwarded."""
+        if self._kept is None:
+            assert hidden is not None  # a live row is forwarded or begins with the kept pass
+            return hidden, features
+        own = self._kept.features
+        if hidden is None:
+            return self._kept.hidden[None], own[None]
+        if features is None:
+            features = own.new_zeros(len(hidden), len(own))
+        return torch.cat([hidden, self._kept.hidden[None]]), torch.cat([features, own[None]])
 
-    def _forward(self, slots: Tensor) -> Tensor:
-        ids, attended = self._ids[slots], self._attended[slots]
-        if not self._fixed_padding:
-            first = int(attended.any(0).int().argmax())
-            ids, attended = ids[:, first:], attended[:, first:]
-        self.forwards += 1
-        self.row_forwards += len(slots)
-        with autocast(slots.device, enabled=self._use_autocast):
-            return self.policy.hidden(ids, attended)
+    def _keep(self, leader: int | None, place: Tensor, hidden: Tensor, features: Tensor | None) -> None:
+        """Keep the first pass of `leader` for those of its group that wait; `self.slots`: leave what is kept."""
+        if leader == self.slots:
+            return
+        self._forget()
+        if leader is not None and features is not None:
+            at = int(place[leader])
+            self._kept = _FirstPass(self._waiting[0][1].first_pass, hidden[at].clone(), features[at].clone())
+            self._forward.share(self._spare, torch.full_like(self._spare, leader))
 
-    def _active(self, slots: Tensor) -> Tensor:
-        """`[F, L]` bool: masked positions of each row's active block, the one of its first masked position."""
-        masked = self._ids[slots, self._width :] == self.policy.vocabulary.mask_id
-        block = torch.arange(self._length, device=slots.device) // self._block
-        return masked & (block == block[masked.int().argmax(-1)].unsqueeze(-1))
+    def _forget(self) -> None:
+        if self._kept is not None:
+            self._kept = None
+            self._forward.release(self._spare)
 
-    def _draw_thresholds(self, fresh: Tensor, forward: Tensor, source: Tensor, hidden: Tensor) -> None:
-        """Threshold of each row that begins, from the hidden states of its `z_0` forward."""
-        learned = self._mode[fresh] > 0
+    def _draw_thresholds(self, slots: Tensor, features: Tensor) -> None:
+        """Threshold of each row that begins, from the prompt features `[N, H]` of its first pass."""
+        rows, head = self._rows, self.policy.head
+        learned = rows.mode[slots] > 0
         if not learned.any():
             return
-        fresh, source = fresh[learned], source[learned]
-        prompt = self._attended[forward].clone()
-        prompt[:, self._width :] = False
-        features = self.policy.prompt_features(hidden, prompt[:, -hidden.shape[1] :])[source]
-        head = self.policy.head
-        drawn = head.sample(features, uniform(self._seed[fresh], 0, GAMMA_STREAM))
-        sampled = self._mode[fresh] == 1
+        slots, features = slots[learned], features[learned]
+        sampled = rows.mode[slots] == MODES["sample"]
+        drawn = head.sample(features, uniform(rows.seed[slots], 0, GAMMA_STREAM))
         gamma = torch.where(sampled, drawn, head.mean(features))
-        self._parameter[fresh] = gamma.to(self._parameter.dtype)
+        rows.parameter[slots] = gamma.to(rows.parameter.dtype)
         logprob = torch.where(sampled, head.log_prob(features, gamma), torch.zeros_like(gamma))
-        self._parameter_logprob[fresh] = logprob.to(self._parameter_logprob.dtype)
+        rows.parameter_logprob[slots] = logprob.to(rows.parameter_logprob.dtype)
 
-    def _reveal(self, slots: Tensor, position: Tensor, logits: Tensor, entropies: Tensor) -> None:
-        temperature = self._temperature[slots]
-        log_probs = behaviour_log_probs(logits, temperature, self.policy.vocabulary.mask_id)
-        step = self._nfe[slots] + 1
-        greedy = temperature == 0
-        drawn = draw(log_probs, uniform(self._seed[slots], step, position))
-        tokens = torch.where(greedy, log_probs.argmax(-1), drawn)
-        logprob = log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        self._ids[slots, self._width + position] = tokens
-        self._reveal_step[slots, position] = step
-        self._logprob[slots, position] = logprob.masked_fill(greedy, 0.0).to(self._logprob.dtype)
-        self._entropy[slots, position] = entropies
-        self._token_version[slots, position] = self.version
+    def _reveal(self, slots: Tensor, position: Tensor, logits: Tensor, entropy: Tensor) -> None:
+        """Draw one token for each of the `[K]` chosen positions, and record how."""
+        rows = self._rows
+        step = rows.nfe[slots] + 1
+        uniforms = uniform(rows.seed[slots], step, position)
+        tokens, logprob = draw_tokens(logits, rows.temperature[slots], uniforms, self.policy.vocabulary.mask_id)
+        rows.completion_ids[slots, position] = tokens
+        rows.reveal_step[slots, position] = step
+        rows.logprob[slots, position] = logprob.to(rows.logprob.dtype)
+        rows.entropy[slots, position] = entropy.to(rows.entropy.dtype)
+        rows.token_version[slots, position] = self.version
 
-    def _retire(self, rows: Tensor) -> list[tuple[int, Completion]]:
-        """Finish rows that have no mask left of their first stop token (or none at all)."""
-        tokens = self._ids[rows, self._width :]
-        masked = tokens == self.policy.vocabulary.mask_id
-        position = torch.arange(self._length, device=rows.device)
-        stop = torch.where(torch.isin(tokens, self._stops), position, self._length).amin(-1, keepdim=True)
-        done = ~(masked & (position < stop)).any(-1)
-        if not done.any():
+    def _retire(self, live: Tensor, broken: Tensor) -> list[tuple[int, Completion | Failure]]:
+        """Free the slots of rows that are finished or broken."""
+        rows = self._rows
+        done, stopped = rows.finished(live)
+        done &= ~broken
+        over = live[done | broken]
+        if not len(over):
             return []
-        ended = rows[done]
-        filled = torch.zeros_like(self._reveal_step, dtype=torch.bool)
-        filled[ended] = masked[done]
-        self._ids[:, self._width :][filled] = self.policy.vocabulary.eos_id
-        self._reveal_step = torch.where(filled, self._nfe.unsqueeze(-1) + 1, self._reveal_step)
-        self._live[ended] = False
-        return self._collect(ended, (stop[done] < self._length).squeeze(-1))
-
-    def _collect(self, ended: Tensor, stopped: Tensor) -> list[tuple[int, Completion]]:
-        per_position = {
-            "ids": self._ids[ended].cpu().numpy(),
-            "reveal_step": self._reveal_step[ended].cpu().numpy().astype(np.int16),
-            "behaviour_logprob": self._logprob[ended].cpu().numpy().astype(np.float32),
-            "entropy": self._entropy[ended].cpu().numpy().astype(np.float32),
-            "token_version": self._token_version[ended].cpu().numpy().astype(np.int32),
-        }
-        ids = per_position.pop("ids").astype(np.int32)
-        starts = (~self._attended[ended]).sum(-1).tolist()
-        states = (self._parameter, self._parameter_logprob, self._nfe, self._seed, self._temperature)
-        scalars = zip(*(state[ended].tolist() for state in states), stopped.tolist(), strict=True)
-        finished = []
-        for row, (slot, values) in enumerate(zip(ended.tolist(), scalars, strict=True)):
-            gamma, gamma_logprob, nfe, seed, temperature, stop = values
-            completion = Completion(
-                prompt_ids=ids[row, starts[row] : self._width],
-                completion_ids=ids[row, self._width :],
-                gamma=gamma,
-                gamma_logprob=gamma_logprob,
-                nfe=nfe,
-                seed=seed,
-                temperature=temperature,
-                finish_reason="stop" if stop else "length",
-                **{name: values[row] for name, values in per_position.items()},
-            )
-            finished.append((self._handles.pop(slot), completion))
+        failed, finished = live[broken].tolist(), live[done]
+        ended: list[tuple[int, Completion | Failure]] = []
+        for slot in failed:
+            handle, nfe = self._handles[slot], int(rows.nfe[slot])
+            reason = f"logits or threshold are not finite: request {handle}, version {self.version}, step {nfe}"
+            ended.append((handle, Failure(reason)))
+        completions = rows.collect(finished, stopped[done])
+        ended += zip((self._handles[slot] for slot in finished.tolist()), completions, strict=True)
+        rows.live[over] = False
+        self._forward.release(over)
+        for slot in over.tolist():
+            del self._handles[slot]
             self._free.append(slot)
-        return finished
-
-    def _check_finite(self, entropies: Tensor, active: Tensor, forward: Tensor) -> None:
-        bad = (active & ~entropies.isfinite()).any(-1)
-        if bad.any():
-            slot = int(forward[bad][0])
-            raise RunError(
-                f"logits are not finite: request {self._handles[slot]}, weights version {self.version}, "
-                f"step {int(self._nfe[slot]) + 1}"
-            )
+        return ended

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from actors.engine import DenoisingEngine, Request
+from actors.engine import DenoisingEngine
+from actors.request import Request
 from common.config import Config
 from common.cost import with_cost
 from common.keyed_random import derive
@@ -78,20 +79,13 @@ class Evaluator:
 
     def measure(self, setting: Setting) -> Point:
         """Accuracy, NFE and reward of every prompt under one setting."""
-        sampler = self.config.sampler
-        engine = DenoisingEngine(
-            self.policy,
-            slots=min(self.config.rollout.slots, len(self.examples)),
-            rule=setting.rule,
-            max_prompt_tokens=sampler.max_prompt_tokens,
-            completion_tokens=sampler.max_completion_tokens,
-            block_length=sampler.block_length,
-            use_autocast=self.config.rollout.autocast,
-        )
+        config = self.config
+        slots = min(config.rollout.slots, len(self.examples))
+        engine = DenoisingEngine.of(self.policy, config, rule=setting.rule, slots=slots)
         completions = engine.generate(
             Request(
                 prompt_ids=prompt,
-                seed=derive(self.config.run.seed, EVALUATION_SEED, index),
+                seed=derive(config.run.seed, EVALUATION_SEED, index),
                 group=index,
                 temperature=setting.temperature,
                 threshold=setting.parameter,
@@ -108,9 +102,9 @@ class Evaluator:
         costed = with_cost(
             torch.from_numpy(reward),
             torch.from_numpy(nfe),
-            length=sampler.max_completion_tokens,
-            speed_weight=self.config.learner.speed_weight,
-            form=self.config.learner.cost,
+            length=config.sampler.max_completion_tokens,
+            speed_weight=config.learner.speed_weight,
+            form=config.learner.cost,
         )
         return Point(
             setting=setting,

@@ -19,6 +19,7 @@ from common.config import Config
 from common.errors import RunError, one_line
 
 ANSWER_SECONDS = 1.0
+COUNTERS = ("row_forwards", "token_forwards", "probed_positions", "probed_kl", "probed_flips")
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +34,8 @@ class Fleet:
         self._actors: dict[str, Any] = {}
         self.restarts = 0
         self._stopping = False
-        self._forwards: dict[str, float] = {}
-        self._forwards_of_ended = 0.0
+        self._counters: dict[str, dict[str, float]] = {}
+        self._of_ended: dict[str, float] = dict.fromkeys(COUNTERS, 0.0)
 
     async def run(self) -> None:
         """Keep every place filled until its actor ends by itself.
@@ -73,7 +74,8 @@ class Fleet:
                 if self._stopping:
                     return None
             finally:
-                self._forwards_of_ended += self._forwards.pop(name, 0.0)
+                for key, value in self._counters.pop(name, {}).items():
+                    self._of_ended[key] += value
                 self._actors.pop(name, None)
                 await self._buffer.return_worker.remote(name)
             self.restarts += attempt < self._config.rollout.max_restarts
@@ -94,10 +96,15 @@ class Fleet:
         for reply in done:
             if reply.exception() is None:
                 alive.append(reply.result())
-                self._forwards[asked[reply]] = alive[-1]["row_forwards"]
+                self._counters[asked[reply]] = {key: alive[-1][key] for key in COUNTERS}
+        total = {key: self._of_ended[key] + sum(own[key] for own in self._counters.values()) for key in COUNTERS}
+        probed = total["probed_positions"] or 1.0
         return {
             "rollout_actors": float(len(alive)),
             "rollout_restarts": float(self.restarts),
-            "rollout_row_forwards": self._forwards_of_ended + sum(self._forwards.values()),
+            "rollout_row_forwards": total["row_forwards"],
+            "rollout_token_forwards": total["token_forwards"],
+            "rollout_cache_drift": total["probed_kl"] / probed,
+            "rollout_cache_flips": total["probed_flips"] / probed,
             "weights_adopted_version": min((reply["version"] for reply in alive), default=-1.0),
         }

@@ -5,7 +5,7 @@ one queue. While the engine has rows, the queue is emptied between two steps; wh
 
 - New weights are noticed on every reply, verified by digest, and adopted between two steps.
 - No token is revealed with weights older than its lease's version: the reply that brings a lease brings the weights.
-- A reward that fails is the prompt's fault (`data`); it is reported with its traceback and the loop goes on.
+- A reward that fails, or logits that are no numbers, are the prompt's fault (`data`): reported, and the loop goes on.
 """
 
 import time
@@ -18,7 +18,8 @@ from typing import Any
 import ray
 import torch
 
-from actors.engine import DenoisingEngine, Request
+from actors.engine import DenoisingEngine
+from actors.request import Failure, Request
 from actors.reward_pool import RewardPool, Scores
 from common.config import Config
 from common.cost import with_cost
@@ -55,17 +56,13 @@ class RolloutActor:
         self.name = name
         self._buffer = buffer
         self._task = build_task(config.task)
-        self._policy = open_policy(config, self._task)
-        sampler = config.sampler
-        self._engine = DenoisingEngine(
+        self._policy = open_policy(config, self._task).for_rollout(config.rollout)
+        self._engine = DenoisingEngine.of(
             self._policy,
+            config,
+            rule=config.sampler.rule,
             slots=config.rollout.slots,
-            rule=sampler.rule,
-            max_prompt_tokens=sampler.max_prompt_tokens,
-            completion_tokens=sampler.max_completion_tokens,
-            block_length=sampler.block_length,
             fixed_padding=config.deterministic,
-            use_autocast=config.rollout.autocast,
         )
         self._engine.version = -1
         self._rewards = RewardPool(
@@ -86,8 +83,8 @@ class RolloutActor:
             while not (self._ending and not self._groups):
                 self._ask_for_leases()
                 self._handle_events()
-                for handle, completion in self._engine.step():
-                    self._take(handle, completion)
+                for handle, outcome in self._engine.step():
+                    self._take(handle, outcome)
                 self._renew()
         finally:
             self._rewards.close()
@@ -99,7 +96,11 @@ class RolloutActor:
     def gauges(self) -> dict[str, float]:
         """Called by the fleet, from another thread: counters of this actor."""
         return {
-            "row_forwards": float(self._engine.row_forwards),
+            "row_forwards": float(self._engine.cost.row_forwards),
+            "token_forwards": float(self._engine.cost.token_forwards),
+            "probed_positions": float(self._engine.cost.probed_positions),
+            "probed_kl": self._engine.cost.probed_kl,
+            "probed_flips": float(self._engine.cost.probed_flips),
             "version": float(self._engine.version),
             "load": float(self._engine.load),
         }
@@ -152,8 +153,7 @@ class RolloutActor:
             prompt = tuple(self._policy.encode(example.prompt))
             self._engine.check_prompt(prompt)
         except UserError as error:
-            failed = self._buffer.fail.remote(self.name, lease.number, lease.attempt, str(error), True)
-            self._call(failed, lambda _: None)
+            self._fail(lease, str(error))
             return
         key = (lease.number, lease.attempt)
         self._groups[key] = _Group(lease, [None] * size)
@@ -192,12 +192,16 @@ class RolloutActor:
 
     # -- groups -------------------------------------------------------------------------------------------------
 
-    def _take(self, handle: int, completion: Completion) -> None:
+    def _take(self, handle: int, outcome: Completion | Failure) -> None:
         key, index = self._rows.pop(handle)
         group = self._groups.get(key)
         if group is None:
             return
-        group.completions[index] = completion
+        if isinstance(outcome, Failure):
+            del self._groups[key]  # its other rows run out unseen
+            self._fail(group.lease, outcome.reason)
+            return
+        group.completions[index] = outcome
         group.missing -= 1
         if group.missing == 0:
             self._score(group)
@@ -215,11 +219,13 @@ class RolloutActor:
         if self._groups.pop((lease.number, lease.attempt), None) is None:
             return
         if isinstance(outcome, BaseException):
-            reason = "".join(traceback.format_exception(outcome))
-            failed = self._buffer.fail.remote(self.name, lease.number, lease.attempt, reason, True)
-            self._call(failed, lambda _: None)
+            self._fail(lease, "".join(traceback.format_exception(outcome)))
             return
         self._call(self._buffer.submit.remote(self.name, [self._finished(group, outcome)]), self._submitted)
+
+    def _fail(self, lease: Lease, reason: str) -> None:
+        """Give a lease up through its own data's fault."""
+        self._call(self._buffer.fail.remote(self.name, lease.number, lease.attempt, reason, True), lambda _: None)
 
     def _submitted(self, reply: SubmitReply) -> None:
         self._adopt(reply.snapshot)
@@ -232,7 +238,7 @@ class RolloutActor:
             "task": config.task.name,
             "reveal_rule": config.sampler.rule,
             "block_length": config.sampler.block_length or config.sampler.max_completion_tokens,
-            "cache": "none",
+            "cache": config.sampler.cache,
             "attempt": lease.attempt,
             "worker": self.name,
             "model_digest": self._digest,

@@ -102,6 +102,11 @@ class SamplerConfig(Section):
     """Completion length L, in tokens."""
     block_length: int | None = None
     """Semi-autoregressive block, in tokens; null is the whole completion."""
+    cache: Literal["none", "prefix", "dual"] = "none"
+    """Keys and values kept inside a block (Fast-dLLM, arXiv 2505.22618): none is exact; prefix computes only from the
+    active block on, dual only the block."""
+    cache_drift_every: int = Field(default=32, ge=0)
+    """Cached forward passes between measurements, on one row, of how far they are from exact ones; 0 is never."""
     temperature: float = Field(default=1.0, gt=0)
     """Temperature of the draw in training; the reveal rule never sees it."""
     confidence_threshold: float = Field(default=0.9, gt=0, le=1)
@@ -135,8 +140,10 @@ class RolloutConfig(Section):
     """CPUs that Ray reserves for one rollout actor, and for one task of the final evaluation."""
     gpus: float = Field(default=0, ge=0)
     """GPUs that Ray reserves for one rollout actor."""
-    autocast: bool = False
-    """bfloat16 autocast in rollout where the device has it."""
+    precision: Literal["float32", "autocast", "bfloat16"] = "float32"
+    """float32; autocast: bfloat16 products under float32 weights, where the device has it; bfloat16: weights too."""
+    compile: bool = False
+    """torch.compile the forward pass: padding is fixed, and the number of rows rounded up to an eighth of `slots`."""
     reward_workers: int = Field(default=1, ge=1)
     """Reward processes of one rollout actor."""
     reward_timeout: float = Field(default=10.0, gt=0)
@@ -347,6 +354,11 @@ class Config(Section):
             raise ValueError(
                 f"learner.train={train} needs sampler.rule=entropy_bound, got {rule}; the other rules have no "
                 "learned threshold: set learner.train=model"
+            )
+        if self.rollout.compile and self.sampler.cache != "none":
+            raise ValueError(
+                f"rollout.compile with sampler.cache={self.sampler.cache}: cached passes have no fixed shapes; set "
+                "rollout.compile=false or sampler.cache=none"
             )
         if self.rollout.slots < self.learner.group_size:
             raise ValueError(

@@ -6,9 +6,10 @@
 - Saved as a standard Hugging Face folder plus `threshold.safetensors`; `from_pretrained` reads the folder.
 """
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -24,9 +25,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.cache_utils import Cache
 from transformers.utils import logging as transformers_logging
 
-from common.config import Config, ModelConfig, ThresholdConfig
+from common.config import Config, ModelConfig, RolloutConfig, ThresholdConfig
 from common.errors import UserError
 from common.tasks import Task
 from common.threshold import ThresholdHead, build_threshold_head
@@ -70,20 +72,41 @@ class Policy(nn.Module):
         """Longest prompt plus completion, in tokens."""
         return int(getattr(self.model.config, "max_position_embeddings", UNLIMITED))
 
-    def hidden(self, ids: Tensor, attended: Tensor) -> Tensor:
+    def hidden(
+        self, ids: Tensor, attended: Tensor, *, columns: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
         """One forward pass.
 
         Args:
-            ids: `[N, T]` int64.
+            ids: `[N, Q]` int64.
             attended: `[N, T]` bool; False at padding, which nothing attends to.
+            columns: `[N, Q]` int64, the columns of `T` that `ids` stand in; None when they are all (`Q = T`).
+            cache: takes the keys and values that the pass computes and answers with those of all `T` columns.
 
         Returns:
-            Last hidden states `[N, T, H]`.
+            Last hidden states `[N, Q, H]`.
         """
         positions = (attended.cumsum(-1) - 1).clamp(min=0)
+        if columns is not None:
+            positions = positions.gather(1, columns)
+        mask = attended.long() if cache is None else self._square(attended, ids.shape[1])
+        cached = {} if cache is None else {"past_key_values": cache}
         return self.model.base_model(
-            input_ids=ids, attention_mask=attended.long(), position_ids=positions, use_cache=False
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=cache is not None, **cached
         ).last_hidden_state
+
+    def _square(self, attended: Tensor, queries: int) -> Tensor:
+        """The mask `[N, 1, Q, T]` in the form that the attention implementation takes as it is."""
+        mask = attended[:, None, None, :].expand(-1, 1, queries, -1)
+        if self.model.config._attn_implementation != "eager":
+            return mask
+        least = torch.finfo(self.model.dtype).min
+        return torch.zeros(mask.shape, dtype=self.model.dtype, device=mask.device).masked_fill(~mask, least)
+
+    @property
+    def takes_cache(self) -> bool:
+        """Whether the model hands its keys and values to a cache; encoders such as ModernBERT do not."""
+        return "past_key_values" in inspect.signature(self.model.base_model.forward).parameters
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Output head on selected positions: `[..., H]` -> `[..., V]`."""
@@ -104,6 +127,12 @@ class Policy(nn.Module):
         wide = hidden.detach().to(torch.promote_types(hidden.dtype, torch.float32))
         weight = prompt.to(wide.dtype).unsqueeze(-1)
         return (wide * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+    def for_rollout(self, config: RolloutConfig) -> Self:
+        """The same policy in the weights that rollout computes with; the threshold head stays in fp32."""
+        if config.precision == "bfloat16":
+            self.model.bfloat16()
+        return self
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, nothing added around it."""

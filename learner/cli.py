@@ -130,8 +130,47 @@ def evaluate(
 
 
 @app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help="Policy: a checkpoint, RUN/warm_start, or any folder in HF layout.")],
+    prompt: Annotated[str, typer.Argument(help="What to complete.")],
+    tokens: Annotated[int, typer.Option(help="Length of the completion.")] = 16,
+    block: Annotated[int | None, typer.Option(help="Block length; a divisor of the tokens.")] = None,
+    rule: Annotated[str, typer.Option(help="Reveal rule: entropy_bound, confidence, top_k.")] = "entropy_bound",
+    threshold: Annotated[float | None, typer.Option(help="The rule's parameter; else the learned threshold.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 is the most probable token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    cache: Annotated[str, typer.Option(help="none, prefix or dual.")] = "none",
+    device: Annotated[str, typer.Option(help="torch device.")] = "cpu",
+    raw: Annotated[bool, typer.Option("--raw", help="Do not apply the tokenizer's chat template.")] = False,
+    steps: Annotated[bool, typer.Option(help="Show the completion appear step by step.")] = True,
+) -> None:
+    """One completion, how it appears, and what it cost (NFE, tokens per forward).
+
+    Example: diffpo generate runs/sudoku/checkpoints/step-000120 "1004040003104001"
+    """
+    from rich.console import Console
+
+    from learner.generation import Choice
+    from learner.generation import generate as run
+
+    choice = Choice(
+        prompt=prompt,
+        tokens=tokens,
+        block=block,
+        rule=rule,
+        threshold=threshold,
+        temperature=temperature,
+        seed=seed,
+        cache=cache,
+        device=device,
+        raw=raw,
+    )
+    run(model, choice, Console(highlight=False, soft_wrap=True), show_steps=steps)
+
+
+@app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="Which measurement: main.")],
+    name: Annotated[str, typer.Argument(help="Which measurement: engine, main.")],
     quick: Annotated[bool, typer.Option("--quick", help="A small version of the measurement.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on the last line.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Runs with seeds 0, 1, ...")] = 1,

@@ -28,7 +28,7 @@ def evaluate_policy(
     """Some settings (all standard ones by default) on the evaluation split, for the policy in a folder."""
     torch.set_num_threads(threads)
     task = build_task(config.task)
-    policy = load_policy(folder, config.model, config.sampler.threshold)
+    policy = load_policy(folder, config.model, config.sampler.threshold).for_rollout(config.rollout)
     chosen = config.evaluation
     evaluator = Evaluator(policy, task, config, prompts=chosen.prompts, split=chosen.split)
     points = []

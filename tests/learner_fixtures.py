@@ -12,7 +12,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from actors.engine import DenoisingEngine, Request
+from actors.engine import DenoisingEngine
+from actors.request import Request
 from common.config import LearnerConfig, ModelConfig, ThresholdConfig
 from common.keyed_random import derive
 from common.policy import Policy, build_policy

@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference_sampler import entropy_of, inverse_cdf, softmax
 from torch import Tensor
 
-from common.behaviour import behaviour_log_probs, draw, entropy, reveal_log_probs
+from actors.reference_sampler import entropy_of, inverse_cdf, softmax
+from common import behaviour
+from common.behaviour import behaviour_log_probs, draw, draw_tokens, reveal_log_probs, reveal_statistics
 from common.keyed_random import uniform
 
 TEMPERATURES = [0.3, 0.7, 1.0, 2.5]
@@ -136,14 +137,100 @@ def test_a_drawn_id_has_mass_at_the_vocabulary_of_llada(scale: float) -> None:
         assert (log_probs.exp().gather(-1, ids.unsqueeze(-1)) > 0).all()
 
 
-def test_entropy_is_in_nats_and_empty_ids_count_nothing() -> None:
-    logits = random_logits(5, 12)
+# -- what the sampler does with the logits of a step -------------------------------------------------------------------
+
+
+def assert_statistics(logits: Tensor, atol: float = 1e-13) -> None:
+    entropy, top = reveal_statistics(logits, MASK)
+    rows = [softmax(row, MASK, 1.0) for row in logits.double().tolist()]
+    assert entropy.dtype == top.dtype == torch.promote_types(logits.dtype, torch.float32)
+    expected = torch.tensor([[entropy_of(row), max(row)] for row in rows], dtype=torch.float64).reshape(-1, 2)
+    torch.testing.assert_close(torch.stack([entropy, top], -1).double(), expected, rtol=0, atol=atol)
+
+
+def test_statistics_are_entropy_in_nats_and_top_probability_without_mask() -> None:
+    logits = random_logits(6, 12)
+    logits[0, MASK] = 1e4
+    logits[1, MASK] = torch.nan
+    logits[2] = 0.0
+    before = logits.clone()
+    assert_statistics(logits)
+    torch.testing.assert_close(logits, before, rtol=0, atol=0, equal_nan=True)
+    assert float(reveal_statistics(logits, MASK)[0][2]) == pytest.approx(math.log(11))
+
+
+def test_statistics_of_empty_ids_and_of_huge_logits() -> None:
+    logits = random_logits(6, 12)
     logits[0, :3] = -torch.inf
     logits[1] = -torch.inf
-    logits[1, 2] = 1.0
-    logits[2] = 0.0
-    values = entropy(reveal_log_probs(logits, MASK))
-    expected = [entropy_of(softmax(row, MASK, 1.0)) for row in logits.tolist()]
-    torch.testing.assert_close(values, torch.tensor(expected, dtype=torch.float64))
-    assert values[1] == 0
-    assert float(values[2]) == pytest.approx(math.log(11))
+    logits[1, 2] = 1.0  # one id has all the mass
+    logits[2] += 1e6
+    logits[3] *= 1e6
+    logits[4] -= 1e300
+    logits[5, 1:] = -1e300
+    assert_statistics(logits, atol=1e-9)
+    entropy, top = reveal_statistics(logits, MASK)
+    assert entropy[[1, 3, 5]].tolist() == [0, 0, 0]
+    assert top[[1, 3, 5]].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_statistics_and_draws_of_narrow_logits_are_computed_in_fp32(dtype: torch.dtype) -> None:
+    logits = random_logits(5, 12, dtype)
+    assert_statistics(logits, atol=2e-6)
+    ids, scores = draw_tokens(logits, torch.ones(5), torch.full((5,), 0.4, dtype=torch.float64), MASK)
+    expected = [math.log(softmax(row, MASK, 1.0)[token]) for row, token in zip(logits.tolist(), ids, strict=True)]
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, torch.tensor(expected), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_statistics_of_broken_logits_are_not_a_number_in_that_row_alone(bad: float) -> None:
+    logits = random_logits(4, 12)
+    good = reveal_statistics(logits, MASK)
+    logits[1, 3] = bad
+    logits[2] = -torch.inf  # no distribution at all
+    for value, before in zip(reveal_statistics(logits, MASK), good, strict=True):
+        assert value.isnan().tolist() == [False, True, True, False]
+        assert torch.equal(value[[0, 3]], before[[0, 3]])
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_drawn_tokens_are_the_inverse_cdf_and_their_tempered_log_probability(temperature: float) -> None:
+    logits, uniforms = random_logits(40, 12), uniform(torch.arange(40), 1, 0)
+    ids, scores = draw_tokens(logits, torch.full((40,), temperature, dtype=torch.float64), uniforms, MASK)
+    rows = [softmax(row, MASK, temperature) for row in logits.tolist()]
+    assert ids.tolist() == [inverse_cdf(row, float(u)) for row, u in zip(rows, uniforms, strict=True)]
+    expected = [math.log(row[token]) for row, token in zip(rows, ids.tolist(), strict=True)]
+    torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_temperature_zero_takes_the_best_token_but_mask_with_log_probability_zero() -> None:
+    logits = random_logits(6, 12)
+    logits[:, MASK] = 1e4
+    allowed = logits.clone()
+    allowed[:, MASK] = -torch.inf
+    temperature = torch.tensor([0.0, 1.0] * 3)
+    ids, scores = draw_tokens(logits, temperature, torch.full((6,), 1 - 2.0**-53).double(), MASK)
+    assert torch.equal(ids[::2], allowed.argmax(-1)[::2])
+    assert (ids[1::2] == 11).all()  # a uniform close to 1 is the last id
+    assert (scores[::2] == 0).all()
+    assert (scores[1::2] < 0).all()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 7])
+@pytest.mark.parametrize("piece", [1, 12, 25, 36])
+def test_rows_in_pieces_are_the_rows_at_once(rows: int, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, uniforms = random_logits(rows, 12), uniform(torch.arange(rows), 1, 0)
+    temperature = torch.linspace(0.0, 2.0, rows, dtype=torch.float64)
+
+    def everything() -> list[Tensor]:
+        return [*reveal_statistics(logits, MASK), *draw_tokens(logits, temperature, uniforms, MASK)]
+
+    whole = everything()
+    monkeypatch.setattr(behaviour, "PIECE", piece)
+    for one, other in zip(everything(), whole, strict=True):
+        assert one.shape == (rows,)
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-14)
+    assert_statistics(logits)

@@ -2,83 +2,35 @@
 
 import copy
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from reference_sampler import reference_sample
+from engine_fixtures import (
+    LENGTH,
+    PARAMETERS,
+    WIDTH,
+    alone,
+    assert_recomputable,
+    assert_same,
+    make_engine,
+    make_requests,
+    one_group,
+    run_to_end,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import ModernBertConfig, ModernBertForMaskedLM
 
-from actors.engine import DenoisingEngine, Request
-from common.behaviour import behaviour_log_probs
+from actors.reference_sampler import entropy_of, forward, reference_sample, softmax
+from actors.request import Failure, Request
 from common.errors import RunError, UserError
 from common.keyed_random import GAMMA_STREAM, derive, uniform
 from common.policy import Policy
 from common.trajectory import NOT_DRAWN, Completion
 from common.weights import to_flat
-
-LENGTH, WIDTH = 16, 12
-ARRAYS = ("prompt_ids", "completion_ids", "reveal_step", "behaviour_logprob", "entropy", "token_version")
-SCALARS = ("gamma", "gamma_logprob", "nfe", "seed", "temperature")
-PARAMETERS = {"entropy_bound": (0.0, 1.5, 4.0, 9.0), "confidence": (0.2, 0.35, 0.6, 1.0), "top_k": (1.0, 2.0, 3.0, 7.0)}
-
-
-def make_engine(policy: Policy, **keys: object) -> DenoisingEngine:
-    given = {"slots": 3, "rule": "entropy_bound", "max_prompt_tokens": WIDTH, "completion_tokens": LENGTH}
-    return DenoisingEngine(policy, **(given | keys))
-
-
-def make_requests(count: int, rule: str = "entropy_bound", temperature: float = 1.0) -> list[Request]:
-    """Prompts of many lengths, each a group of its own, with every parameter of the rule."""
-    rng = random.Random(count)
-    return [
-        Request(
-            prompt_ids=tuple(rng.choices(range(4, 22), k=1 + 5 * index % WIDTH)),
-            seed=derive(0, index),
-            group=index,
-            temperature=temperature,
-            threshold=PARAMETERS[rule][index % 4],
-        )
-        for index in range(count)
-    ]
-
-
-def one_group(size: int, **keys: object) -> list[Request]:
-    return [Request(prompt_ids=(7, 5, 9), seed=derive(1, index), group=0, **keys) for index in range(size)]
-
-
-def assert_same(one: Completion, other: Completion, *, exactly: bool = True) -> None:
-    for name in ARRAYS:
-        mine, theirs = getattr(one, name), getattr(other, name)
-        if exactly or mine.dtype != np.float32:
-            np.testing.assert_array_equal(mine, theirs, err_msg=name)
-        else:
-            np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-6, err_msg=name)
-    for name in SCALARS:
-        assert getattr(one, name) == pytest.approx(getattr(other, name), rel=0 if exactly else 1e-9), name
-    assert one.finish_reason == other.finish_reason
-
-
-def assert_recomputable(completion: Completion, policies: dict[int, Policy]) -> None:
-    """Every log-probability is that of the token given the latent before its step, by the weights of its version."""
-    prompt, tokens = completion.prompt_ids.tolist(), torch.from_numpy(completion.completion_ids).long()
-    steps = torch.from_numpy(completion.reveal_step)
-    mask = next(iter(policies.values())).vocabulary.mask_id
-    temperature = torch.tensor(completion.temperature, dtype=torch.float64)
-    expected = torch.zeros(len(tokens), dtype=torch.float64)
-    for step in range(1, completion.nfe + 1):
-        latent = torch.where(steps < step, tokens, mask)
-        for version, policy in policies.items():
-            with torch.no_grad():
-                logits = policy.model(input_ids=torch.tensor([prompt + latent.tolist()])).logits[0, len(prompt) :]
-            scores = behaviour_log_probs(logits, temperature.expand(len(tokens)), mask)
-            mine = (steps == step) & (torch.from_numpy(completion.token_version) == version)
-            expected[mine] = scores.gather(-1, tokens[:, None])[:, 0][mine]
-    # recorded in float32: equal to within half a unit in the last place, and 1e-9
-    recorded = completion.behaviour_logprob
-    assert recorded.dtype == np.float32
-    np.testing.assert_array_less(np.abs(recorded - expected.numpy()), 0.5 * np.spacing(np.abs(recorded)) + 1e-9)
 
 
 def assert_sound(completion: Completion, policy: Policy) -> None:
@@ -143,16 +95,16 @@ def test_the_cases_above_are_not_all_alike(policy: Policy) -> None:
 @pytest.mark.parametrize("fixed_padding", [True, False])
 @pytest.mark.parametrize("rule", PARAMETERS)
 def test_a_completion_does_not_depend_on_its_company(policy: Policy, rule: str, fixed_padding: bool) -> None:
-    requests = make_requests(64, rule)
-    among = make_engine(policy, rule=rule, slots=64, fixed_padding=fixed_padding).generate(requests)
-    order = random.Random(1).sample(range(64), 64)
+    requests = make_requests(28, rule)
+    among = make_engine(policy, rule=rule, slots=28, fixed_padding=fixed_padding).generate(requests)
+    order = random.Random(1).sample(range(28), 28)
     engine = make_engine(policy, rule=rule, slots=7, fixed_padding=fixed_padding)
     shuffled = engine.generate(requests[index] for index in order)
     for index, completion in zip(order, shuffled, strict=True):
         assert_same(completion, among[index], exactly=False)
-    for index in range(0, 64, 8):
-        [alone] = make_engine(policy, rule=rule, slots=1, fixed_padding=fixed_padding).generate([requests[index]])
-        assert_same(alone, among[index], exactly=False)
+    for index in range(0, 28, 7):
+        single = alone(policy, requests[index], rule=rule, fixed_padding=fixed_padding)
+        assert_same(single, among[index], exactly=False)
 
 
 def test_fixed_padding_repeats_bit_by_bit_in_float32(make_policy: Callable[..., Policy]) -> None:
@@ -194,17 +146,15 @@ def test_a_group_shares_its_first_forward_and_nothing_else(policy: Policy, thres
     for request in requests:
         together.submit(request)
     finished = dict(together.step())
-    assert (together.forwards, together.row_forwards) == (1, 4)
+    assert (together.cost.calls, together.cost.row_forwards) == (1, 4)
     live = together.load
     finished.update(together.step())
-    assert (together.forwards, together.row_forwards) == (2, 4 + live)
-    while not together.idle:
-        finished.update(together.step())
+    assert (together.cost.calls, together.cost.row_forwards) == (2, 4 + live)
+    finished.update(run_to_end(together))
     assert sorted(finished) == list(range(1, 12))
-    assert together.row_forwards == sum(c.nfe for c in finished.values()) - 7
+    assert together.cost.row_forwards == sum(c.nfe for c in finished.values()) - 7
     for handle, request in enumerate(requests, start=1):
-        [alone] = make_engine(policy).generate([request])
-        assert_same(finished[handle], alone, exactly=False)
+        assert_same(finished[handle], alone(policy, request), exactly=False)
 
 
 def test_requests_that_differ_in_prompt_or_group_share_nothing(policy: Policy) -> None:
@@ -213,15 +163,57 @@ def test_requests_that_differ_in_prompt_or_group_share_nothing(policy: Policy) -
     for request in (first, replace(first, group=1), replace(first, prompt_ids=(7, 5, 8))):
         engine.submit(request)
     engine.step()
-    assert engine.row_forwards == 3
+    assert engine.cost.row_forwards == 3
 
 
-def test_a_group_larger_than_the_engine_is_generated_whole(policy: Policy) -> None:
-    requests = [*one_group(8, threshold="sample"), *make_requests(2)]
-    small = make_engine(policy, slots=3).generate(requests)
-    large = make_engine(policy, slots=16).generate(requests)
-    for one, other in zip(small, large, strict=True):
-        assert_same(one, other, exactly=False)
+@pytest.mark.parametrize(("slots", "threshold"), [(1, 1.5), (3, "sample"), (5, 1.5)])
+def test_a_group_has_one_first_forward_however_few_the_slots(
+    policy: Policy, slots: int, threshold: float | str
+) -> None:
+    """Groups of 8, 4 and 1, which follow each other into slots as these become free, the prompts of unlike lengths."""
+    first = one_group(8, threshold=threshold)
+    second = [replace(request, group=1, prompt_ids=(6,) * 9) for request in first[:4]]
+    requests = [*first, *second, replace(first[0], group=2, prompt_ids=(8,))]
+    engine = make_engine(policy, slots=slots, block_length=8)
+    completions = engine.generate(requests)
+    assert engine.cost.row_forwards == sum(c.nfe for c in completions) - 7 - 3
+    for request, completion in zip(requests, completions, strict=True):
+        assert_same(completion, alone(policy, request, block_length=8), exactly=False)
+
+
+def test_rows_that_all_begin_with_the_kept_pass_need_no_forward(policy: Policy) -> None:
+    """Twins at temperature 0 end together, so the next three have nobody to be forwarded with."""
+    engine = make_engine(policy, slots=3)
+    completions = engine.generate(one_group(9, threshold=1.0, temperature=0.0))
+    assert engine.cost.row_forwards == 1 + 9 * (completions[0].nfe - 1)
+    assert engine.cost.calls == 1 + 3 * (completions[0].nfe - 1)
+    for completion in completions[1:]:
+        np.testing.assert_array_equal(completion.completion_ids, completions[0].completion_ids)
+
+
+def test_a_kept_first_pass_is_not_used_with_other_weights(make_policy: Callable[..., Policy]) -> None:
+    old, new = make_policy(seed=0, double=False).double(), make_policy(seed=1, double=False).double()
+    engine = make_engine(copy.deepcopy(old), slots=2)
+    handles = [engine.submit(request) for request in one_group(6, threshold=1.0)]
+    engine.step()
+    engine.adopt(to_flat(new), 1)
+    finished = run_to_end(engine)
+    for handle in handles[:2]:
+        assert set(finished[handle].token_version.tolist()) >= {0, 1}
+    for handle in handles:
+        assert_recomputable(finished[handle], {0: old, 1: new})
+        assert handle <= 2 or 0 not in finished[handle].token_version
+    # one first pass for two rows by the old weights, one for the other four by the new
+    assert engine.cost.row_forwards == sum(c.nfe for c in finished.values()) - 1 - 3
+
+
+def test_no_slot_stands_idle_while_requests_wait(policy: Policy) -> None:
+    engine = make_engine(policy, slots=4, block_length=8)
+    handles = [engine.submit(request) for request in [*one_group(7), *make_requests(6), *one_group(5)]]
+    while not engine.idle:
+        remaining = engine.load
+        ended = engine.step()
+        assert sum(engine.latent(handle) is not None for handle in handles) + len(ended) == min(4, remaining)
 
 
 @pytest.mark.parametrize("head", ["categorical", "log_normal"])
@@ -271,10 +263,7 @@ def test_live_rows_go_on_with_new_weights(make_policy: Callable[..., Policy]) ->
     finished.update(engine.step())
     engine.adopt(to_flat(new), 7)
     assert engine.load == 10 - len(finished)
-    while not engine.idle:
-        for handle, completion in engine.step():
-            assert handle not in finished
-            finished[handle] = completion
+    finished.update(run_to_end(engine))
     assert sorted(finished) == handles
     mixed = 0
     for handle in handles:
@@ -317,9 +306,9 @@ def test_every_completion_is_sound_and_no_forward_is_wasted(policy: Policy, rule
         assert_sound(completion, policy)
         blocks = completion.reveal_step.reshape(-1, 4)
         assert (np.diff([block.min() for block in blocks]) >= 0).all()
-    assert engine.row_forwards == sum(c.nfe for c in completions)
+    assert engine.cost.row_forwards == sum(c.nfe for c in completions)
     assert engine.step() == []
-    assert engine.row_forwards == sum(c.nfe for c in completions)
+    assert engine.cost.row_forwards == sum(c.nfe for c in completions)
 
 
 def test_mask_is_never_revealed_where_the_model_wants_it_most(make_policy: Callable[..., Policy]) -> None:
@@ -380,17 +369,270 @@ def test_a_parameter_that_means_nothing_is_refused(policy: Policy, rule: str, ch
         engine.submit(replace(one_group(1)[0], **changes))
 
 
-def test_a_model_too_short_is_refused(policy: Policy) -> None:
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"max_prompt_tokens": 49}, r"49 \+ completion of 16 tokens exceed the model's 64 positions; shorten"),
+        ({"block_length": 5}, "block_length=5 does not divide completion_tokens=16; choose a divisor"),
+        ({"block_length": 0}, "block_length=0 does not divide completion_tokens=16"),
+        ({"block_length": 32}, "block_length=32 does not divide completion_tokens=16"),
+        ({"completion_tokens": 0}, "block_length=0 does not divide completion_tokens=0.*a length of at least 1"),
+        ({"rule": "best"}, "rule='best' is unknown; give one of entropy_bound, confidence, top_k"),
+        ({"cache": "double"}, "cache='double' is unknown; give one of none, prefix, dual"),
+        ({"cache": "dual", "compiled": True}, "cache=dual cannot be compiled; set rollout.compile=false"),
+        (
+            {"slots": 10**13},
+            "slots=10000000000000 rows of 28 tokens do not fit the memory of cpu.*; lower rollout.slots",
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_an_engine_that_cannot_be_is_refused(policy: Policy, changes: dict[str, object], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        make_engine(policy, **changes)
+
+
+def test_an_engine_as_large_as_the_model_allows_is_made(policy: Policy) -> None:
     make_engine(policy, max_prompt_tokens=48)
-    with pytest.raises(UserError, match=r"49 \+ completion of 16 tokens exceed the model's 64 positions; shorten"):
-        make_engine(policy, max_prompt_tokens=49)
 
 
-def test_weights_that_are_not_numbers_end_the_run_with_version_and_step(make_policy: Callable[..., Policy]) -> None:
-    policy = make_policy()
-    engine = make_engine(policy)
-    engine.submit(one_group(1, threshold=0.0)[0])
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_a_cache_is_refused_with_an_encoder_that_hands_out_no_keys(policy: Policy, cache: str) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    special = {f"{name}_token_id": 0 for name in ("bos", "eos", "cls", "sep", "pad")}
+    config = ModernBertConfig(vocab_size=len(policy.tokenizer), max_position_embeddings=64, **sizes, **special)
+    encoder = Policy(ModernBertForMaskedLM(config), policy.head, policy.tokenizer)
+    make_engine(encoder)
+    with pytest.raises(UserError, match=r"ModernBertForMaskedLM hands out no keys and values; set sampler\.cache=none"):
+        make_engine(encoder, cache=cache)
+
+
+# -- lengths of their own ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", PARAMETERS)
+def test_requests_of_different_lengths_share_a_batch(policy: Policy, rule: str) -> None:
+    lengths = (4, None, 12, 8, 16, 4)
+    requests = [
+        replace(request, completion_tokens=length)
+        for request, length in zip(make_requests(6, rule), lengths, strict=True)
+    ]
+    completions = make_engine(policy, rule=rule, slots=4, block_length=4).generate(requests)
+    for request, completion in zip(requests, completions, strict=True):
+        length = request.completion_tokens or LENGTH
+        expected = reference_sample(
+            policy,
+            request.prompt_ids,
+            rule=rule,
+            parameter=request.threshold,
+            temperature=1.0,
+            seed=request.seed,
+            length=length,
+            block=4,
+        )
+        for name in ("completion_ids", "reveal_step", "behaviour_logprob", "entropy", "token_version"):
+            assert getattr(completion, name).shape == (length,)
+        assert completion.completion_ids.tolist() == expected.tokens
+        assert completion.reveal_step.tolist() == expected.reveal_step
+        assert (completion.nfe, completion.finish_reason) == (expected.nfe, expected.finish_reason)
+        np.testing.assert_allclose(completion.behaviour_logprob, expected.logprob, rtol=2e-7, atol=1e-9)
+
+
+def test_a_group_shares_its_first_forward_among_equal_lengths_only(policy: Policy) -> None:
+    requests = [
+        replace(request, completion_tokens=length)
+        for request, length in zip(one_group(6, threshold=1.0), (8, 8, 8, 4, 4, 8), strict=True)
+    ]
+    engine = make_engine(policy, slots=2, block_length=4)
+    completions = engine.generate(requests)
+    assert engine.cost.row_forwards == sum(c.nfe for c in completions) - 2 - 1
+    for request, completion in zip(requests, completions, strict=True):
+        assert_same(completion, alone(policy, request, block_length=4), exactly=False)
+
+
+@pytest.mark.parametrize("length", [0, -4, 20, 6])
+def test_a_length_that_cannot_be_is_refused(policy: Policy, length: int) -> None:
+    engine = make_engine(policy, block_length=4)
+    with pytest.raises(UserError, match=rf"completion of {length} tokens; give 1 to 16 .*, in blocks of 4"):
+        engine.submit(replace(one_group(1)[0], completion_tokens=length))
+    assert engine.idle
+
+
+# -- the queue, and requests that break --------------------------------------------------------------------------------
+
+
+def test_the_queue_is_bounded_and_generate_feeds_it(policy: Policy) -> None:
+    requests = make_requests(7)
+    engine = make_engine(policy, slots=1, queue_limit=2)
+    for request in requests[:2]:
+        engine.submit(request)
+    with pytest.raises(UserError, match=r"2 requests wait, queue_limit=2; step\(\) the engine before submitting more"):
+        engine.submit(requests[2])
     engine.step()
-    engine.adopt(np.full_like(to_flat(policy), np.nan), 12)
-    with pytest.raises(RunError, match="not finite: request 1, weights version 12, step 2"):
-        engine.step()
+    engine.submit(requests[2])
+    assert engine.load == 3
+    assert sorted(run_to_end(engine)) == [1, 2, 3]
+
+    def watched() -> Iterator[Request]:
+        for request in requests:
+            assert engine.load <= 1 + 2
+            yield request
+
+    for completion, expected in zip(engine.generate(watched()), make_engine(policy).generate(requests), strict=True):
+        assert_same(completion, expected, exactly=False)
+
+
+@pytest.fixture
+def broken_token(make_policy: Callable[..., Policy]) -> tuple[Policy, Policy, int]:
+    """A policy, the same with NaN in the embedding of a token, and that token, which neither ever draws."""
+    sound = make_policy(double=False).double()
+    token = 21
+    sound.model.lm_head.bias = torch.nn.Parameter(torch.zeros(32, dtype=torch.float64))
+    with torch.no_grad():
+        sound.model.lm_head.bias[token] = -1e6
+    broken = copy.deepcopy(sound)
+    with torch.no_grad():
+        broken.model.model.embed_tokens.weight[token] = torch.nan
+    return sound, broken, token
+
+
+def without(token: int, requests: list[Request]) -> list[Request]:
+    return [replace(r, prompt_ids=tuple(5 if t == token else t for t in r.prompt_ids)) for r in requests]
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_a_request_that_breaks_is_handed_back_and_the_others_go_on(
+    broken_token: tuple[Policy, Policy, int], cache: str
+) -> None:
+    sound, broken, token = broken_token
+    others = without(token, make_requests(6))
+    # the longest prompt of all: what it leaves behind must not be seen by whoever has its slot after it
+    requests = [Request(prompt_ids=(token,) * WIDTH, seed=1, group=99, threshold=0.0), *others]
+    keys = {"block_length": 8, "cache": cache, "drift_every": 0}
+    engine = make_engine(copy.deepcopy(sound), slots=3, **keys)
+    engine.version = 12
+    for request in requests:
+        engine.submit(request)
+    finished = dict(engine.step())
+    engine.adopt(to_flat(broken), 12)
+    ended = dict(engine.step())
+    assert ended.pop(1) == Failure("logits or threshold are not finite: request 1, version 12, step 2")
+    assert engine.latent(1) is None
+    finished.update(ended)
+    finished.update(run_to_end(engine))
+    assert sorted(finished) == list(range(2, 8))
+    if cache == "none":  # with a cache, adoption refreshes rows, which changes what they sample
+        expected = make_engine(copy.deepcopy(sound), slots=1, **keys)
+        expected.version = 12
+        for handle, request in enumerate(others, start=2):
+            assert_same(finished[handle], expected.generate([request])[0], exactly=False)
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_generate_names_the_first_that_broke_and_the_engine_goes_on(
+    broken_token: tuple[Policy, Policy, int], cache: str
+) -> None:
+    _, broken, token = broken_token
+    keys = {"block_length": 8, "cache": cache, "drift_every": 0}
+    bad = [Request(prompt_ids=(token,) * WIDTH, seed=seed, group=seed) for seed in (1, 2)]
+    good = without(token, [*make_requests(6), Request(prompt_ids=(6,) * (WIDTH - 1), seed=3, group=3)])
+    expected = make_engine(broken, slots=1, **keys).generate(good)
+    engine = make_engine(broken, slots=2, **keys)
+    words = "2 of 8 requests failed; the first: logits or threshold are not finite: request 3, version 0, step 1"
+    with pytest.raises(RunError, match=words):
+        engine.generate([*good[:2], *bad, *good[2:6]])
+    assert engine.idle
+    for completion, other in zip(engine.generate(good), expected, strict=True):
+        assert_same(completion, other, exactly=False)
+
+
+# -- properties of every step ------------------------------------------------------------------------------------------
+
+
+@st.composite
+def workloads(draw: st.DrawFn) -> tuple[dict[str, object], list[Request]]:
+    """Settings of an engine, and requests in groups of several sizes."""
+    rule = draw(st.sampled_from(list(PARAMETERS)))
+    parameters = {
+        "entropy_bound": st.one_of(st.sampled_from([0.0, "mean", "sample"]), st.floats(0, 30)),
+        "confidence": st.floats(0, 1.1),
+        "top_k": st.integers(1, 20).map(float),
+    }[rule]
+    block = draw(st.sampled_from([1, 2, 4, 8, 16]))
+    requests = []
+    for group in range(draw(st.integers(1, 3))):
+        prompt = tuple(draw(st.lists(st.integers(4, 21), min_size=1, max_size=WIDTH)))
+        length = draw(st.one_of(st.none(), st.integers(1, LENGTH // block).map(lambda blocks: blocks * block)))
+        for _ in range(draw(st.integers(1, 4))):
+            requests.append(
+                Request(
+                    prompt_ids=prompt,
+                    group=group,
+                    completion_tokens=length,
+                    seed=draw(st.integers(0, 2**62)),
+                    threshold=draw(parameters),
+                    temperature=draw(st.one_of(st.just(0.0), st.floats(0.05, 5))),
+                )
+            )
+    cache = draw(st.sampled_from(["none", "prefix", "dual"]))
+    return {"rule": rule, "block_length": block, "slots": draw(st.integers(1, 5)), "cache": cache}, requests
+
+
+@settings(max_examples=30, deadline=None)
+@given(workload=workloads())
+def test_every_step_reveals_in_every_row_and_nothing_is_taken_back(
+    policy: Policy, workload: tuple[dict[str, object], list[Request]]
+) -> None:
+    keys, requests = workload
+    engine = make_engine(policy, drift_every=2, **keys)
+    handles = {engine.submit(request): request for request in requests}
+    mask_id = policy.vocabulary.mask_id
+    latents: dict[int, np.ndarray] = {}
+    finished: dict[int, Completion] = {}
+    for _ in range(sum(request.completion_tokens or LENGTH for request in requests)):  # as many steps are enough
+        finished.update(engine.step())
+        for handle, request in handles.items():
+            length = request.completion_tokens or LENGTH
+            before = latents.get(handle, np.full(length, mask_id))
+            now = finished[handle].completion_ids if handle in finished else engine.latent(handle)
+            if now is None or len(before) == 0:
+                continue
+            now, revealed = now[:length], before != mask_id
+            assert (now[revealed] == before[revealed]).all()
+            assert (now != mask_id).sum() > revealed.sum()
+            latents[handle] = np.empty(0) if handle in finished else now
+    assert engine.idle
+    assert sorted(finished) == sorted(handles)
+    for handle, request in handles.items():
+        assert_sound(finished[handle], policy)
+        assert len(finished[handle].completion_ids) == (request.completion_tokens or LENGTH)
+
+
+@settings(max_examples=20, deadline=None)
+@given(workload=workloads())
+def test_the_entropy_bound_takes_the_longest_admissible_prefix(
+    policy: Policy, workload: tuple[dict[str, object], list[Request]]
+) -> None:
+    """Checked from the completion alone: in every step the lowest entropies, and the next one would not have fitted."""
+    keys, requests = workload
+    block = keys["block_length"]
+    requests = [replace(r, threshold=r.threshold if keys["rule"] == "entropy_bound" else 2.0) for r in requests]
+    completions = make_engine(policy, **(keys | {"rule": "entropy_bound", "cache": "none"})).generate(requests)
+    for completion in completions[:3]:
+        prompt, mask_id = completion.prompt_ids.tolist(), policy.vocabulary.mask_id
+        for step in range(1, completion.nfe + 1):
+            latent = np.where(completion.reveal_step < step, completion.completion_ids, mask_id)
+            logits = forward(policy, [*prompt, *latent.tolist()])[len(prompt) :].tolist()
+            start = latent.tolist().index(mask_id) // block * block
+            masked = [at for at in range(start, start + block) if latent[at] == mask_id]
+            entropies = {at: entropy_of(softmax(logits[at], mask_id, 1.0)) for at in masked}
+            chosen = np.flatnonzero(completion.reveal_step == step).tolist()
+            left = [at for at in masked if at not in chosen]
+            assert set(chosen) <= set(masked)
+            np.testing.assert_allclose(completion.entropy[chosen], [entropies[at] for at in chosen], rtol=2e-7)
+            values = sorted(entropies[at] for at in chosen)
+            assert sum(values[:-1]) <= completion.gamma + 1e-9
+            if left:
+                following = min(entropies[at] for at in left)
+                assert following >= values[-1] - 1e-9
+                assert sum(values) > completion.gamma - 1e-9

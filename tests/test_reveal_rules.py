@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference_sampler import select
 from torch import Tensor
 
+from actors.reference_sampler import select
 from actors.reveal_rules import REVEAL_RULES
 
 # Multiples of 1/16: sums are exact, so the brute force and the rule cannot differ by rounding; and ties are common.

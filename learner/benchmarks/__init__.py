@@ -13,7 +13,7 @@ from rich.console import Console
 
 from common.errors import UserError
 
-BENCHMARKS = {"main": "learner.benchmarks.main_job"}
+BENCHMARKS = {"engine": "learner.benchmarks.engine", "main": "learner.benchmarks.main_job"}
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,16 @@
 """Textbook sampler for ONE sequence: slow, no batching, no tensors beyond the model's forward. The engine must agree.
 
-Sources: semi-autoregressive blocks and the fixed number per step, LLaDA (arXiv 2502.09992); the confidence rule,
-Fast-dLLM (arXiv 2505.22618); the entropy-bounded rule, EB-Sampler (arXiv 2505.24857). Reveal rules look at untempered
-probabilities; only the draw and its log-probability are tempered.
+Sources: semi-autoregressive blocks and the fixed number per step, LLaDA (arXiv 2502.09992); the confidence rule and
+the caches, Fast-dLLM (arXiv 2505.22618); the entropy-bounded rule, EB-Sampler (arXiv 2505.24857). Reveal rules look at
+untempered probabilities; only the draw and its log-probability are tempered.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
 from common.keyed_random import uniform
 from common.policy import Policy
@@ -36,8 +38,14 @@ def reference_sample(
     seed: int,
     length: int,
     block: int,
+    cache: str = "none",
+    adopted: Mapping[int, Policy] | None = None,
 ) -> Sampled:
     """Denoise `length` positions after `prompt`, block by block, one full forward per step.
+
+    With a cache, the first step of a block is exact; its later ones compute every column, and then take the keys and
+    values of the columns that the cache keeps (`prefix`: those before the block; `dual`: those outside it) as they were
+    at that first step. New weights, from the steps in `adopted` on, make a step exact again.
 
     The row ends when every position left of its first stop token is revealed (or all are); what is still MASK then
     becomes EOS with reveal step `nfe + 1`, log-probability 0 and entropy 0.
@@ -45,11 +53,15 @@ def reference_sample(
     ids = policy.vocabulary
     tokens, reveal_step = [ids.mask_id] * length, [0] * length
     logprob, entropy = [0.0] * length, [0.0] * length
-    nfe = 0
+    nfe, computed, memory = 0, -1, {}
     while not _finished(tokens, ids.mask_id, ids.stop_ids):
-        logits = _forward(policy, [*prompt, *tokens])[len(prompt) :]
         nfe += 1
         start = tokens.index(ids.mask_id) // block * block
+        if adopted and nfe in adopted:
+            policy, computed = adopted[nfe], -1
+        kept = kept_columns(cache, len(prompt), length, start, block) if start == computed else []
+        computed = start
+        logits = forward(policy, [*prompt, *tokens], memory, kept)[len(prompt) :].tolist()
         active = [at for at in range(start, min(start + block, length)) if tokens[at] == ids.mask_id]
         plain = {at: softmax(logits[at], ids.mask_id, 1.0) for at in active}
         entropies = {at: entropy_of(plain[at]) for at in active}
@@ -79,16 +91,47 @@ def _finished(tokens: list[int], mask_id: int, stop_ids: tuple[int, ...]) -> boo
     return True
 
 
+def kept_columns(cache: str, prompt: int, length: int, start: int, block: int) -> list[int]:
+    """Columns of prompt and completion whose keys and values stay as they were at the first step of a block."""
+    if cache == "none":
+        return []
+    before = list(range(prompt + start))
+    return before if cache == "prefix" else before + list(range(prompt + start + block, prompt + length))
+
+
 @torch.no_grad()
-def _forward(policy: Policy, ids: list[int]) -> list[list[float]]:
-    return policy.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].tolist()
+def forward(
+    policy: Policy, ids: Sequence[int], memory: dict[nn.Module, Tensor] | None = None, kept: Sequence[int] = ()
+) -> Tensor:
+    """Logits `[T, V]` of a full forward in which the keys and values of the columns `kept` are those in `memory`.
+
+    `memory` is overwritten with the keys and values of this forward, which is exact where nothing is kept. Logits at
+    kept columns mean nothing.
+    """
+    memory = {} if memory is None else memory
+
+    def keep(projection: nn.Module, _: object, output: Tensor) -> Tensor:
+        output = output.clone()
+        for column in kept:
+            output[:, column] = memory[projection][:, column]
+        memory[projection] = output
+        return output
+
+    names = ("self_attn.k_proj", "self_attn.v_proj")
+    hooks = [part.register_forward_hook(keep) for name, part in policy.model.named_modules() if name.endswith(names)]
+    logits = policy.model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+    for hook in hooks:
+        hook.remove()
+    return logits
 
 
 def softmax(logits: list[float], mask_id: int, temperature: float) -> list[float]:
     """Probabilities at a temperature, MASK forbidden."""
     scaled = [-math.inf if token == mask_id else logit / temperature for token, logit in enumerate(logits)]
-    weights = [math.exp(value - max(scaled)) for value in scaled]
-    return [weight / sum(weights) for weight in weights]
+    largest = max(scaled)
+    weights = [math.exp(value - largest) for value in scaled]
+    total = sum(weights)
+    return [weight / total for weight in weights]
 
 
 def entropy_of(probabilities: list[float]) -> float:

@@ -1,0 +1,134 @@
+"""Generation for people: one prompt, and how its completion appears step by step."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from actors.engine import DenoisingEngine
+from actors.request import Failure, Request
+from common.config import ModelConfig, ThresholdConfig
+from common.errors import RunError, UserError
+from common.policy import Policy, load_policy
+from common.trajectory import Completion
+from learner.preflight import check_device
+
+BLANK = "░"
+SECONDS_SHOWN = 0.15  # of each step on a terminal, so that the eye can follow
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What `diffpo generate` was asked for."""
+
+    prompt: str
+    tokens: int
+    block: int | None
+    rule: str
+    threshold: float | None
+    """The rule's parameter; None is the learned threshold, or for other rules their usual value."""
+    temperature: float
+    seed: int
+    cache: str
+    device: str
+    raw: bool
+    """Whether the prompt is taken as it is, without the tokenizer's chat template."""
+
+
+def generate(folder: Path, choice: Choice, console: Console, *, show_steps: bool) -> Completion:
+    """Denoise one completion and print it, with NFE and tokens per forward (TPF).
+
+    Raises:
+        UserError: for a model, device, prompt or parameter that cannot be used.
+        RunError: when the model's logits are not finite.
+    """
+    check_device(choice.device)
+    policy = load_policy(folder, ModelConfig(device=choice.device), ThresholdConfig())
+    prompt = prompt_ids(policy, choice)
+    engine = DenoisingEngine(
+        policy,
+        slots=1,
+        rule=choice.rule,
+        max_prompt_tokens=max(1, len(prompt)),
+        completion_tokens=choice.tokens,
+        block_length=choice.block,
+        cache=choice.cache,
+    )
+    usual = {"entropy_bound": "mean", "confidence": 0.9, "top_k": 1.0}[choice.rule]
+    threshold = usual if choice.threshold is None else choice.threshold
+    handle = engine.submit(
+        Request(prompt_ids=prompt, seed=choice.seed, group=0, temperature=choice.temperature, threshold=threshold)
+    )
+    outcome = _watch(engine, handle, policy, console) if show_steps else _run(engine)
+    if isinstance(outcome, Failure):
+        raise RunError(outcome.reason)
+    drawn = int((outcome.reveal_step <= outcome.nfe).sum())
+    console.print(policy.decode(outcome.completion_ids.tolist()), markup=False, style="bold")
+    console.print(
+        f"NFE {outcome.nfe}  TPF {drawn / outcome.nfe:.2f}  {drawn} tokens revealed  threshold {outcome.gamma:.3g}  "
+        f"ended by {outcome.finish_reason}"
+    )
+    return outcome
+
+
+def prompt_ids(policy: Policy, choice: Choice) -> tuple[int, ...]:
+    """The prompt's ids, through the tokenizer's chat template if it has one and the prompt is not raw."""
+    if policy.tokenizer.chat_template and not choice.raw:
+        messages = [{"role": "user", "content": choice.prompt}]
+        templated: Any = policy.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        return tuple(templated)
+    ids = tuple(policy.encode(choice.prompt))
+    unknown = policy.tokenizer.unk_token_id
+    if not ids:
+        raise UserError("the prompt is empty; give some text")
+    if unknown is not None and unknown in ids:
+        raise UserError(f"prompt {choice.prompt[:60]!r} has characters that the tokenizer does not know; use others")
+    return ids
+
+
+def _run(engine: DenoisingEngine) -> Completion | Failure:
+    while True:
+        for _, outcome in engine.step():
+            return outcome
+
+
+def _watch(engine: DenoisingEngine, handle: int, policy: Policy, console: Console) -> Completion | Failure:
+    """Step the engine and show every latent: redrawn in place on a terminal, a line each elsewhere."""
+    before = engine.latent(handle)
+    step = 0
+    with Live(console=console, refresh_per_second=20, transient=True) as live:
+        while True:
+            ended = engine.step()
+            step += 1
+            outcome = ended[0][1] if ended else None
+            if isinstance(outcome, Failure):
+                return outcome
+            after = engine.latent(handle) if outcome is None else outcome.completion_ids
+            assert after is not None  # the row is live, or it has just ended
+            line = _latent(policy, after, before, f"step {step:>3}  ")
+            if console.is_terminal:
+                live.update(line, refresh=True)
+                time.sleep(SECONDS_SHOWN)
+            else:
+                console.print(line)
+            if outcome is not None:
+                return outcome
+            before = after
+
+
+def _latent(policy: Policy, ids: np.ndarray, before: np.ndarray | None, title: str) -> Text:
+    """The latent as text: MASK as a blank, what this step revealed highlighted."""
+    text = Text(title, style="dim")
+    stops = policy.vocabulary.stop_ids
+    for position, token in enumerate(ids.tolist()):
+        new = before is None or before[position] == policy.vocabulary.mask_id
+        if token == policy.vocabulary.mask_id:
+            text.append(BLANK, style="dim")
+        elif token not in stops:
+            text.append(str(policy.tokenizer.decode([token])), style="bold green" if new else "default")
+    return text
