@@ -78,8 +78,11 @@ def _explain(item: Any) -> str:
     key = ".".join(path) or "config"
     if item["type"] == "extra_forbidden":
         names = _siblings(item["loc"][:-1])
+        sections = [name for name, field in Config.model_fields.items() if hasattr(field.annotation, "model_fields")]
+        elsewhere = [f"{name}.{path[-1]}" for name in sections if path[-1] in _siblings((name,))]
         near = difflib.get_close_matches(str(path[-1]), names, n=1, cutoff=0.4)
-        way = f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(names)}"
+        likely = elsewhere if len(path) == 1 and elsewhere else [".".join([*path[:-1], name]) for name in near]
+        way = f"did you mean {' or '.join(likely)}?" if likely else f"valid keys: {', '.join(names)}"
         return f"unknown key {key}; {way}"
     if item["type"] in {"union_tag_invalid", "union_tag_not_found"}:
         known = ", ".join(_task_names())

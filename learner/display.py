@@ -49,13 +49,13 @@ class Display:
         elif kind == "warm_start":
             self._advance(kind, values["warm_start_steps"], f"loss {values['warm_start_loss']:.3f}")
         elif kind == "step":
-            self._advance(kind, values["learner_steps"], _step_note(values))
+            self._advance(kind, values["learner_steps"], _step_note(values), important="drift_nfe" in values)
 
-    def _advance(self, kind: str, done: float, note: str) -> None:
+    def _advance(self, kind: str, done: float, note: str, *, important: bool = False) -> None:
         total = self._totals[kind]
         if not self.console.is_terminal:
             now = time.monotonic()
-            if now - self._printed >= PLAIN_SECONDS or done in (1, total):
+            if now - self._printed >= PLAIN_SECONDS or done in (1, total) or important:
                 self._printed = now
                 self.console.print(f"{kind.replace('_', ' ')} {done:.0f}/{total}: {note}")
             return
@@ -66,13 +66,16 @@ class Display:
     def results(self, evaluation: dict[str, Any]) -> None:
         """The table of an evaluation: one row per setting, one pair of columns per policy."""
         names = list(evaluation["settings"])
-        table = Table(title=f"{evaluation['task']}: {evaluation['prompts']} {evaluation['split']} prompts")
+        table = Table(
+            title=f"{evaluation['task']}: {evaluation['prompts']} {evaluation['split']} prompts; "
+            "reward with the cost of forward passes taken off"
+        )
         table.add_column("setting")
         for name in names:
             for column in ("accuracy", "NFE", "reward"):
                 table.add_column(f"{name}\n{column}", justify="right")
         for rows in zip(*evaluation["settings"].values(), strict=True):
-            cells = [f"{row['accuracy']:.3f} {row['nfe']:.2f} {row['reward']:.3f}".split() for row in rows]
+            cells = [f"{row['accuracy']:.3f} {row['nfe']:.2f} {row['reward_costed']:.3f}".split() for row in rows]
             table.add_row(rows[0]["setting"], *(cell for triple in cells for cell in triple))
         self.console.print(table)
         low, high = evaluation["nfe_range"]

@@ -122,7 +122,7 @@ def test_a_dry_run_prints_what_loads_to_the_same_configuration(diffpo: Diffpo, c
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["-c", CONFIG, "learner.stpes=3"], "did you mean steps?"),
+        (["-c", CONFIG, "learner.stpes=3"], "did you mean learner.steps?"),
         (["-c", CONFIG, "learner.steps=0"], "learner.steps"),
         (["-c", CONFIG, "learner.steps"], "key.sub=value"),
         (["-c", "nowhere.yaml"], "nowhere.yaml: no such file"),

@@ -100,7 +100,12 @@ def test_deterministic_follows_staleness_unless_it_is_set(overrides: list[str], 
     ],
 )
 def test_an_unknown_key_names_the_nearest_valid_one(override: str, key: str, nearest: str) -> None:
-    assert refusal(override) == f"unknown key {key}; did you mean {nearest}?"
+    section = key.rpartition(".")[0]
+    assert refusal(override) == f"unknown key {key}; did you mean {section}{'.' if section else ''}{nearest}?"
+
+
+def test_a_key_without_its_section_names_the_sections_that_have_it() -> None:
+    assert refusal("steps=3") == "unknown key steps; did you mean warm_start.steps or learner.steps?"
 
 
 @pytest.mark.parametrize(("override", "some"), [("zzz=1", SECTIONS), ("run.qqqq=1", ("name", "root", "seed"))])
@@ -230,7 +235,7 @@ def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
 
 def test_a_plain_mapping_is_validated_alike() -> None:
     assert parse_config({"task": {"name": "sudoku"}}) == load_config(None, ["task.name=sudoku"])
-    with pytest.raises(UserError, match=r"unknown key learner\.stepz; did you mean steps\?"):
+    with pytest.raises(UserError, match=r"unknown key learner\.stepz; did you mean learner\.steps\?"):
         parse_config({"task": {"name": "sudoku"}, "learner": {"stepz": 1}})
 
 
