@@ -105,7 +105,7 @@ class DenoisingEngine:
         self._wide = torch.promote_types(policy.model.dtype, torch.float32)
         try:
             self._rows = Rows(
-                slots=slots + 1,  # the last is never live: it stands for the kept first pass
+                slots=slots + 1,  # the last is the spare, never live
                 width=max_prompt_tokens,
                 length=completion_tokens,
                 block=block,
@@ -119,7 +119,8 @@ class DenoisingEngine:
                 f"{policy.device}: {str(error).splitlines()[0][:120]}; lower rollout.slots"
             ) from error
         self._free = list(range(slots))[::-1]
-        self._spare = torch.tensor([slots], device=policy.device)
+        self._spare = slots  # stands for the kept first pass wherever a slot is asked for
+        self._spare_slot = torch.tensor([slots], device=policy.device)
         self._leader = torch.zeros(slots, dtype=torch.int64, device=policy.device)
         if cache == "none":
             self._forward = ForwardPass(
@@ -219,22 +220,28 @@ class DenoisingEngine:
     def generate(self, requests: Iterable[Request]) -> list[Completion]:
         """All completions, in the order of the requests; for an engine that has nothing else to do.
 
+        Whatever it raises, the engine is idle then and can be used again.
+
         Raises:
             UserError: for a request that cannot be served.
-            RunError: when requests failed; the first reason. The engine is idle then and can be used again.
+            RunError: when requests failed; the first reason.
         """
         if not self.idle:
             raise RuntimeError(f"generate() on an engine with {self.load} rows of other requests; step() it to its end")
         waiting, handles = iter(requests), []
         finished: dict[int, Completion | Failure] = {}
         more = True
-        while more or not self.idle:
-            while more and len(self._waiting) < self._queue_limit:
-                request = next(waiting, None)
-                more = request is not None
-                if request is not None:
-                    handles.append(self.submit(request))
-            finished.update(self.step())
+        try:
+            while more or not self.idle:
+                while more and len(self._waiting) < self._queue_limit:
+                    request = next(waiting, None)
+                    more = request is not None
+                    if request is not None:
+                        handles.append(self.submit(request))
+                finished.update(self.step())
+        except Exception:
+            self.abandon()
+            raise
         completions = [outcome for outcome in map(finished.get, handles) if isinstance(outcome, Completion)]
         failures = [outcome for outcome in finished.values() if isinstance(outcome, Failure)]
         if failures:
@@ -245,6 +252,16 @@ class DenoisingEngine:
         """`[L]` ids of a live row as it stands between two steps, MASK where nothing is revealed yet; else None."""
         slots = [slot for slot, live in self._handles.items() if live == handle]
         return self._rows.completion_ids[slots[0]].cpu().numpy().copy() if slots else None
+
+    def abandon(self) -> None:
+        """Drop all requests, waiting and live; their handles never come back."""
+        live = self._rows.live.nonzero().squeeze(-1)
+        self._rows.live[live] = False
+        self._forward.release(live)
+        self._forget()
+        self._waiting.clear()
+        self._handles.clear()
+        self._free = list(range(self.slots))[::-1]
 
     def adopt(self, flat: np.ndarray, version: int) -> None:
         """Take new weights between two steps; live rows go on with them."""
@@ -260,7 +277,7 @@ class DenoisingEngine:
         """Admit, run one forward, reveal, retire; returns (handle, outcome) of the rows that ended.
 
         Raises:
-            RunError: when the forward does not fit the memory.
+            RunError: when the forward does not fit the memory; all requests are dropped then.
         """
         keep = self._admit()
         if not self._handles:
@@ -274,12 +291,15 @@ class DenoisingEngine:
         try:
             if len(sources):  # none where every live row begins with the kept pass
                 hidden, features = self._forward(sources, rows.nfe[sources] == 0)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            self.abandon()
             raise RunError(f"a forward of {len(sources)} rows does not fit the memory; lower rollout.slots") from error
-        place = torch.zeros(self.slots + 1, dtype=torch.int64, device=live.device)
+        place = torch.zeros(rows.slots, dtype=torch.int64, device=live.device)
         place[sources] = torch.arange(len(sources), device=live.device)
         hidden, features = self._with_kept(hidden, features)
-        place[self.slots] = len(hidden) - 1
+        place[self._spare] = len(hidden) - 1
         source = place[source_slot]
         if fresh.any() and features is not None:
             self._draw_thresholds(live[fresh], features[source[fresh]])
@@ -306,8 +326,8 @@ class DenoisingEngine:
     def _admit(self) -> int | None:
         """Fill free slots in order of arrival; requests with the same first pass get the same leader.
 
-        Returns the leader whose first pass is to be kept since more requests for it wait, None if nothing is, and
-        `self.slots` (which stands for the kept pass) if what is kept stays.
+        Returns the slot whose first pass is to be kept, since more requests for it wait: a new leader, the spare one
+        if what is kept stays, or None if nothing is to be kept.
         """
         handles, requests, slots, leaders = [], [], [], []
         kept = None if self._kept is None else self._kept.key
@@ -317,12 +337,12 @@ class DenoisingEngine:
             slots.append(self._free.pop())
             if request.first_pass != key:
                 key = request.first_pass
-                leader = self.slots if key == kept else slots[-1]
+                leader = self._spare if key == kept else slots[-1]
             handles.append(handle)
             requests.append(request)
             leaders.append(leader)
         if not requests:
-            return self.slots
+            return self._spare
         self._handles.update(zip(slots, handles, strict=True))
         where = torch.tensor(slots, device=self._leader.device)
         self._leader[where] = torch.tensor(leaders, device=where.device)
@@ -342,19 +362,19 @@ class DenoisingEngine:
         return torch.cat([hidden, self._kept.hidden[None]]), torch.cat([features, own[None]])
 
     def _keep(self, leader: int | None, place: Tensor, hidden: Tensor, features: Tensor | None) -> None:
-        """Keep the first pass of `leader` for those of its group that wait; `self.slots`: leave what is kept."""
-        if leader == self.slots:
+        """Keep the first pass of `leader` for those of its group that wait; the spare slot: leave what is kept."""
+        if leader == self._spare:
             return
         self._forget()
         if leader is not None and features is not None:
             at = int(place[leader])
             self._kept = _FirstPass(self._waiting[0][1].first_pass, hidden[at].clone(), features[at].clone())
-            self._forward.share(self._spare, torch.full_like(self._spare, leader))
+            self._forward.share(self._spare_slot, torch.full_like(self._spare_slot, leader))
 
     def _forget(self) -> None:
         if self._kept is not None:
             self._kept = None
-            self._forward.release(self._spare)
+            self._forward.release(self._spare_slot)
 
     def _draw_thresholds(self, slots: Tensor, features: Tensor) -> None:
         """Threshold of each row that begins, from the prompt features `[N, H]` of its first pass."""
@@ -404,3 +424,8 @@ class DenoisingEngine:
             del self._handles[slot]
             self._free.append(slot)
         return ended
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """CUDA has an error of its own; on CPU torch raises a plain RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

@@ -32,7 +32,7 @@ class ForwardPass:
         self.calls = 0
         """Forward passes of the model, of any number of rows."""
         self.row_forwards = 0
-        """Rows forwarded."""
+        """Rows forwarded, those of drift probes included."""
         self.token_forwards = 0
         """Columns forwarded, padding included; what a cache saves."""
         self.probed_positions = 0

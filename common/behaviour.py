@@ -114,11 +114,6 @@ def draw(log_probs: Tensor, uniforms: Tensor) -> Tensor:
     return torch.minimum(ids, last)
 
 
-def entropy(log_probs: Tensor) -> Tensor:
-    """Entropy in nats of `[..., V]` log-probabilities; `-inf` entries count 0."""
-    return -(log_probs.exp() * log_probs.masked_fill(log_probs == -torch.inf, 0.0)).sum(-1)
-
-
 def _pieces(logits: Tensor) -> Iterator[slice]:
     """Slices of rows of at most `PIECE` numbers; one slice where rows fit, or on a device without such a cache."""
     count = len(logits)

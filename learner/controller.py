@@ -289,8 +289,8 @@ class Controller:
         if gauges["groups_discarded"] + gauges["groups_quarantined"] > 0:
             self._untrainable = (
                 f": {gauges['no_spread_discards']:.0f} groups were discarded for equal rewards (a longer warm start, "
-                f"another reward, or replay.drop_no_spread=false) and {self._quarantined:.0f} quarantined for a "
-                "failing reward (RUN/quarantine.json)"
+                f"another reward, or replay.drop_no_spread=false) and {self._quarantined:.0f} quarantined for "
+                "failing rewards or logits (RUN/quarantine.json)"
             )
         if self._exporter is None:
             return

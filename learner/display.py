@@ -45,7 +45,7 @@ class Display:
         elif kind == "signal":
             self.console.print(f"{values['name']}: stopping; in training, after the step in hand and a checkpoint")
         elif kind == "quarantine":
-            self.console.print(f"group {values['group']} quarantined, its reward failed twice: {values['reason']}")
+            self.console.print(f"group {values['group']} quarantined, it failed twice: {values['reason']}")
         elif kind == "warm_start":
             self._advance(kind, values["warm_start_steps"], f"loss {values['warm_start_loss']:.3f}")
         elif kind == "step":

@@ -636,3 +636,36 @@ def test_the_entropy_bound_takes_the_longest_admissible_prefix(
                 following = min(entropies[at] for at in left)
                 assert following >= values[-1] - 1e-9
                 assert sum(values) > completion.gamma - 1e-9
+
+
+def test_a_request_that_is_refused_midway_leaves_the_engine_idle(policy: Policy) -> None:
+    engine = make_engine(policy, queue_limit=2)
+    good = make_requests(6)
+    with pytest.raises(UserError, match="temperature=-1"):
+        engine.generate([*good, replace(good[0], temperature=-1.0)])
+    assert engine.idle
+    for one, other in zip(engine.generate(good), make_engine(policy).generate(good), strict=True):
+        assert_same(one, other, exactly=False)
+
+
+@pytest.mark.parametrize("cache", ["none", "dual"])
+def test_a_forward_that_does_not_fit_the_memory_drops_its_requests(
+    make_policy: Callable[..., Policy], cache: str
+) -> None:
+    policy = make_policy()
+    engine = make_engine(policy, slots=2, cache=cache, block_length=4)
+    for request in one_group(5):
+        engine.submit(request)
+    engine.step()
+    block = policy.model.model.layers[0].mlp
+    hook = block.register_forward_pre_hook(lambda *_: torch.empty(1 << 58))
+    with pytest.raises(RunError, match=r"a forward of [12] rows does not fit the memory; lower rollout.slots"):
+        engine.step()
+    hook.remove()
+    assert engine.idle
+    requests = one_group(5)
+    for one, other in zip(
+        engine.generate(requests), make_engine(policy, block_length=4).generate(requests), strict=True
+    ):
+        if cache == "none":
+            assert_same(one, other, exactly=False)
