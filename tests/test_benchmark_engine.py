@@ -80,4 +80,4 @@ def test_the_engine_wastes_nothing_and_equals_the_textbook() -> None:
 def test_no_row_is_forwarded_twice(endless: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("learner.benchmarks.engine.PROMPT", 8)
     monkeypatch.setattr("learner.benchmarks.engine.LENGTH", 32)
-    assert row_forward_ratio(endless) == 1.0
+    assert row_forward_ratio(endless, 8 * GROUP) == 1.0
