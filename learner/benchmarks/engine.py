@@ -99,7 +99,7 @@ def policy_of(model: ModelConfig, vocabulary: int = 32) -> Policy:
 def gammas(policy: Policy, count: int) -> Tensor:
     """A gamma for each row; the numbers of tokens per step they stand for are log-normal, so NFE is too."""
     quantile = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    per_step = (1.9 + 0.48 * torch.special.ndtri(quantile)).exp()
+    per_step = (1.9 + 0.46 * torch.special.ndtri(quantile)).exp()
     entropy = torch.log(torch.tensor(policy.model.config.vocab_size - 1.0, dtype=torch.float64))
     order = torch.randperm(count, generator=torch.Generator().manual_seed(1))
     return ((per_step - 1).clamp(min=0) * entropy)[order]

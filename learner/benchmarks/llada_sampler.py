@@ -2,7 +2,7 @@
 
 Written as dLLM-RL code bases write it (arXiv 2502.09992, reference `generate`): a batch goes through the blocks
 together and waits for its slowest row; every step computes logits, softmax and Gumbel noise of the whole vocabulary at
-all positions, prompt included; finished rows and blocks are forwarded again. Departures, in its favour or needed to end:
+all positions, prompt included; finished rows and blocks are computed again. Departures, in its favour or needed to end:
 MASK is forbidden, the reveal rules are ours, vectorised, and the noise can be float32 where LLaDA's is float64 (at a
 vocabulary of 32k that alone would make the baseline several times slower).
 """
