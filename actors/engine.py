@@ -40,6 +40,7 @@ from common.weights import load_flat
 
 CACHES = ("none", "prefix", "dual")
 SMALLEST_TEMPERATURE = 1e-3  # below, tempered logits overflow
+LARGEST_THRESHOLD = 1e30  # float32 holds it
 
 
 @dataclass
@@ -178,13 +179,16 @@ class DenoisingEngine:
             UserError: on a request that cannot be served, or when the queue is full.
         """
         self.check_prompt(request.prompt_ids)
+        if not -(1 << 63) <= request.seed < 1 << 63:
+            raise UserError(f"seed={request.seed}; it must fit 64 bits: give one from {-(1 << 63)} to {(1 << 63) - 1}")
         if request.temperature != 0 and not SMALLEST_TEMPERATURE <= request.temperature < math.inf:
             raise UserError(
                 f"temperature={request.temperature}; use 0 for argmax or a value from {SMALLEST_TEMPERATURE} on"
             )
         self._check_threshold(request.threshold)
         length = request.completion_tokens
-        if length is not None and (not 0 < length <= self._rows.length or length % self._rows.block):
+        whole = length is None or isinstance(length, int)
+        if length is not None and (not whole or not 0 < length <= self._rows.length or length % self._rows.block):
             raise UserError(
                 f"completion of {length} tokens; give 1 to {self._rows.length} (sampler.max_completion_tokens), "
                 f"in blocks of {self._rows.block}"
@@ -199,11 +203,16 @@ class DenoisingEngine:
         return self._submitted
 
     def check_prompt(self, prompt_ids: tuple[int, ...]) -> None:
-        """Raises UserError for a prompt that is empty or longer than the engine's prompt width."""
+        """Raises UserError for a prompt that is empty, longer than the engine's width, or not of the vocabulary."""
         if not 0 < len(prompt_ids) <= self._rows.width:
             raise UserError(
                 f"prompt of {len(prompt_ids)} tokens; it must have 1 to {self._rows.width} (sampler.max_prompt_tokens)"
             )
+
+        size = self.policy.model.config.vocab_size
+        if not 0 <= min(prompt_ids) <= max(prompt_ids) < size:
+            wrong = next(token for token in prompt_ids if not 0 <= token < size)
+            raise UserError(f"prompt with token id {wrong}; the model's vocabulary has {size}: use its own tokenizer")
 
     def _check_threshold(self, threshold: float | str) -> None:
         if isinstance(threshold, str):
@@ -214,8 +223,11 @@ class DenoisingEngine:
                 )
             return
         smallest = 1 if self._rule_name == "top_k" else 0
-        if not smallest <= threshold < math.inf:
-            raise UserError(f"threshold={threshold} under the rule {self._rule_name}; give a number >= {smallest}")
+        if not smallest <= threshold <= LARGEST_THRESHOLD:
+            raise UserError(
+                f"threshold={threshold} under the rule {self._rule_name}; give a number from {smallest} to "
+                f"{LARGEST_THRESHOLD:g}"
+            )
 
     def generate(self, requests: Iterable[Request]) -> list[Completion]:
         """All completions, in the order of the requests; for an engine that has nothing else to do.
@@ -279,6 +291,16 @@ class DenoisingEngine:
         Raises:
             RunError: when the forward does not fit the memory; all requests are dropped then.
         """
+        try:
+            return self._step()
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            count = len(self._handles)
+            self.abandon()
+            raise RunError(f"a step of {count} rows does not fit the memory; lower rollout.slots") from error
+
+    def _step(self) -> list[tuple[int, Completion | Failure]]:
         keep = self._admit()
         if not self._handles:
             return []
@@ -288,14 +310,8 @@ class DenoisingEngine:
         source_slot = torch.where(fresh, self._leader[live], live)
         sources = live[source_slot == live]
         hidden, features = None, None
-        try:
-            if len(sources):  # none where every live row begins with the kept pass
-                hidden, features = self._forward(sources, rows.nfe[sources] == 0)
-        except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
-                raise
-            self.abandon()
-            raise RunError(f"a forward of {len(sources)} rows does not fit the memory; lower rollout.slots") from error
+        if len(sources):  # none where every live row begins with the kept pass
+            hidden, features = self._forward(sources, rows.nfe[sources] == 0)
         place = torch.zeros(rows.slots, dtype=torch.int64, device=live.device)
         place[sources] = torch.arange(len(sources), device=live.device)
         hidden, features = self._with_kept(hidden, features)

@@ -16,7 +16,7 @@ from common.section import Section
 from common.tasks.countdown import CountdownConfig
 from common.tasks.sudoku import SudokuConfig
 
-Increasing = Annotated[tuple[float, ...], Field(min_length=1)]
+Increasing = Annotated[tuple[Annotated[float, Field(le=1e6)], ...], Field(min_length=1)]
 TaskConfig = Annotated[SudokuConfig | CountdownConfig, Field(discriminator="name")]
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of a submitted job
 
@@ -76,7 +76,7 @@ class ThresholdConfig(Section):
     """Categorical over `gamma_grid`, or a normal over ln(gamma)."""
     gamma_grid: Increasing = (0.003, 0.007, 0.016, 0.038, 0.088, 0.205, 0.477, 1.109, 2.58, 6.0)
     """Thresholds (nats) the categorical head chooses from; strictly increasing."""
-    gamma_init: float = Field(default=0.3, gt=0)
+    gamma_init: float = Field(default=0.3, gt=0, le=1e6)
     """Threshold (nats) around which the head starts, and the fixed one when the threshold is not trained."""
     init_width: float = Field(default=1.0, gt=0)
     """Standard deviation, in ln(gamma), of the initial distribution."""
@@ -107,7 +107,7 @@ class SamplerConfig(Section):
     active block on, dual only the block."""
     cache_drift_every: int = Field(default=32, ge=0)
     """Cached forward passes between measurements, on one row, of how far they are from exact ones; 0 is never."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, ge=1e-3)
     """Temperature of the draw in training; the reveal rule never sees it."""
     confidence_threshold: float = Field(default=0.9, gt=0, le=1)
     """Top probability from which the `confidence` rule reveals."""
@@ -132,7 +132,7 @@ class RolloutConfig(Section):
 
     actors: int = Field(default=1, ge=1)
     """Rollout actors."""
-    slots: int = Field(default=256, ge=1)
+    slots: int = Field(default=256, ge=1, le=1_000_000)
     """Rows that one engine denoises at once."""
     threads: int = Field(default=1, ge=1)
     """torch threads of one rollout actor."""
@@ -254,7 +254,7 @@ class EvaluationConfig(Section):
     """Held-out prompts, the same for every setting, so that comparisons are paired."""
     split: Literal["validation", "test"] = "test"
     """Split that the prompts come from."""
-    gammas: Annotated[tuple[float, ...], Field(min_length=1)] = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+    gammas: Increasing = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
     """Fixed thresholds (nats) of the entropy-bound sweep."""
     confidences: tuple[Annotated[float, Field(le=1)], ...] = (0.5, 0.7, 0.9)
     """Thresholds of the confidence sweep."""

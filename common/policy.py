@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -60,6 +59,11 @@ class Policy(nn.Module):
         self.head = head
         self.tokenizer = tokenizer
         self.vocabulary = read_vocabulary(tokenizer, model.config)
+        if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+            raise UserError(
+                f"{type(model).__name__} takes no position ids, so padded prompts would shift its positions; give "
+                "another architecture"
+            )
         if model.get_output_embeddings() is None:
             raise UserError(f"{type(model).__name__} has no output head; give a causal or masked language model")
 
@@ -105,8 +109,15 @@ class Policy(nn.Module):
 
     @property
     def takes_cache(self) -> bool:
-        """Whether the model hands its keys and values to a cache; encoders such as ModernBERT do not."""
-        return "past_key_values" in inspect.signature(self.model.base_model.forward).parameters
+        """Whether the model hands its keys and values to a cache, and attends to all of them.
+
+        Encoders such as ModernBERT do not hand them out; a sliding window would be lost among cached columns.
+        """
+        config = self.model.config
+        kinds = getattr(config, "layer_types", None) or ()
+        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        slides = "sliding_attention" in kinds or (window is not None and not kinds)
+        return not slides and "past_key_values" in inspect.signature(self.model.base_model.forward).parameters
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Output head on selected positions: `[..., H]` -> `[..., V]`."""
@@ -184,10 +195,10 @@ def load_policy(path: str | Path, config: ModelConfig, threshold: ThresholdConfi
     """
     folder = _folder(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        read_vocabulary(tokenizer, AutoConfig.from_pretrained(folder, local_files_only=True))
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        read_vocabulary(tokenizer, AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+            folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
         )
         model, info = loaded
         missing = sorted(info["missing_keys"])
@@ -203,8 +214,10 @@ def load_policy(path: str | Path, config: ModelConfig, threshold: ThresholdConfi
         head = build_threshold_head(model.config.hidden_size, threshold)
         if (folder / THRESHOLD_WEIGHTS).is_file():
             head.load_state_dict(load_file(folder / THRESHOLD_WEIGHTS))
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"model {folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    except UserError:
+        raise
+    except Exception as error:  # a folder can be wrong in more ways than transformers has errors for
+        raise _not_loadable(folder, error) from error
     return Policy(model, head, tokenizer).to(config.device).eval()
 
 
@@ -221,12 +234,17 @@ def open_tokenizer(config: Config, task: Task) -> tuple[PreTrainedTokenizerBase,
         return character_tokenizer(task.alphabet), config.model.max_positions
     folder = _folder(config.model.path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        described = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model {folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        described = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise _not_loadable(folder, error) from error
     read_vocabulary(tokenizer, described)
     return tokenizer, int(getattr(described, "max_position_embeddings", UNLIMITED))
+
+
+def _not_loadable(folder: Path, error: Exception) -> UserError:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return UserError(f"model {folder}: cannot be loaded: {reason}; give a folder that transformers reads")
 
 
 def _folder(path: str | Path) -> Path:

@@ -78,16 +78,21 @@ def generate(folder: Path, choice: Choice, console: Console, *, show_steps: bool
 
 def prompt_ids(policy: Policy, choice: Choice) -> tuple[int, ...]:
     """The prompt's ids, through the tokenizer's chat template if it has one and the prompt is not raw."""
-    if policy.tokenizer.chat_template and not choice.raw:
-        messages = [{"role": "user", "content": choice.prompt}]
-        templated: Any = policy.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        return tuple(templated)
-    ids = tuple(policy.encode(choice.prompt))
+    try:
+        if policy.tokenizer.chat_template and not choice.raw:
+            messages = [{"role": "user", "content": choice.prompt}]
+            tokenizer: Any = policy.tokenizer
+            ids = tuple(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        else:
+            ids = tuple(policy.encode(choice.prompt))
+    except Exception as error:  # templates are programs of the model's maker
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"prompt {choice.prompt[:60]!a} cannot be made into tokens ({reason}); try --raw") from error
     unknown = policy.tokenizer.unk_token_id
     if not ids:
-        raise UserError("the prompt is empty; give some text")
+        raise UserError("the prompt is empty, or the chat template makes nothing of it; give some text, or --raw")
     if unknown is not None and unknown in ids:
-        raise UserError(f"prompt {choice.prompt[:60]!r} has characters that the tokenizer does not know; use others")
+        raise UserError(f"prompt {choice.prompt[:60]!a} has characters that the tokenizer does not know; use others")
     return ids
 
 

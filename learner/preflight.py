@@ -31,6 +31,8 @@ def preflight(config: Config) -> Task:
 
 def check_device(name: str) -> None:
     """Refuse a device that torch does not know or this machine does not have."""
+    if name.partition(":")[0] in ("meta", "privateuseone"):
+        raise UserError(f"model.device={name!r} computes nothing; use cpu, or cuda with a CUDA build")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -342,6 +342,11 @@ def test_a_stop_token_at_the_front_ends_the_row_at_once(make_policy: Callable[..
         ({"prompt_ids": ()}, "prompt of 0 tokens; it must have 1 to 12"),
         ({"prompt_ids": (5,) * 13}, "prompt of 13 tokens; it must have 1 to 12"),
         ({"temperature": -0.5}, "temperature=-0.5; use 0 for argmax"),
+        ({"seed": 1 << 63}, "seed=9223372036854775808; it must fit 64 bits"),
+        ({"prompt_ids": (5, 999)}, "prompt with token id 999; the model's vocabulary has"),
+        ({"prompt_ids": (-1, 5)}, "prompt with token id -1"),
+        ({"completion_tokens": 4.0}, "completion of 4.0 tokens"),
+        ({"threshold": 1e308}, "threshold=1e\\+308 under the rule entropy_bound; give a number from 0 to 1e\\+30"),
     ],
 )
 def test_a_request_that_cannot_be_served_is_refused(policy: Policy, changes: dict[str, object], words: str) -> None:
@@ -659,7 +664,7 @@ def test_a_forward_that_does_not_fit_the_memory_drops_its_requests(
     engine.step()
     block = policy.model.model.layers[0].mlp
     hook = block.register_forward_pre_hook(lambda *_: torch.empty(1 << 58))
-    with pytest.raises(RunError, match=r"a forward of [12] rows does not fit the memory; lower rollout.slots"):
+    with pytest.raises(RunError, match=r"a step of 2 rows does not fit the memory; lower rollout.slots"):
         engine.step()
     hook.remove()
     assert engine.idle
