@@ -59,7 +59,8 @@ class CachedForwardPass(ForwardPass):
             if hidden is None:
                 hidden = part.new_zeros(len(slots), rows.length, part.shape[-1])
             hidden[index.unsqueeze(-1), columns - rows.width] = part
-        assert hidden is not None  # every row is in one of the two
+        if hidden is None:
+            raise RuntimeError("a forward pass of no rows; the engine passes at least one")
         self._passes += 1
         if len(kept) and self._drift_every and self._passes % self._drift_every == 0:
             at = int(kept[self._passes // self._drift_every % len(kept)])

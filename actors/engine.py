@@ -78,16 +78,7 @@ class DenoisingEngine:
                 impossible with this model, or the rows do not fit the memory.
         """
         block = completion_tokens if block_length is None else block_length
-        if completion_tokens < 1 or block < 1 or completion_tokens % block:
-            raise UserError(
-                f"block_length={block} does not divide completion_tokens={completion_tokens}; choose a divisor, and a "
-                "length of at least 1"
-            )
-        if max_prompt_tokens + completion_tokens > policy.max_positions:
-            raise UserError(
-                f"prompt of {max_prompt_tokens} + completion of {completion_tokens} tokens exceed the model's "
-                f"{policy.max_positions} positions; shorten sampler.max_prompt_tokens or max_completion_tokens"
-            )
+        _check_lengths(policy, max_prompt_tokens, completion_tokens, block)
         for name, value, known in (("rule", rule, REVEAL_RULES), ("cache", cache, CACHES)):
             if value not in known:
                 raise UserError(f"{name}={value!r} is unknown; give one of {', '.join(known)}")
@@ -103,22 +94,7 @@ class DenoisingEngine:
         self._handles: dict[int, int] = {}
         self._submitted = 0
         self._kept: _FirstPass | None = None
-        self._wide = torch.promote_types(policy.model.dtype, torch.float32)
-        try:
-            self._rows = Rows(
-                slots=slots + 1,  # the last is the spare, never live
-                width=max_prompt_tokens,
-                length=completion_tokens,
-                block=block,
-                vocabulary=policy.vocabulary,
-                device=policy.device,
-                dtype=self._wide,
-            )
-        except (RuntimeError, MemoryError) as error:
-            raise UserError(
-                f"slots={slots} rows of {max_prompt_tokens + completion_tokens} tokens do not fit the memory of "
-                f"{policy.device}: {str(error).splitlines()[0][:120]}; lower rollout.slots"
-            ) from error
+        self._rows = _rows(policy, slots, max_prompt_tokens, completion_tokens, block)
         self._free = list(range(slots))[::-1]
         self._spare = slots  # stands for the kept first pass wherever a slot is asked for
         self._spare_slot = torch.tensor([slots], device=policy.device)
@@ -368,7 +344,8 @@ class DenoisingEngine:
     def _with_kept(self, hidden: Tensor | None, features: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The kept first pass as one more source, the last; or the only one, where nothing was forwarded."""
         if self._kept is None:
-            assert hidden is not None  # a live row is forwarded or begins with the kept pass
+            if hidden is None:
+                raise RuntimeError("live rows were neither forwarded nor begin with a kept first pass")
             return hidden, features
         own = self._kept.features
         if hidden is None:
@@ -440,6 +417,39 @@ class DenoisingEngine:
             del self._handles[slot]
             self._free.append(slot)
         return ended
+
+
+def _check_lengths(policy: Policy, prompt: int, completion: int, block: int) -> None:
+    """Refuse blocks that do not divide the completion, and what the model has no positions for."""
+    if completion < 1 or block < 1 or completion % block:
+        raise UserError(
+            f"block_length={block} does not divide completion_tokens={completion}; choose a divisor, and a length of "
+            "at least 1"
+        )
+    if prompt + completion > policy.max_positions:
+        raise UserError(
+            f"prompt of {prompt} + completion of {completion} tokens exceed the model's {policy.max_positions} "
+            "positions; shorten sampler.max_prompt_tokens or max_completion_tokens"
+        )
+
+
+def _rows(policy: Policy, slots: int, width: int, length: int, block: int) -> Rows:
+    """`slots` rows and a spare one, the last, which is never live."""
+    try:
+        return Rows(
+            slots=slots + 1,
+            width=width,
+            length=length,
+            block=block,
+            vocabulary=policy.vocabulary,
+            device=policy.device,
+            dtype=torch.promote_types(policy.model.dtype, torch.float32),
+        )
+    except (RuntimeError, MemoryError) as error:
+        raise UserError(
+            f"slots={slots} rows of {width + length} tokens do not fit the memory of {policy.device}: "
+            f"{str(error).splitlines()[0][:120]}; lower rollout.slots"
+        ) from error
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -114,7 +114,8 @@ def _watch(engine: DenoisingEngine, handle: int, policy: Policy, console: Consol
             if isinstance(outcome, Failure):
                 return outcome
             after = engine.latent(handle) if outcome is None else outcome.completion_ids
-            assert after is not None  # the row is live, or it has just ended
+            if after is None:
+                raise RuntimeError(f"request {handle} is neither live nor ended after step {step}")
             line = _latent(policy, after, before, f"step {step:>3}  ")
             if console.is_terminal:
                 live.update(line, refresh=True)
