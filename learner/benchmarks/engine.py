@@ -100,8 +100,8 @@ def policy_of(model: ModelConfig, vocabulary: int = 32) -> Policy:
 def gammas(policy: Policy, count: int) -> Tensor:
     """A gamma for each row, for which NFE is about log-normal with a coefficient of variation of 0.5 and median 10.
 
-    All entropies are near ln V, so a gamma of (k - 1/2) ln V reveals k tokens a step and NFE is about L / k; k is whole,
-    so 0.56 goes in for 0.5 to come out.
+    All entropies are near ln V, so a gamma of (k - 1/2) ln V reveals k tokens a step and NFE is about L / k. As k is
+    whole, 0.56 goes in for 0.5 to come out.
     """
     quantile = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     nfe = 10 * (math.sqrt(math.log(1 + 0.56**2)) * torch.special.ndtri(quantile)).exp()
