@@ -27,14 +27,15 @@ from torch import Tensor
 from actors.cached_forward_pass import CachedForwardPass
 from actors.forward_pass import ForwardPass
 from actors.request import MODES, Failure, Request
-from actors.reveal_rules import REVEAL_RULES
+from actors.reveal_rules import ENTROPY_BOUND, REVEAL_RULES, RULES, SAMPLED_ENTROPY_BOUND
 from actors.rows import Rows
 from common.autocast import autocast
 from common.behaviour import draw_tokens, reveal_statistics
 from common.config import Config
 from common.errors import RunError, UserError
-from common.keyed_random import GAMMA_STREAM, uniform
+from common.keyed_random import GAMMA_STREAM, GATE_STREAM, uniform
 from common.policy import Policy
+from common.reveal_likelihood import draw_set, gate_logits, set_log_prob
 from common.trajectory import Completion
 from common.weights import load_flat
 
@@ -79,15 +80,16 @@ class DenoisingEngine:
         """
         block = completion_tokens if block_length is None else block_length
         _check_lengths(policy, max_prompt_tokens, completion_tokens, block)
-        for name, value, known in (("rule", rule, REVEAL_RULES), ("cache", cache, CACHES)):
+        for name, value, known in (("rule", rule, RULES), ("cache", cache, CACHES)):
             if value not in known:
                 raise UserError(f"{name}={value!r} is unknown; give one of {', '.join(known)}")
         if compiled and cache != "none":
             raise UserError(f"cache={cache} cannot be compiled; set rollout.compile=false or sampler.cache=none")
         self.policy = policy
         self.version = 0
+        self._read_calibration()
         self.slots = slots
-        self._rule_name, self._rule = rule, REVEAL_RULES[rule]
+        self._rule_name = rule
         self._use_autocast = use_autocast
         self._queue_limit = queue_limit
         self._waiting: deque[tuple[int, Request]] = deque()
@@ -192,10 +194,10 @@ class DenoisingEngine:
 
     def _check_threshold(self, threshold: float | str) -> None:
         if isinstance(threshold, str):
-            if threshold not in MODES or self._rule_name != "entropy_bound":
+            if threshold not in MODES or self._rule_name not in ENTROPY_BOUND:
                 raise UserError(
-                    f"threshold={threshold!r} under the rule {self._rule_name}; give a number, or with entropy_bound "
-                    f"one of {', '.join(MODES)}"
+                    f"threshold={threshold!r} under the rule {self._rule_name}; give a number, or with "
+                    f"{' or '.join(ENTROPY_BOUND)} one of {', '.join(MODES)}"
                 )
             return
         smallest = 1 if self._rule_name == "top_k" else 0
@@ -255,8 +257,13 @@ class DenoisingEngine:
         """Take new weights between two steps; live rows go on with them."""
         load_flat(self.policy, flat)
         self.version = version
+        self._read_calibration()
         self._forward.invalidate()
         self._forget()
+
+    def _read_calibration(self) -> None:
+        calibration = self.policy.calibration
+        self._gamma_scale, self._reveal_temperature = calibration.gamma_scale, calibration.reveal_temperature
 
     # -- one step -----------------------------------------------------------------------------------------------
 
@@ -301,12 +308,13 @@ class DenoisingEngine:
         needed[source] = active  # rows of one source are equal
         with autocast(live.device, enabled=self._use_autocast):
             logits = self.policy.logits(hidden[needed])
-        entropy, top = reveal_statistics(logits, self.policy.vocabulary.mask_id)
+        entropy, top = self._statistics(logits)
         blank = entropy.new_full(needed.shape, torch.inf)
         entropies = blank.masked_scatter(needed, entropy)[source]
         tops = (-blank).masked_scatter(needed, top)[source]
         broken = (active & ~entropies.isfinite()).any(-1) | ~rows.parameter[live].isfinite()
-        chosen = self._rule(entropies, tops, active, rows.parameter[live]) & ~broken.unsqueeze(-1)
+        rows.first_entropy[live[fresh]] = _mean_entropy(entropies[fresh], active[fresh]).to(rows.first_entropy.dtype)
+        chosen = self._choose(live, entropies, tops, active) & ~broken.unsqueeze(-1)
         row, position = chosen.nonzero(as_tuple=True)
         index = needed.flatten().cumsum(0).view_as(needed) - 1
         self._reveal(live[row], position, logits[index[source[row], position]], entropies[row, position])
@@ -314,6 +322,27 @@ class DenoisingEngine:
         self._keep(keep, place, hidden, features)
         rows.nfe[live] += 1
         return self._retire(live, broken)
+
+    def _statistics(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Entropy and top probability `[N]` that the reveal rule sees, at the policy's reveal temperature."""
+        scaled = logits if self._reveal_temperature == 1 else logits / self._reveal_temperature
+        return reveal_statistics(scaled, self.policy.vocabulary.mask_id)
+
+    def _choose(self, live: Tensor, entropies: Tensor, tops: Tensor, active: Tensor) -> Tensor:
+        """The positions `[N, L]` to be revealed in this step."""
+        rows = self._rows
+        scale = torch.where(rows.mode[live] > 0, self._gamma_scale, 1.0).to(rows.parameter.dtype)
+        parameter = rows.parameter[live] * scale
+        if self._rule_name != SAMPLED_ENTROPY_BOUND:
+            return REVEAL_RULES[self._rule_name](entropies, tops, active, parameter)
+        gates = gate_logits(entropies, active, parameter)
+        position = GATE_STREAM - torch.arange(rows.length, device=live.device)
+        uniforms = uniform(rows.seed[live].unsqueeze(-1), (rows.nfe[live] + 1).unsqueeze(-1), position)
+        chosen = draw_set(gates, uniforms.to(gates.dtype), rows.temperature[live] == 0)
+        scored = set_log_prob(gates, chosen).masked_fill(rows.temperature[live] == 0, 0.0)
+        row, at = chosen.nonzero(as_tuple=True)
+        rows.reveal_logprob[live[row], at] = scored[row].to(rows.reveal_logprob.dtype)
+        return chosen
 
     def _admit(self) -> int | None:
         """Fill free slots in order of arrival; requests with the same first pass get the same leader.
@@ -378,7 +407,8 @@ class DenoisingEngine:
         slots, features = slots[learned], features[learned]
         sampled = rows.mode[slots] == MODES["sample"]
         drawn = head.sample(features, uniform(rows.seed[slots], 0, GAMMA_STREAM))
-        gamma = torch.where(sampled, drawn, head.mean(features))
+        fixed = rows.mode[slots] == MODES["initial"]
+        gamma = torch.where(sampled, drawn, head.mean(features)).masked_fill(fixed, head.config.gamma_init)
         rows.parameter[slots] = gamma.to(rows.parameter.dtype)
         logprob = torch.where(sampled, head.log_prob(features, gamma), torch.zeros_like(gamma))
         rows.parameter_logprob[slots] = logprob.to(rows.parameter_logprob.dtype)
@@ -417,6 +447,10 @@ class DenoisingEngine:
             del self._handles[slot]
             self._free.append(slot)
         return ended
+
+
+def _mean_entropy(entropies: Tensor, active: Tensor) -> Tensor:
+    return entropies.masked_fill(~active, 0.0).sum(-1) / active.sum(-1).clamp(min=1)
 
 
 def _check_lengths(policy: Policy, prompt: int, completion: int, block: int) -> None:

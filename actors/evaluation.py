@@ -27,7 +27,7 @@ class Setting:
 
     name: str
     rule: str
-    parameter: float | Literal["sample", "mean"]
+    parameter: float | Literal["sample", "mean", "initial"]
     temperature: float = 0.0
 
 
@@ -77,8 +77,13 @@ class Evaluator:
         self.examples: list[Example] = [task.example(split, index) for index in range(prompts)]
         self._prompt_ids = [tuple(policy.encode(example.prompt)) for example in self.examples]
 
-    def measure(self, setting: Setting) -> Point:
-        """Accuracy, NFE and reward of every prompt under one setting."""
+    def measure(self, setting: Setting, *, thresholds: np.ndarray | None = None) -> Point:
+        """Accuracy, NFE and reward of every prompt under one setting.
+
+        Args:
+            setting: how to sample.
+            thresholds: one parameter of the reveal rule per prompt, in place of the setting's.
+        """
         config = self.config
         slots = min(config.rollout.slots, len(self.examples))
         engine = DenoisingEngine.of(self.policy, config, rule=setting.rule, slots=slots)
@@ -88,7 +93,7 @@ class Evaluator:
                 seed=derive(config.run.seed, EVALUATION_SEED, index),
                 group=index,
                 temperature=setting.temperature,
-                threshold=setting.parameter,
+                threshold=setting.parameter if thresholds is None else float(thresholds[index]),
             )
             for index, prompt in enumerate(self._prompt_ids)
         )

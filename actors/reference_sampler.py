@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from common.keyed_random import uniform
+from common.keyed_random import GATE_STREAM, uniform
 from common.policy import Policy
+from common.reveal_likelihood import SMALLEST, WIDTH
 
 
 @dataclass
@@ -66,7 +67,8 @@ def reference_sample(
         plain = {at: softmax(logits[at], ids.mask_id, 1.0) for at in active}
         entropies = {at: entropy_of(plain[at]) for at in active}
         tops = {at: max(plain[at]) for at in active}
-        for at in select(rule, entropies, tops, parameter):
+        gates = {at: float(uniform(torch.tensor(seed), nfe, GATE_STREAM - at)) for at in active}
+        for at in select(rule, entropies, tops, parameter, gates if temperature > 0 else None):
             if temperature == 0:
                 tokens[at] = plain[at].index(tops[at])
             else:
@@ -149,8 +151,25 @@ def inverse_cdf(probabilities: list[float], u: float) -> int:
     raise AssertionError(f"u={u} is above the total {total}")
 
 
-def select(rule: str, entropies: dict[int, float], tops: dict[int, float], parameter: float) -> list[int]:
-    """Positions to reveal: keys of `entropies` and `tops`, which are the masked positions of the active block."""
+def select(
+    rule: str,
+    entropies: dict[int, float],
+    tops: dict[int, float],
+    parameter: float,
+    gates: dict[int, float] | None = None,
+) -> list[int]:
+    """Positions to reveal: keys of the dictionaries, which are the masked positions of the active block.
+
+    `gates` are the uniforms of the rule that draws its set; without them a half stands for each.
+    """
+    if rule == "sampled_entropy_bound":
+        order, chosen, before = sorted(entropies, key=lambda at: entropies[at]), [], 0.0
+        for at in order:
+            odds = (max(parameter, SMALLEST) / max(before, SMALLEST)) ** (1 / WIDTH)
+            if at == order[0] or (gates[at] if gates else 0.5) <= odds / (1 + odds):
+                chosen.append(at)
+            before += entropies[at]
+        return chosen
     if rule == "entropy_bound":
         order = sorted(entropies, key=lambda at: entropies[at])
         values = [entropies[at] for at in order]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-MODES = {"sample": 1, "mean": 2}  # how a row takes its threshold from the policy; 0: it was given
+MODES = {"sample": 1, "mean": 2, "initial": 3}  # how a row takes its threshold from the policy; 0: it was given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,8 +16,9 @@ class Request:
     """Requests of one group, prompt and length that are submitted in a row share their first forward."""
     temperature: float = 1.0
     """Temperature of the draw; 0 is argmax, for evaluation only."""
-    threshold: float | Literal["sample", "mean"] = "mean"
-    """The reveal rule's parameter, or how to take it from the threshold policy."""
+    threshold: float | Literal["sample", "mean", "initial"] = "mean"
+    """The reveal rule's parameter, or how to take it from the policy: a draw of the threshold policy, its mean, or
+    `gamma_init`; what the policy gives is multiplied by its scale, what is given as a number is not."""
     completion_tokens: int | None = None
     """Length of this completion, a multiple of the block length; None is the engine's L."""
 

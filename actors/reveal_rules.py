@@ -72,3 +72,6 @@ def _best(top: Tensor, active: Tensor, count: Tensor) -> Tensor:
 
 
 REVEAL_RULES: dict[str, RevealRule] = {"entropy_bound": entropy_bound, "confidence": confidence, "top_k": top_k}
+SAMPLED_ENTROPY_BOUND = "sampled_entropy_bound"  # common.reveal_likelihood: draws the set it reveals
+RULES = (*REVEAL_RULES, SAMPLED_ENTROPY_BOUND)
+ENTROPY_BOUND = ("entropy_bound", SAMPLED_ENTROPY_BOUND)  # their parameter is gamma

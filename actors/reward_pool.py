@@ -4,6 +4,7 @@
 - Processes are spawned, import neither torch nor ray by themselves, and build the task once.
 """
 
+import math
 import multiprocessing
 from collections.abc import Callable
 from functools import lru_cache
@@ -11,7 +12,7 @@ from functools import lru_cache
 from pebble import ProcessPool
 
 from common.tasks import TaskConfig, build_task
-from common.tasks.task import Task
+from common.tasks.task import Example, Task
 
 Scores = list[dict[str, float]]
 
@@ -21,15 +22,26 @@ def _task(serialised: str, kind: type[TaskConfig]) -> Task:
     return build_task(kind.model_validate_json(serialised))
 
 
-def score_group(serialised: str, kind: type[TaskConfig], cursor: int, completions: list[str]) -> Scores:
-    """Reward components and their weighted sum (`reward`) of each completion of one training prompt."""
-    task = _task(serialised, kind)
-    example = task.example("train", cursor)
+def score(task: Task, example: Example, completions: list[str]) -> Scores:
+    """Reward components and their weighted sum (`reward`) of each completion of one prompt.
+
+    Raises:
+        ValueError: for a reward that is not finite.
+    """
     scores = []
-    for completion in completions:
+    for index, completion in enumerate(completions):
         components = task.rewards(example, completion)
         scores.append({**components, "reward": task.reward(components)})
+        wrong = {name: value for name, value in scores[-1].items() if not math.isfinite(value)}
+        if wrong:
+            raise ValueError(f"rewards {wrong} of completion {index} are not finite; mend the reward function")
     return scores
+
+
+def score_group(serialised: str, kind: type[TaskConfig], cursor: int, completions: list[str]) -> Scores:
+    """The scores of one training prompt, in a reward process."""
+    task = _task(serialised, kind)
+    return score(task, task.example("train", cursor), completions)
 
 
 class RewardPool:

@@ -19,16 +19,15 @@ import ray
 import torch
 
 from actors.engine import DenoisingEngine
-from actors.request import Failure, Request
+from actors.group import finished_group, group_requests
+from actors.request import Failure
 from actors.reward_pool import RewardPool, Scores
 from common.config import Config
-from common.cost import with_cost
 from common.errors import RunError, UserError
-from common.keyed_random import derive
 from common.lease import FinishedGroup, Lease, LeaseReply, RenewReply, SubmitReply
 from common.policy import open_policy
 from common.tasks import build_task
-from common.trajectory import Completion, encode_group
+from common.trajectory import Completion
 from common.weight_store import Snapshot
 from common.weights import digest
 
@@ -147,7 +146,6 @@ class RolloutActor:
     def _start(self, lease: Lease) -> None:
         """Queue the completions of one lease; a prompt that cannot be served is the data's fault."""
         config = self.config
-        size = config.learner.group_size
         try:
             example = self._task.example("train", lease.cursor)
             prompt = tuple(self._policy.encode(example.prompt))
@@ -156,18 +154,9 @@ class RolloutActor:
             self._fail(lease, str(error))
             return
         key = (lease.number, lease.attempt)
-        self._groups[key] = _Group(lease, [None] * size)
-        for index in range(size):
-            handle = self._engine.submit(
-                Request(
-                    prompt_ids=prompt,
-                    seed=derive(config.run.seed, lease.cursor, index),
-                    group=lease.number,
-                    temperature=config.sampler.temperature,
-                    threshold=rollout_threshold(config),
-                )
-            )
-            self._rows[handle] = (key, index)
+        self._groups[key] = _Group(lease, [None] * config.learner.group_size)
+        for index, request in enumerate(group_requests(config, prompt, cursor=lease.cursor, number=lease.number)):
+            self._rows[self._engine.submit(request)] = (key, index)
 
     def _renew(self) -> None:
         now = time.monotonic()
@@ -231,44 +220,13 @@ class RolloutActor:
         self._adopt(reply.snapshot)
 
     def _finished(self, group: _Group, scores: Scores) -> FinishedGroup:
-        config, lease = self.config, group.lease
-        completions = [c for c in group.completions if c is not None]
-        shared = {
-            "group_id": lease.cursor,
-            "task": config.task.name,
-            "reveal_rule": config.sampler.rule,
-            "block_length": config.sampler.block_length or config.sampler.max_completion_tokens,
-            "cache": config.sampler.cache,
-            "attempt": lease.attempt,
-            "worker": self.name,
-            "model_digest": self._digest,
-        }
-        reward = torch.tensor([score["reward"] for score in scores])
-        nfe = torch.tensor([c.nfe for c in completions])
-        costed = with_cost(
-            reward,
-            nfe,
-            length=config.sampler.max_completion_tokens,
-            speed_weight=config.learner.speed_weight,
-            form=config.learner.cost,
+        return finished_group(
+            self.config,
+            [c for c in group.completions if c is not None],
+            scores,
+            number=group.lease.number,
+            cursor=group.lease.cursor,
+            attempt=group.lease.attempt,
+            worker=self.name,
+            model_digest=self._digest,
         )
-        return FinishedGroup(
-            number=lease.number,
-            attempt=lease.attempt,
-            payload=encode_group(completions, shared, scores),
-            spread=float(costed.max() - costed.min()),
-            oldest_version=min(c.oldest_version for c in completions),
-            completions=len(completions),
-            reward=float(reward.mean()),
-            nfe=float(nfe.float().mean()),
-        )
-
-
-def rollout_threshold(config: Config) -> Any:
-    """What the reveal rule gets in training: a draw of the threshold policy where it learns, else a fixed value."""
-    sampler = config.sampler
-    if sampler.rule == "confidence":
-        return sampler.confidence_threshold
-    if sampler.rule == "top_k":
-        return float(sampler.tokens_per_step)
-    return sampler.threshold.gamma_init if config.learner.train == "model" else "sample"

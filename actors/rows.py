@@ -40,10 +40,12 @@ class Rows:
         self.attended = state((width + length,), False, torch.bool)
         self.reveal_step = state((length,), 0, torch.int64)
         self.logprob = state((length,), 0.0, dtype)
+        self.reveal_logprob = state((length,), 0.0, dtype)
         self.entropy = state((length,), 0.0, dtype)
         self.token_version = state((length,), NOT_DRAWN, torch.int64)
         self.live = state((), False, torch.bool)
         self.nfe = state((), 0, torch.int64)
+        self.first_entropy = state((), 0.0, dtype)
         self.seed = state((), 0, torch.int64)
         self.temperature = state((), 1.0, dtype)
         self.parameter = state((), 0.0, dtype)
@@ -86,6 +88,7 @@ class Rows:
         for state, fresh in (
             (self.reveal_step, 0),
             (self.logprob, 0.0),
+            (self.reveal_logprob, 0.0),
             (self.entropy, 0.0),
             (self.token_version, NOT_DRAWN),
             (self.live, True),
@@ -122,25 +125,29 @@ class Rows:
             (tokens, np.int32),
             (steps, np.int16),
             (self.logprob[slots], np.float32),
+            (self.reveal_logprob[slots], np.float32),
             (self.entropy[slots], np.float32),
             (self.token_version[slots], np.int32),
         )
         columns = [tensor.cpu().numpy().astype(kind) for tensor, kind in arrays]
         prompts = self.ids[slots, : self.width].cpu().numpy().astype(np.int32)
         starts = (~self.attended[slots, : self.width]).sum(-1).tolist()
-        states = (self.parameter, self.parameter_logprob, self.nfe, self.seed, self.temperature, self.own_length)
+        states = (self.parameter, self.parameter_logprob, self.nfe, self.seed, self.temperature)
+        states += (self.first_entropy, self.own_length)
         scalars = zip(*(state[slots].tolist() for state in states), stopped.tolist(), strict=True)
         completions = []
-        for row, (gamma, gamma_logprob, nfe, seed, temperature, length, stop) in enumerate(scalars):
-            ids, reveal_step, logprob, entropy, version = (column[row, :length] for column in columns)
+        for row, (gamma, gamma_logprob, nfe, seed, temperature, first, length, stop) in enumerate(scalars):
+            ids, reveal_step, logprob, reveal_logprob, entropy, version = (column[row, :length] for column in columns)
             completions.append(
                 Completion(
                     prompt_ids=prompts[row, starts[row] :],
                     completion_ids=ids,
                     reveal_step=reveal_step,
                     behaviour_logprob=logprob,
+                    reveal_logprob=reveal_logprob,
                     entropy=entropy,
                     token_version=version,
+                    first_entropy=first,
                     gamma=gamma,
                     gamma_logprob=gamma_logprob,
                     nfe=nfe,

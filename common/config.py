@@ -8,7 +8,7 @@
 import os
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -82,6 +82,8 @@ class ThresholdConfig(Section):
     """Standard deviation, in ln(gamma), of the initial distribution."""
     prompt_blind: bool = False
     """Bias only: the same distribution for every prompt (a control)."""
+    standardise: bool = False
+    """Standardise the head's features over the prompts of the first batch, so that what tells prompts apart counts."""
 
     @field_validator("gamma_grid")
     @classmethod
@@ -94,8 +96,9 @@ class ThresholdConfig(Section):
 class SamplerConfig(Section):
     """How completions are denoised."""
 
-    rule: Literal["entropy_bound", "confidence", "top_k"] = "entropy_bound"
-    """Reveal rule (entropy_bound: arXiv 2505.24857; confidence: 2505.22618; top_k: 2502.09992)."""
+    rule: Literal["entropy_bound", "sampled_entropy_bound", "confidence", "top_k"] = "entropy_bound"
+    """Reveal rule (entropy_bound: arXiv 2505.24857; confidence: 2505.22618; top_k: 2502.09992); sampled_entropy_bound
+    draws the revealed set, and the learner scores it."""
     max_prompt_tokens: int = Field(default=32, ge=1)
     """Longest prompt, in tokens; longer ones are refused before the run starts."""
     max_completion_tokens: int = Field(default=16, ge=1)
@@ -178,12 +181,19 @@ class LearnerConfig(Section):
     """Completions per group, G; advantages need at least 2."""
     inner_updates: int = Field(default=1, ge=1)
     """Optimizer updates on one batch (mu)."""
+    surrogate: Literal["mean_field", "coupled_masks"] = "mean_field"
+    """m-times mean field, or random masks and their complements (DiffuCoder, arXiv 2506.20639): three passes."""
     surrogate_passes: int = Field(default=2, ge=1)
-    """m of the m-times mean-field surrogate: 1 = d1, 2 = DiFFPO, >= NFE = exact (with tau_law: distinct)."""
+    """m of the m-times mean-field surrogate: 1 = d1, 2 = DiFFPO, >= NFE = exact (with tau_law: distinct);
+    coupled_masks has no use for it."""
     tau_law: Literal["paper", "distinct"] = "paper"
-    """paper: m = 2, tau uniform on 0..NFE-1; distinct: m-1 distinct values of 1..NFE-1."""
-    importance_weight: Literal["truncated", "none"] = "truncated"
-    """Weight of surrogate over behaviour likelihood."""
+    """paper: m = 2, tau uniform on 0..NFE-1; distinct: m-1 distinct values of 1..NFE-1; mean_field only."""
+    prompt_masking: float = Field(default=0.0, ge=0, lt=1)
+    """Probability that the surrogate hides a prompt token (d1: 0.15); above 0 no pass is shared inside a group."""
+    importance_weight: Literal["truncated", "none", "self_normalised"] = "truncated"
+    """Weight of surrogate over behaviour likelihood; self_normalised divides by the batch's mean truncated weight."""
+    weight_level: Literal["token", "sequence"] = "token"
+    """One weight per token, or one per completion: the product over its scored tokens, truncated."""
     weight_cap: float = Field(default=2.0, gt=0)
     """Truncation C of the importance weights."""
     clip_low: float = Field(default=0.2, gt=0, lt=1)
@@ -206,6 +216,9 @@ class LearnerConfig(Section):
     """Weight of the threshold objective in joint training."""
     entropy_bonus: float = Field(default=0.01, ge=0)
     """Weight of the threshold policy's entropy, over the completions that are scored."""
+    drift_remedy: Literal["none", "hold_nfe", "hold_entropy"] = "none"
+    """Against threshold drift when only the model learns: hold_nfe scales gamma so that the mean NFE stays,
+    hold_entropy gives the reveal rule a temperature so that the mean entropy of the first step stays."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """AdamW learning rate of the model."""
     threshold_learning_rate: float = Field(default=3e-3, gt=0)
@@ -222,6 +235,8 @@ class LearnerConfig(Section):
     """Largest gradient norm."""
     micro_batch_tokens: int = Field(default=16384, ge=1)
     """Tokens in one forward and backward pass."""
+    diagnostics_every: int = Field(default=10, ge=0)
+    """Steps between measurements of KL(exact || surrogate) on at most 64 completions, NFE passes each; 0 is never."""
     autocast: bool = True
     """bfloat16 autocast (weights stay float32) where the device has it."""
     threads: int = Field(default=1, ge=1)
@@ -231,10 +246,24 @@ class LearnerConfig(Section):
     gpus: float = Field(default=0, ge=0)
     """GPUs that Ray reserves for the learner."""
 
+    @field_validator("cost", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a bare off as false
+
     @model_validator(mode="after")
     def _kl_is_the_models(self) -> Self:
         if self.kl_beta > 0 and self.train == "threshold":
             raise ValueError(f"kl_beta={self.kl_beta} with train=threshold: the model does not move; set kl_beta=0")
+        return self
+
+    @model_validator(mode="after")
+    def _remedies_are_the_models(self) -> Self:
+        if self.drift_remedy != "none" and self.train != "model":
+            raise ValueError(
+                f"drift_remedy={self.drift_remedy} with train={self.train}: a threshold that learns is a remedy; set "
+                "train=model or drift_remedy=none"
+            )
         return self
 
     @model_validator(mode="after")
@@ -350,10 +379,23 @@ class Config(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         rule, train = self.sampler.rule, self.learner.train
-        if rule != "entropy_bound" and train != "model":
+        if "entropy_bound" not in rule and train != "model":
             raise ValueError(
-                f"learner.train={train} needs sampler.rule=entropy_bound, got {rule}; the other rules have no "
+                f"learner.train={train} needs sampler.rule=entropy_bound, got {rule}; confidence and top_k have no "
                 "learned threshold: set learner.train=model"
+            )
+        if self.learner.drift_remedy != "none" and rule != "entropy_bound":
+            raise ValueError(
+                f"learner.drift_remedy={self.learner.drift_remedy} needs sampler.rule=entropy_bound, got {rule}; set "
+                "learner.drift_remedy=none"
+            )
+        two_mf = self.learner.surrogate == "mean_field" and self.learner.surrogate_passes == 2
+        if rule == "sampled_entropy_bound" and not (
+            two_mf and self.learner.tau_law == "paper" and train != "threshold"
+        ):
+            raise ValueError(
+                "sampler.rule=sampled_entropy_bound scores the set that was revealed after a uniform tau: it needs "
+                "learner.surrogate=mean_field, surrogate_passes=2, tau_law=paper and a model that learns"
             )
         if self.rollout.compile and self.sampler.cache != "none":
             raise ValueError(

@@ -17,6 +17,7 @@ _C2 = 0x94D049BB133111EB
 # Positions below zero are streams that are not draws of a token.
 GAMMA_STREAM = -1
 TAU_STREAM = -2
+GATE_STREAM = -(1 << 20)  # less the position: whether it is revealed
 
 
 def _signed(value: int) -> int:

@@ -40,7 +40,14 @@ CATALOGUE: dict[str, Metric] = {
             "k3 estimate of KL from policy to warm start, nats per token; 0 when off",
         ),
         Metric("learner_scored_completions", "gauge", "Completions of the last batch that carry gradient"),
+        Metric("learner_flat_groups", "gauge", "Groups of the last batch without advantage: equal rewards, or size 1"),
         Metric("learner_rows_forwarded", "gauge", "Rows really forwarded in the last update"),
+        Metric(
+            "learner_surrogate_kl",
+            "gauge",
+            "KL(exact || m-times mean field), nats per token, every `diagnostics_every` steps, before the updates",
+            ("passes", "reveal_step"),
+        ),
         Metric("learner_weight_mean", "gauge", "Mean untruncated importance weight", ("bucket", "value")),
         Metric("learner_weight_ess", "gauge", "Effective sample size of the weights, share", ("bucket", "value")),
         Metric("learner_wait_seconds", "counter", "Seconds the learner waited for groups"),
@@ -70,6 +77,14 @@ CATALOGUE: dict[str, Metric] = {
             "Geometric mean of the thresholds (another rule: its parameters) of the last batch",
         ),
         Metric("threshold_gamma_spread", "gauge", "Standard deviation of ln(gamma) in the last batch"),
+        Metric(
+            "threshold_gamma_by_difficulty",
+            "gauge",
+            "The same by thirds of the last batch's groups, ordered by mean task reward: low, middle, high",
+            ("group_reward",),
+        ),
+        Metric("threshold_scale", "gauge", "Factor that hold_nfe puts on gamma; 1 without it"),
+        Metric("threshold_reveal_temperature", "gauge", "Temperature that hold_entropy gives the reveal rule"),
         Metric("threshold_entropy", "gauge", "Mean entropy of the threshold policy, nats"),
         Metric("drift_nfe", "gauge", "Greedy NFE at gamma_init on validation prompts: rises or falls show drift"),
         Metric("drift_accuracy", "gauge", "Greedy exact-solve accuracy at gamma_init on validation prompts"),
@@ -96,12 +111,23 @@ CATALOGUE: dict[str, Metric] = {
 
 
 def split_labels(key: str) -> tuple[str, tuple[str, ...]]:
-    """`name{bucket=value}` -> name and label values, as parts of the system report labelled values."""
+    """`name{label=value,...}` -> name and label values in the catalogue's order, as parts report labelled values.
+
+    A metric with labels (bucket, value) is written `name{bucket=value}`, the kind of bucket standing for the label.
+
+    Raises:
+        KeyError: for a labelled name that the catalogue does not have, or labels that are not the metric's.
+    """
     name, _, rest = key.partition("{")
     if not rest:
         return name, ()
-    label, _, value = rest.rstrip("}").partition("=")
-    return name, (label, value) if len(CATALOGUE[name].labels) == 2 else (value,)
+    given = dict(pair.split("=", 1) for pair in rest.rstrip("}").split(","))
+    wanted = CATALOGUE[name].labels
+    if wanted == ("bucket", "value") and len(given) == 1:
+        return name, next(iter(given.items()))
+    if set(given) != set(wanted):
+        raise KeyError(f"{key}: the labels of {name} are {list(wanted)}")
+    return name, tuple(given[label] for label in wanted)
 
 
 def markdown_table() -> str:

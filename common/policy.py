@@ -27,6 +27,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.utils import logging as transformers_logging
 
+from common.calibration import Calibration
 from common.config import Config, ModelConfig, RolloutConfig, ThresholdConfig
 from common.errors import UserError
 from common.tasks import Task
@@ -37,6 +38,7 @@ transformers_logging.disable_progress_bar()  # the command line draws its own
 
 THRESHOLD_WEIGHTS = "threshold.safetensors"
 THRESHOLD_CONFIG = "threshold.json"
+CALIBRATION = "calibration."  # prefix of its names beside the head's weights
 UNLIMITED = 1 << 30
 
 
@@ -57,6 +59,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.head = head
+        self.calibration = Calibration(model.config.hidden_size)
         self.tokenizer = tokenizer
         self.vocabulary = read_vocabulary(tokenizer, model.config)
         if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
@@ -124,9 +127,8 @@ class Policy(nn.Module):
         output: Any = self.model.get_output_embeddings()
         return output(hidden)
 
-    @staticmethod
-    def prompt_features(hidden: Tensor, prompt: Tensor) -> Tensor:
-        """Mean hidden state over the prompt, detached from the trunk.
+    def prompt_features(self, hidden: Tensor, prompt: Tensor) -> Tensor:
+        """Mean hidden state over the prompt, detached from the trunk, standardised as the calibration says.
 
         Args:
             hidden: `[N, T, H]` of a forward on `z_0`.
@@ -137,7 +139,7 @@ class Policy(nn.Module):
         """
         wide = hidden.detach().to(torch.promote_types(hidden.dtype, torch.float32))
         weight = prompt.to(wide.dtype).unsqueeze(-1)
-        return (wide * weight).sum(1) / weight.sum(1).clamp(min=1)
+        return self.calibration.standardised((wide * weight).sum(1) / weight.sum(1).clamp(min=1))
 
     def for_rollout(self, config: RolloutConfig) -> Self:
         """The same policy in the weights that rollout computes with; the threshold head stays in fp32."""
@@ -158,7 +160,8 @@ class Policy(nn.Module):
         """Write a Hugging Face folder and the threshold head beside it."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        save_file(self.head.state_dict(), folder / THRESHOLD_WEIGHTS)
+        own = {f"{CALIBRATION}{name}": value for name, value in self.calibration.state_dict().items()}
+        save_file(self.head.state_dict() | own, folder / THRESHOLD_WEIGHTS)
         (folder / THRESHOLD_CONFIG).write_text(self.head.config.model_dump_json())
 
 
@@ -212,13 +215,20 @@ def load_policy(path: str | Path, config: ModelConfig, threshold: ThresholdConfi
         if (folder / THRESHOLD_CONFIG).is_file():
             threshold = ThresholdConfig.model_validate_json((folder / THRESHOLD_CONFIG).read_bytes())
         head = build_threshold_head(model.config.hidden_size, threshold)
+        calibration = {}
         if (folder / THRESHOLD_WEIGHTS).is_file():
-            head.load_state_dict(load_file(folder / THRESHOLD_WEIGHTS))
+            weights = load_file(folder / THRESHOLD_WEIGHTS)
+            names = [name for name in weights if name.startswith(CALIBRATION)]
+            calibration = {name.removeprefix(CALIBRATION): weights.pop(name) for name in names}
+            head.load_state_dict(weights)
+        policy = Policy(model, head, tokenizer)
+        if calibration:
+            policy.calibration.load_state_dict(calibration)
     except UserError:
         raise
     except Exception as error:  # a folder can be wrong in more ways than transformers has errors for
         raise _not_loadable(folder, error) from error
-    return Policy(model, head, tokenizer).to(config.device).eval()
+    return policy.to(config.device).eval()
 
 
 def open_policy(config: Config, task: Task) -> Policy:

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from common.errors import RunError
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 NOT_DRAWN = -1
 
 SCHEMA = pa.schema(
@@ -27,9 +27,11 @@ SCHEMA = pa.schema(
         pa.field("completion_ids", pa.list_(pa.int32()), nullable=False),
         pa.field("reveal_step", pa.list_(pa.int16()), nullable=False),
         pa.field("behaviour_logprob", pa.list_(pa.float32()), nullable=False),  # nats
-        pa.field("entropy", pa.list_(pa.float32()), nullable=False),  # nats, untempered, at reveal
+        pa.field("reveal_logprob", pa.list_(pa.float32()), nullable=False),  # nats, of the set revealed in its step
+        pa.field("entropy", pa.list_(pa.float32()), nullable=False),  # nats, at reveal, as the reveal rule saw it
         pa.field("token_version", pa.list_(pa.int32()), nullable=False),
-        pa.field("gamma", pa.float32(), nullable=False),  # nats; the rule's parameter for other rules
+        pa.field("first_entropy", pa.float32(), nullable=False),  # nats, mean over the positions active in step 1
+        pa.field("gamma", pa.float32(), nullable=False),  # nats, before the policy's scale; else the rule's parameter
         pa.field("gamma_logprob", pa.float32(), nullable=False),  # 0 where gamma was given, not drawn
         pa.field("nfe", pa.int16(), nullable=False),
         pa.field("finish_reason", pa.string(), nullable=False),
@@ -57,8 +59,10 @@ class Completion:
     completion_ids: np.ndarray
     reveal_step: np.ndarray
     behaviour_logprob: np.ndarray
+    reveal_logprob: np.ndarray
     entropy: np.ndarray
     token_version: np.ndarray
+    first_entropy: float
     gamma: float
     gamma_logprob: float
     nfe: int
@@ -80,8 +84,8 @@ def encode_group(completions: list[Completion], shared: dict[str, Any], scores: 
         shared: the fields that all rows have in common (`group_id`, `task`, `reveal_rule`, ...).
         scores: per completion, the reward components and their weighted sum under `reward`.
     """
-    names = ("prompt_ids", "completion_ids", "reveal_step", "behaviour_logprob", "entropy", "token_version")
-    names += ("gamma", "gamma_logprob", "nfe", "finish_reason", "seed", "temperature")
+    names = ("prompt_ids", "completion_ids", "reveal_step", "behaviour_logprob", "reveal_logprob", "entropy")
+    names += ("token_version", "first_entropy", "gamma", "gamma_logprob", "nfe", "finish_reason", "seed", "temperature")
     columns: dict[str, list[Any]] = {name: [getattr(c, name) for c in completions] for name in names}
     columns |= {name: [value] * len(completions) for name, value in shared.items()}
     columns["completion_index"] = list(range(len(completions)))

@@ -2,7 +2,7 @@
 
 - On rewards after their cost (`common.cost`).
 - Baseline: group mean (d1, arXiv 2504.12216) or the mean of the others (leave-one-out).
-- A group without spread has advantage 0 and carries no gradient.
+- A group without spread, or of a single completion, has advantage 0 and carries no gradient.
 """
 
 import torch
@@ -16,12 +16,12 @@ def advantages(reward: Tensor, group: Tensor, *, baseline: str, scale_by_std: bo
 
     Args:
         reward: `[N]`, cost included.
-        group: `[N]` int64 in `0..M-1`, at least two completions each.
+        group: `[N]` int64 in `0..M-1`.
         baseline: `mean` or `leave_one_out`.
         scale_by_std: divide by the group's (biased) standard deviation + 1e-4.
 
     Returns:
-        `[N]`; exactly 0 in groups without spread.
+        `[N]`; exactly 0 in groups without spread and in groups of one.
     """
     groups = int(group.max()) + 1
     zeros = reward.new_zeros(groups)
@@ -35,5 +35,5 @@ def advantages(reward: Tensor, group: Tensor, *, baseline: str, scale_by_std: bo
         std = (zeros.index_add(0, group, centred.square()) / size).sqrt()
         centred = centred / (std[group] + STD_FLOOR)
     if baseline == "leave_one_out":
-        centred = centred * (size / (size - 1))[group]
+        centred = centred * (size / (size - 1).clamp(min=1))[group]
     return centred.masked_fill(flat, 0.0)

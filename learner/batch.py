@@ -35,13 +35,19 @@ class Batch:
     """`[N, L]` nats."""
     token_version: Tensor
     """`[N, L]` int64, -1 where not drawn."""
+    reveal_logprob: Tensor
+    """`[N, L]` nats, of the set that was revealed with each token; 0 under rules that draw none."""
     entropy: Tensor
     """`[N, L]` nats, at reveal."""
+    first_entropy: Tensor
+    """`[N]` nats, mean over the positions active in the first step."""
     gamma: Tensor
     """`[N]` nats."""
     gamma_logprob: Tensor
     """`[N]` nats."""
     nfe: Tensor
+    """`[N]` int64."""
+    block_length: Tensor
     """`[N]` int64."""
     seed: Tensor
     """`[N]` int64."""
@@ -49,6 +55,9 @@ class Batch:
     """`[N]`."""
     reward: Tensor
     """`[N]`, the task's reward without cost."""
+
+    draws_sets: bool
+    """Whether the rollout drew the sets that it revealed, `sampler.rule: sampled_entropy_bound`."""
 
     @property
     def length(self) -> int:
@@ -60,7 +69,7 @@ class Batch:
         per_row = {
             name: getattr(self, name)[rows]
             for name in self.__dataclass_fields__
-            if name not in {"prompts", "attended", "group"}
+            if name not in {"prompts", "attended", "group", "draws_sets"}
         }
         return replace(self, prompts=self.prompts[groups], attended=self.attended[groups], group=group, **per_row)
 
@@ -101,12 +110,17 @@ def build_batch(tables: list[pa.Table], vocabulary: Vocabulary, *, width: int | 
         scored=(version >= 0) & before_end,
         behaviour_logprob=positions("behaviour_logprob", torch.float32),
         token_version=version,
+        reveal_logprob=positions("reveal_logprob", torch.float32),
         entropy=positions("entropy", torch.float32),
+        first_entropy=scalars("first_entropy", torch.float32),
         gamma=scalars("gamma", torch.float32),
         gamma_logprob=scalars("gamma_logprob", torch.float32),
         nfe=scalars("nfe", torch.int64),
+        block_length=scalars("block_length", torch.int64),
         seed=scalars("seed", torch.int64),
         temperature=scalars("temperature", torch.float32),
         reward=scalars("reward", torch.float32),
+        draws_sets=table["reveal_rule"][0].as_py() == "sampled_entropy_bound",
     )
-    return replace(batch, **{name: getattr(batch, name).to(device) for name in batch.__dataclass_fields__})
+    tensors = {name: getattr(batch, name) for name in batch.__dataclass_fields__ if name != "draws_sets"}
+    return replace(batch, **{name: tensor.to(device) for name, tensor in tensors.items()})

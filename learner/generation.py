@@ -59,7 +59,7 @@ def generate(folder: Path, choice: Choice, console: Console, *, show_steps: bool
         block_length=choice.block,
         cache=choice.cache,
     )
-    usual = {"entropy_bound": "mean", "confidence": 0.9, "top_k": 1.0}[choice.rule]
+    usual = {"entropy_bound": "mean", "sampled_entropy_bound": "mean", "confidence": 0.9, "top_k": 1.0}[choice.rule]
     threshold = usual if choice.threshold is None else choice.threshold
     handle = engine.submit(
         Request(prompt_ids=prompt, seed=choice.seed, group=0, temperature=choice.temperature, threshold=threshold)

@@ -4,13 +4,17 @@ One `step`: advantages -> (proximal scores) -> `inner_updates` times {surrogate,
 
 - The proximal policy is the weights when the batch arrives. For the first inner update current and proximal are the
   same numbers, so no proximal pass is made; later updates score theirs before the first one moves the weights.
+- Self-normalised weights need their mean over the whole batch before the first micro-batch: that mean alone comes from
+  a proximal pass for the first update too. It is taken over what is scored, so over completions that carry gradient.
 - Completions without advantage carry no gradient and are not scored (unless a KL term needs them).
 - Gradients are sums over micro-batches of whole-batch means: how a batch is cut does not change them.
-- An inner update whose loss or gradient is not finite changes nothing and raises; earlier ones of its batch stay.
+- An inner update whose loss, gradient or weights are not finite changes nothing and raises; earlier ones of its batch
+  stay.
 """
 
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,16 +29,52 @@ from common.errors import RunError
 from common.policy import Policy
 from learner.advantage import advantages
 from learner.batch import Batch
+from learner.drift import DriftRemedy
 from learner.objective import (
     clipped_objective,
     effective_sample_share,
     importance_weight,
     kl_k3,
+    log_ratio,
     token_mean,
 )
-from learner.surrogate import draw_taus, surrogate_log_probs
+from learner.surrogate import draw_latents, mean_field, most_rows, surrogate_gap, surrogate_log_probs
 
 STEP_BUCKETS = (1, 2, 4, 8)
+GAP_PASSES = (1, 2, 4)
+GAP_COMPLETIONS = 64
+THIRDS = ("low", "middle", "high")
+LARGEST_LOG_RATIO = 80.0  # nats; in metrics only, which say "huge" beyond it instead of infinity
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """What a policy says about one micro-batch; nats."""
+
+    tokens: Tensor
+    """`[N, L]` log-probs of tokens under the surrogate."""
+    gammas: Tensor
+    """`[N]` log-probs of thresholds; 0 where the head does not learn."""
+    entropies: Tensor
+    """`[N]` entropies of the threshold policy; 0 where the head does not learn."""
+    sets: Tensor | None
+    """`[N]` log-probs of one revealed set of each completion; None under rules that draw none."""
+    revealed: Tensor | None
+    """`[N, L]` bool, those sets."""
+    rows: int
+    """Rows forwarded."""
+
+
+@dataclass(frozen=True)
+class _Proximal:
+    """What the proximal policy says about one inner update."""
+
+    update: int
+    """Index of the inner update."""
+    scores: list[_Scored | None]
+    """Per micro-batch; None where they equal the current ones."""
+    mean_weight: float = 1.0
+    """Mean truncated weight of all scored tokens, for self-normalised weights."""
 
 
 @dataclass
@@ -61,6 +101,7 @@ class Learner:
         self.updates_done = 0
         self._learns_model = config.train in ("model", "joint")
         self._learns_threshold = config.train in ("threshold", "joint")
+        self._remedy = DriftRemedy(policy, config.drift_remedy)
         self.reference = copy.deepcopy(policy).requires_grad_(False) if config.kl_beta > 0 else None
         policy.model.requires_grad_(self._learns_model)
         policy.head.requires_grad_(self._learns_threshold)
@@ -97,7 +138,10 @@ class Learner:
         advantage = advantages(
             costed, batch.group, baseline=config.advantage_baseline, scale_by_std=config.advantage_std
         )
-        metrics = _batch_metrics(batch, costed, version)
+        metrics = _batch_metrics(batch, costed, advantage, version)
+        self.policy.eval()
+        if config.diagnostics_every and self.steps_done % config.diagnostics_every == 0:
+            metrics |= self._surrogate_kl(batch)
         rows = (advantage != 0) if self.reference is None else torch.ones_like(advantage, dtype=torch.bool)
         if not rows.any():
             self.steps_done += 1
@@ -106,64 +150,86 @@ class Learner:
         micro = self._micro_batches(batch.select(kept), advantage[kept])
         totals = {"completions": float(len(advantage)), "tokens": float(batch.scored.sum())}
 
-        self.policy.eval()
-        taus = [[self._taus(part, update) for part, _ in micro] for update in range(config.inner_updates)]
-        proximal = self._proximal(micro, taus)
-        for update in range(config.inner_updates):
-            metrics |= self._update(micro, taus[update], proximal[update], totals, version)
+        if self.steps_done == 0 and self._learns_threshold:
+            self._standardise(batch)
+        for proximal in self._proximal(micro):
+            metrics |= self._update(micro, proximal, totals, version)
         self.steps_done += 1
-        return metrics | {"learner_scored_completions": float(len(kept))}
-
-    def _taus(self, part: Batch, update: int) -> Tensor:
-        config = self.config
-        passes = config.surrogate_passes if self._learns_model else 1  # the head rides on the pass on z_0
-        return draw_taus(part.seed, part.nfe, passes=passes, law=config.tau_law, update=update)
+        return metrics | self._remedy.update(batch) | {"learner_scored_completions": float(len(kept))}
 
     @torch.no_grad()
-    def _proximal(
-        self, micro: list[tuple[Batch, Tensor]], taus: list[list[Tensor]]
-    ) -> list[list[tuple[Tensor, Tensor] | None]]:
-        """Proximal scores (tokens, thresholds) per inner update and micro-batch; None where they equal the current."""
-        scores: list[list[tuple[Tensor, Tensor] | None]] = [[None] * len(micro)]
-        for per_update in taus[1:]:
-            row: list[tuple[Tensor, Tensor] | None] = []
-            for (part, _), tau in zip(micro, per_update, strict=True):
-                tokens, gammas, _, _ = self._score(self.policy, part, tau)
-                row.append((tokens, gammas))
-            scores.append(row)
-        return scores
+    def _standardise(self, batch: Batch) -> None:
+        """Fit the head's features to the first batch; its thresholds do not depend on them, the weights are still 0."""
+        head = self.policy.head
+        if head.config.standardise and not head.linear.weight.any() and len(batch.prompts) > 1:
+            latents = mean_field(batch, batch.reveal_step[:, :0])
+            features = surrogate_log_probs(self.policy, batch, latents, features=True).features
+            if features is not None:
+                self.policy.calibration.fit_features(features)
 
-    def _score(self, policy: Policy, part: Batch, taus: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Token log-probs `[N, L]`, threshold log-probs `[N]`, threshold entropies `[M]`, rows forwarded."""
+    @torch.no_grad()
+    def _proximal(self, micro: list[tuple[Batch, Tensor]]) -> list[_Proximal]:
+        """Proximal scores of each inner update, as far as they are needed."""
+        normalised = self._learns_model and self.config.importance_weight == "self_normalised"
+        found = []
+        for update in range(self.config.inner_updates):
+            if update == 0 and not normalised:
+                found.append(_Proximal(update, [None] * len(micro)))
+                continue
+            scores: list[_Scored | None] = [self._score(self.policy, part, update) for part, _ in micro]
+            mean = 1.0
+            if normalised:
+                pairs = zip(scores, micro, strict=True)
+                weights = [self._weight(found.tokens, part)[part.scored] for found, (part, _) in pairs if found]
+                mean = float(torch.cat(weights).double().mean())
+            found.append(_Proximal(update, scores if update else [None] * len(micro), mean))
+        return found
+
+    def _weight(self, proximal: Tensor, part: Batch, mean: float = 1.0) -> Tensor:
+        config = self.config
+        return importance_weight(
+            proximal,
+            part.behaviour_logprob,
+            cap=config.weight_cap,
+            kind=config.importance_weight,
+            mean=mean,
+            level=config.weight_level,
+            scored=part.scored,
+        )
+
+    def _score(self, policy: Policy, part: Batch, update: int) -> _Scored:
+        latents = draw_latents(part, self.config, update=update)
         with autocast(policy.device, enabled=self.config.autocast):
-            scores = surrogate_log_probs(policy, part, taus, features=self._learns_threshold)
-        if scores.features is None:
-            nothing = part.gamma_logprob.new_zeros(len(part.gamma))
-            return scores.logprob, nothing, nothing, scores.rows
-        gammas = policy.head.log_prob(scores.features[part.group], part.gamma)
-        return scores.logprob, gammas, policy.head.entropy(scores.features)[part.group], scores.rows
+            scores = surrogate_log_probs(policy, part, latents, features=self._learns_threshold)
+        gammas = entropies = part.gamma_logprob.new_zeros(len(part.gamma))
+        if scores.features is not None:
+            gammas = policy.head.log_prob(scores.features[part.group], part.gamma)
+            entropies = policy.head.entropy(scores.features)[part.group]
+        return _Scored(scores.logprob, gammas, entropies, scores.reveal_logprob, scores.revealed, scores.rows)
 
     def _update(
         self,
         micro: list[tuple[Batch, Tensor]],
-        taus: list[Tensor],
-        proximal: list[tuple[Tensor, Tensor] | None],
+        proximal: _Proximal,
         totals: dict[str, float],
         version: int,
     ) -> dict[str, float]:
         self.optimizer.zero_grad(set_to_none=True)
         sums = _Sums()
         loss = 0.0
-        for (part, advantage), tau, prox in zip(micro, taus, proximal, strict=True):
-            objective = self._objective(part, advantage, tau, prox, totals, sums, version)
+        for (part, advantage), scores in zip(micro, proximal.scores, strict=True):
+            objective = self._objective(part, advantage, proximal, scores, totals, sums, version)
             (-objective).backward()
             loss -= float(objective.detach())
         norm = float(
             clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], self.config.grad_clip)
         )
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        if not (math.isfinite(loss) and math.isfinite(norm) and all(w.isfinite().all() for w in sums.weights)):
             self.optimizer.zero_grad(set_to_none=True)
-            raise RunError(f"loss {loss} or gradient norm {norm} is not finite at version {version}; weights unchanged")
+            raise RunError(
+                f"loss {loss}, gradient norm {norm} or an importance weight is not finite at version {version}; "
+                "weights unchanged"
+            )
         self.optimizer.step()
         self.scheduler.step()
         self.updates_done += 1
@@ -173,42 +239,63 @@ class Learner:
         self,
         part: Batch,
         advantage: Tensor,
-        taus: Tensor,
-        proximal: tuple[Tensor, Tensor] | None,
+        proximal: _Proximal,
+        scores: _Scored | None,
         totals: dict[str, float],
         sums: _Sums,
         version: int,
     ) -> Tensor:
         config = self.config
-        current, gammas, entropies, rows = self._score(self.policy, part, taus)
-        prox_tokens, prox_gammas = proximal or (current.detach(), gammas.detach())
+        found = self._score(self.policy, part, proximal.update)
+        current, gammas, entropies = found.tokens, found.gammas, found.entropies
+        prox_tokens = scores.tokens if scores else current.detach()
+        prox_gammas = scores.gammas if scores else gammas.detach()
         clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
-        kind = {"cap": config.weight_cap, "kind": config.importance_weight}
         objective = current.new_zeros(())
         if self._learns_model:
-            weight = importance_weight(prox_tokens, part.behaviour_logprob, **kind)
+            weight = self._weight(prox_tokens, part, proximal.mean_weight)
             values = clipped_objective(current, prox_tokens, weight, advantage.unsqueeze(-1), **clip)
             if self.reference is not None:
                 with torch.no_grad():
-                    reference = self._score(self.reference, part, taus)[0]
+                    reference = self._score(self.reference, part, proximal.update).tokens
                 kl = kl_k3(current, reference)
                 values = values - config.kl_beta * kl
                 sums.kl += float(kl[part.scored].sum().detach())
+            values = values + self._set_objective(part, advantage, found, scores)
             objective = objective + token_mean(values, part.scored, kind=config.loss_mean, **totals)
         if self._learns_threshold:
-            weight = importance_weight(prox_gammas, part.gamma_logprob, **kind)
+            weight = importance_weight(
+                prox_gammas, part.gamma_logprob, cap=config.weight_cap, kind=config.importance_weight
+            )
             values = clipped_objective(gammas, prox_gammas, weight, advantage, **clip)
             values = values + config.entropy_bonus * entropies
             sums.entropy.append(entropies.detach())
             scale = config.threshold_weight if config.train == "joint" else 1.0
             objective = objective + scale * values.sum() / totals["completions"]
         self._observe(part, current.detach(), prox_tokens, version, sums)
-        sums.rows += rows
+        sums.rows += found.rows
         return objective
+
+    def _set_objective(self, part: Batch, advantage: Tensor, found: _Scored, proximal: _Scored | None) -> Tensor:
+        """What a completion's revealed sets add to its objective, spread over its scored tokens `[N, L]`.
+
+        NFE times the clipped objective of the one set that is scored. Its latent is the true one, so its weight is for
+        staleness only.
+        """
+        if found.sets is None or found.revealed is None:
+            return found.tokens.new_zeros(())
+        config = self.config
+        prox = proximal.sets if proximal and proximal.sets is not None else found.sets.detach()
+        recorded = part.reveal_logprob.masked_fill(~found.revealed, 0.0).amin(-1)
+        weight = importance_weight(prox, recorded, cap=config.weight_cap, kind=config.importance_weight)
+        clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
+        value = clipped_objective(found.sets, prox, weight, advantage, **clip) * part.nfe
+        return (value / part.scored.sum(-1).clamp(min=1)).unsqueeze(-1)
 
     def _observe(self, part: Batch, current: Tensor, proximal: Tensor, version: int, sums: _Sums) -> None:
         scored = part.scored
-        sums.weights.append((proximal - part.behaviour_logprob).exp()[scored])
+        log_weight = log_ratio(proximal, part.behaviour_logprob, level=self.config.weight_level, scored=scored)
+        sums.weights.append(log_weight[scored].double().clamp(max=LARGEST_LOG_RATIO).exp())
         sums.steps.append(part.reveal_step[scored])
         sums.stale.append((version - part.token_version)[scored])
         ratio = (current - proximal).exp()[scored]
@@ -218,21 +305,42 @@ class Learner:
 
     def _micro_batches(self, batch: Batch, advantage: Tensor) -> list[tuple[Batch, Tensor]]:
         """Whole groups, cut so that no part exceeds the token budget (one group may)."""
-        width = batch.prompts.shape[1] + batch.length
-        size = torch.bincount(batch.group)
-        tokens = ((1 + size * max(self.config.surrogate_passes - 1, 0)) * width).tolist()
-        parts, first, budget = [], 0, 0
-        for group, cost in enumerate(tokens):
-            if budget and budget + cost > self.config.micro_batch_tokens:
-                parts.append((first, group))
-                first, budget = group, 0
-            budget += cost
-        parts.append((first, len(tokens)))
         cut = []
-        for low, high in parts:
+        for low, high in self._cuts(most_rows(torch.bincount(batch.group), self.config), batch):
             rows = ((batch.group >= low) & (batch.group < high)).nonzero().squeeze(-1)
             cut.append((batch.select(rows), advantage[rows]))
         return cut
+
+    def _cuts(self, rows: Tensor, batch: Batch) -> list[tuple[int, int]]:
+        """Ranges of things that need `rows` each, in order, within the token budget where one thing alone is."""
+        width = batch.prompts.shape[1] + batch.length
+        cuts, first, budget = [], 0, 0
+        for number, cost in enumerate((rows * width).tolist()):
+            if budget and budget + cost > self.config.micro_batch_tokens:
+                cuts.append((first, number))
+                first, budget = number, 0
+            budget += cost
+        return [*cuts, (first, len(rows))]
+
+    def _surrogate_kl(self, batch: Batch) -> dict[str, float]:
+        """KL from the exact to the surrogate distributions under the current weights, by passes and reveal step."""
+        count = min(len(batch.nfe), GAP_COMPLETIONS)
+        sample = batch.select(torch.arange(count, device=batch.nfe.device) * len(batch.nfe) // count)
+        gaps: dict[int, list[Tensor]] = {passes: [] for passes in GAP_PASSES}
+        for low, high in self._cuts(sample.nfe, sample):
+            part = sample.select(torch.arange(low, high, device=batch.nfe.device))
+            with autocast(self.policy.device, enabled=self.config.autocast):
+                found = surrogate_gap(self.policy, part, GAP_PASSES)
+            for passes, gap in found.items():
+                gaps[passes].append(gap)
+        step = sample.reveal_step[sample.scored]
+        return {
+            f"learner_surrogate_kl{{passes={passes},reveal_step={low}}}": float(
+                torch.cat(gap)[sample.scored][inside].mean()
+            )
+            for passes, gap in gaps.items()
+            for low, inside in _step_buckets(step)
+        }
 
     def state(self) -> dict[str, Any]:
         """Optimizer, schedule and counters, for a checkpoint."""
@@ -241,22 +349,54 @@ class Learner:
             "scheduler": self.scheduler.state_dict(),
             "steps_done": self.steps_done,
             "updates_done": self.updates_done,
+            "drift_remedy": self._remedy.state(),
         }
 
 
-def _batch_metrics(batch: Batch, costed: Tensor, version: int) -> dict[str, float]:
+def _step_buckets(step: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """First step of each bucket that is not empty, and which of the `[T]` reveal steps lie in it."""
+    for low, high in zip(STEP_BUCKETS, (*STEP_BUCKETS[1:], 1 << 15), strict=True):
+        inside = (step >= low) & (step < high)
+        if inside.any():
+            yield low, inside
+
+
+def _gamma_by_difficulty(batch: Batch) -> dict[str, float]:
+    """Geometric mean threshold of the batch's groups, in thirds by mean reward (ties in batch order)."""
+    sizes = torch.bincount(batch.group)
+    groups = len(sizes)
+    if groups < len(THIRDS):
+        return {}
+    order = (torch.bincount(batch.group, batch.reward) / sizes).argsort(stable=True)
+    third = torch.empty_like(order)
+    third[order] = torch.arange(groups, device=order.device) * len(THIRDS) // groups
+    log_gamma = _log_gamma(batch)
+    return {
+        f"threshold_gamma_by_difficulty{{group_reward={name}}}": float(log_gamma[third[batch.group] == n].mean().exp())
+        for n, name in enumerate(THIRDS)
+    }
+
+
+def _log_gamma(batch: Batch) -> Tensor:
+    return batch.gamma.clamp(min=1e-9).log()
+
+
+def _batch_metrics(batch: Batch, costed: Tensor, advantage: Tensor, version: int) -> dict[str, float]:
     drawn = batch.token_version >= 0
     oldest = batch.token_version.masked_fill(~drawn, version).amin(-1)
     revealed = drawn.sum(-1).float()
-    log_gamma = batch.gamma.clamp(min=1e-9).log()
-    return {
+    log_gamma = _log_gamma(batch)
+    moves = torch.zeros(len(batch.prompts), dtype=torch.bool, device=advantage.device)
+    moves[batch.group[advantage != 0]] = True
+    return _gamma_by_difficulty(batch) | {
         "rollout_reward": float(batch.reward.mean()),
         "rollout_reward_costed": float(costed.mean()),
         "rollout_nfe": float(batch.nfe.float().mean()),
         "rollout_tokens_per_forward": float((revealed / batch.nfe).mean()),
         "rollout_token_entropy": float(batch.entropy[batch.scored].mean()),
         "threshold_gamma": float(log_gamma.mean().exp()),
-        "threshold_gamma_spread": float(log_gamma.std()),
+        "threshold_gamma_spread": float(log_gamma.std()) if len(log_gamma) > 1 else 0.0,
+        "learner_flat_groups": float((~moves).sum()),
         "replay_staleness_mean": float((version - oldest).float().mean()),
         "replay_staleness_max": float((version - oldest).max()),
     }
@@ -273,11 +413,9 @@ def _update_metrics(sums: _Sums) -> dict[str, float]:
     }
     if sums.entropy:
         metrics["threshold_entropy"] = float(torch.cat(sums.entropy).mean())
-    for low, high in zip(STEP_BUCKETS, (*STEP_BUCKETS[1:], 1 << 15), strict=True):
-        inside = (step >= low) & (step < high)
-        if inside.any():
-            metrics[f"learner_weight_mean{{reveal_step={low}}}"] = float(weight[inside].mean())
-            metrics[f"learner_weight_ess{{reveal_step={low}}}"] = float(effective_sample_share(weight[inside]))
+    for low, inside in _step_buckets(step):
+        metrics[f"learner_weight_mean{{reveal_step={low}}}"] = float(weight[inside].mean())
+        metrics[f"learner_weight_ess{{reveal_step={low}}}"] = float(effective_sample_share(weight[inside]))
     for value in stale.unique().tolist():
         metrics[f"learner_weight_mean{{staleness={value}}}"] = float(weight[stale == value].mean())
         metrics[f"learner_weight_ess{{staleness={value}}}"] = float(effective_sample_share(weight[stale == value]))

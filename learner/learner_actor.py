@@ -99,7 +99,7 @@ class LearnerActor:
     def _measure_drift(self, step: int) -> dict[str, float]:
         """NFE and accuracy at the initial gamma on validation prompts: the gauge of threshold drift *(ours)*."""
         every = self.config.evaluation.drift_every
-        if not every or step % every or self.config.sampler.rule != "entropy_bound":
+        if not every or step % every or "entropy_bound" not in self.config.sampler.rule:
             return {}
         prompts = self.config.evaluation.drift_prompts
         evaluator = Evaluator(self._policy, self._task, self.config, prompts=prompts, split="validation")

@@ -7,20 +7,57 @@ import torch
 from torch import Tensor
 
 
-def importance_weight(proximal: Tensor, behaviour: Tensor, *, cap: float, kind: str) -> Tensor:
+def log_ratio(proximal: Tensor, behaviour: Tensor, *, level: str = "token", scored: Tensor | None = None) -> Tensor:
+    """`ln(pi_prox / pi_behaviour)`, a constant for the gradient [3.3].
+
+    Args:
+        proximal, behaviour: log-probabilities of one shape; `[N, L]` at level `sequence`.
+        level: `token`, or `sequence` *(ours)*: of a completion's scored tokens together, at each of them.
+        scored: `[N, L]` bool; the others get 0. None scores all.
+
+    Returns:
+        nats, in the shape of `proximal`.
+    """
+    ratio = (proximal - behaviour).detach()
+    if scored is not None:
+        ratio = ratio.masked_fill(~scored, 0.0)
+    if level == "sequence":
+        ratio = ratio.sum(-1, keepdim=True).expand_as(ratio)
+        ratio = ratio if scored is None else ratio.masked_fill(~scored, 0.0)
+    return ratio
+
+
+def importance_weight(
+    proximal: Tensor,
+    behaviour: Tensor,
+    *,
+    cap: float,
+    kind: str,
+    mean: float = 1.0,
+    level: str = "token",
+    scored: Tensor | None = None,
+) -> Tensor:
     """`w = min(C, pi_prox / pi_behaviour)`, a constant for the gradient [3.3].
 
     *(paper)* surrogate over true behaviour; *(ours)* the behaviour likelihood was recorded when the token was
-    revealed, so the same ratio corrects staleness too.
+    revealed, so the same ratio corrects staleness too. *(ours)* `self_normalised`: weights of mean 1, so that a
+    surrogate that underrates all tokens does not shrink the gradient.
 
     Args:
-        proximal, behaviour: log-probabilities of one shape.
+        proximal, behaviour, level, scored: see `log_ratio`.
         cap: C.
-        kind: `truncated` or `none` (1 everywhere).
+        kind: `truncated`; `self_normalised`, that over `mean`; or `none` (1 everywhere).
+        mean: of the truncated weights over all scored tokens of the batch. Left at 1, as for thresholds (one draw per
+            completion), `self_normalised` is `truncated`.
     """
     if kind == "none":
         return torch.ones_like(proximal)
-    return (proximal - behaviour).detach().exp().clamp(max=cap)
+    weight = log_ratio(proximal, behaviour, level=level, scored=scored).exp().clamp(max=cap)
+    if kind == "self_normalised":
+        # Floored, so that weights that all underflow are 0 and not 0 / 0. A NaN stays one in this order, and is refused
+        # with the loss.
+        return weight / max(mean, torch.finfo(torch.float32).tiny)
+    return weight
 
 
 def clipped_objective(

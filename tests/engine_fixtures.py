@@ -14,9 +14,15 @@ from common.policy import Policy
 from common.trajectory import Completion
 
 LENGTH, WIDTH = 16, 12
-ARRAYS = ("prompt_ids", "completion_ids", "reveal_step", "behaviour_logprob", "entropy", "token_version")
-SCALARS = ("gamma", "gamma_logprob", "nfe", "seed", "temperature")
-PARAMETERS = {"entropy_bound": (0.0, 1.5, 4.0, 9.0), "confidence": (0.2, 0.35, 0.6, 1.0), "top_k": (1.0, 2.0, 3.0, 7.0)}
+ARRAYS = ("prompt_ids", "completion_ids", "reveal_step", "behaviour_logprob", "reveal_logprob", "entropy")
+ARRAYS += ("token_version",)
+SCALARS = ("first_entropy", "gamma", "gamma_logprob", "nfe", "seed", "temperature")
+PARAMETERS = {
+    "entropy_bound": (0.0, 1.5, 4.0, 9.0),
+    "sampled_entropy_bound": (0.0, 1.5, 4.0, 9.0),
+    "confidence": (0.2, 0.35, 0.6, 1.0),
+    "top_k": (1.0, 2.0, 3.0, 7.0),
+}
 
 
 def make_engine(policy: Policy, **keys: object) -> DenoisingEngine:

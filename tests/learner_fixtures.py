@@ -115,25 +115,59 @@ def prompt_of(batch: Batch, completion: int) -> Tensor:
     return batch.prompts[group][batch.attended[group]]
 
 
-def loop_log_probs(policy: Policy, batch: Batch, taus: Sequence[Sequence[int]]) -> Tensor:
-    """Textbook twin of the surrogate: one unpadded forward per (completion, latent), one token at a time."""
+def loop_distribution(
+    policy: Policy, batch: Batch, completion: int, position: int, shown: Sequence[bool], hidden: Tensor | None = None
+) -> Tensor:
+    """Log-probabilities at one position from one unpadded forward, MASK left out, `[V - 1]`.
+
+    Args:
+        shown: `[L]`, the completion's tokens that the latent shows.
+        hidden: `[N, P]` bool, prompt tokens that are MASK.
+    """
     mask = policy.vocabulary.mask_id
+    latent = [int(i) if show else mask for i, show in zip(batch.completion_ids[completion], shown, strict=True)]
+    prompt = prompt_of(batch, completion).clone()
+    if hidden is not None:
+        prompt[hidden[completion][batch.attended[int(batch.group[completion])]]] = mask
+    ids = torch.cat([prompt, torch.tensor(latent)]).unsqueeze(0)
+    logits = policy.model(input_ids=ids, use_cache=False).logits[0, len(prompt) + position]
+    scaled = logits[torch.arange(len(logits)) != mask] / float(batch.temperature[completion])
+    return scaled - scaled.logsumexp(0)
+
+
+def loop_score(
+    policy: Policy, batch: Batch, completion: int, position: int, shown: Sequence[bool], hidden: Tensor | None = None
+) -> Tensor:
+    """Log-probability of the token that was drawn at one position."""
+    token = int(batch.completion_ids[completion, position])
+    distribution = loop_distribution(policy, batch, completion, position, shown, hidden)
+    return distribution[token - int(token > policy.vocabulary.mask_id)]
+
+
+def loop_log_probs(policy: Policy, batch: Batch, taus: Sequence[Sequence[int]], hidden: Tensor | None = None) -> Tensor:
+    """Textbook twin of the mean field: one unpadded forward per token."""
     found = torch.zeros(batch.completion_ids.shape, dtype=policy.model.dtype)
     for n, steps in enumerate(taus):
         for position in batch.scored[n].nonzero().flatten().tolist():
             revealed_at = int(batch.reveal_step[n, position])
             step = max([0, *(tau for tau in steps if tau < revealed_at)])
-            latent = [
-                int(token) if int(at) <= step else mask
-                for token, at in zip(batch.completion_ids[n], batch.reveal_step[n], strict=True)
-            ]
-            prompt = prompt_of(batch, n)
-            ids = torch.cat([prompt, torch.tensor(latent)]).unsqueeze(0)
-            logits = policy.model(input_ids=ids, use_cache=False).logits[0, len(prompt) + position]
-            allowed = torch.arange(len(logits)) != mask
-            scaled = logits[allowed] / float(batch.temperature[n])
-            token = int(batch.completion_ids[n, position])
-            found[n, position] = (scaled - scaled.logsumexp(0))[token - int(token > mask)]
+            shown = [int(at) <= step for at in batch.reveal_step[n]]
+            found[n, position] = loop_score(policy, batch, n, position, shown, hidden)
+    return found
+
+
+def loop_coupled(policy: Policy, batch: Batch, masked: Tensor, hidden: Tensor | None = None) -> Tensor:
+    """Textbook twin of the coupled masks; `masked` `[N, L]` bool is the mask of one of the two latents."""
+    found = torch.zeros(batch.completion_ids.shape, dtype=policy.model.dtype)
+    for n, position in batch.scored.nonzero().tolist():
+        side = bool(masked[n, position])
+        shown = [
+            bool(other) != side and int(version) >= 0
+            for other, version in zip(masked[n], batch.token_version[n], strict=True)
+        ]
+        nothing = [False] * batch.length
+        scores = [loop_score(policy, batch, n, position, given, hidden) for given in (nothing, shown)]
+        found[n, position] = sum(scores) / 2
     return found
 
 

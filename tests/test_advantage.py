@@ -78,3 +78,13 @@ def test_a_tiny_spread_gives_small_finite_advantages(baseline: str, spread: floa
     found = advantages(reward, torch.zeros(3, dtype=torch.int64), baseline=baseline, scale_by_std=True)
     assert found.isfinite().all()
     assert found.abs().max() < 0.1
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+@pytest.mark.parametrize("scale", [False, True])
+def test_a_group_of_one_has_advantage_zero_and_leaves_the_others_alone(baseline: str, scale: bool) -> None:
+    reward, group = torch.tensor([5.0, 0.0, 1.0, -3.0]), torch.tensor([0, 1, 1, 2])
+    found = advantages(reward, group, baseline=baseline, scale_by_std=scale)
+    alone = advantages(reward[1:3], group[1:3] - 1, baseline=baseline, scale_by_std=scale)
+    assert found.tolist() == [0.0, *alone.tolist(), 0.0]
+    assert alone.tolist()[1] > 0

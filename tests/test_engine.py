@@ -382,7 +382,10 @@ def test_a_parameter_that_means_nothing_is_refused(policy: Policy, rule: str, ch
         ({"block_length": 0}, "block_length=0 does not divide completion_tokens=16"),
         ({"block_length": 32}, "block_length=32 does not divide completion_tokens=16"),
         ({"completion_tokens": 0}, "block_length=0 does not divide completion_tokens=0.*a length of at least 1"),
-        ({"rule": "best"}, "rule='best' is unknown; give one of entropy_bound, confidence, top_k"),
+        (
+            {"rule": "best"},
+            "rule='best' is unknown; give one of entropy_bound, confidence, top_k",
+        ),
         ({"cache": "double"}, "cache='double' is unknown; give one of none, prefix, dual"),
         ({"cache": "dual", "compiled": True}, "cache=dual cannot be compiled; set rollout.compile=false"),
         (
@@ -559,7 +562,8 @@ def workloads(draw: st.DrawFn) -> tuple[dict[str, object], list[Request]]:
     """Settings of an engine, and requests in groups of several sizes."""
     rule = draw(st.sampled_from(list(PARAMETERS)))
     parameters = {
-        "entropy_bound": st.one_of(st.sampled_from([0.0, "mean", "sample"]), st.floats(0, 30)),
+        "entropy_bound": st.one_of(st.sampled_from([0.0, "mean", "sample", "initial"]), st.floats(0, 30)),
+        "sampled_entropy_bound": st.one_of(st.sampled_from([0.0, "mean", "sample", "initial"]), st.floats(0, 30)),
         "confidence": st.floats(0, 1.1),
         "top_k": st.integers(1, 20).map(float),
     }[rule]
@@ -621,7 +625,7 @@ def test_the_entropy_bound_takes_the_longest_admissible_prefix(
     """Checked from the completion alone: in every step the lowest entropies, and the next one would not have fitted."""
     keys, requests = workload
     block = keys["block_length"]
-    requests = [replace(r, threshold=r.threshold if keys["rule"] == "entropy_bound" else 2.0) for r in requests]
+    requests = [replace(r, threshold=r.threshold if "entropy_bound" in keys["rule"] else 2.0) for r in requests]
     completions = make_engine(policy, **(keys | {"rule": "entropy_bound", "cache": "none"})).generate(requests)
     for completion in completions[:3]:
         prompt, mask_id = completion.prompt_ids.tolist(), policy.vocabulary.mask_id

@@ -2,7 +2,9 @@
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +18,7 @@ from learner_fixtures import (
     tiny_policy,
     with_reward,
 )
+from pydantic import ValidationError
 from torch import Tensor
 
 import learner.learner as module
@@ -25,7 +28,14 @@ from common.policy import Policy
 from common.trajectory import Completion, decode_group, encode_group
 from learner.batch import Batch, build_batch
 from learner.learner import Learner
-from learner.surrogate import draw_taus, surrogate_log_probs
+from learner.surrogate import (
+    Latents,
+    draw_latents,
+    draw_taus,
+    mean_field,
+    surrogate_gap,
+    surrogate_log_probs,
+)
 
 HUGE, ONE_GROUP = 1 << 20, 1
 
@@ -54,7 +64,7 @@ def scored_log_probs(policy: Policy, batch: Batch) -> Tensor:
     """Mean log-probability of each completion's scored tokens, as exact as can be; `[N]`."""
     taus = draw_taus(batch.seed, batch.nfe, passes=99, law="distinct", update=0)
     with torch.no_grad():
-        return surrogate_log_probs(policy, batch, taus).logprob.sum(-1) / batch.scored.sum(-1)
+        return surrogate_log_probs(policy, batch, mean_field(batch, taus)).logprob.sum(-1) / batch.scored.sum(-1)
 
 
 def gradients(learner: Learner) -> np.ndarray:
@@ -70,8 +80,10 @@ def hand_made(prompt: list[int], rows: list[tuple[list[int], list[int]]]) -> pa.
             completion_ids=np.array(ids, dtype=np.int32),
             reveal_step=np.arange(1, len(ids) + 1, dtype=np.int16),
             behaviour_logprob=-np.arange(len(ids), dtype=np.float32),
+            reveal_logprob=-0.5 * np.arange(len(ids), dtype=np.float32),
             entropy=np.arange(len(ids), dtype=np.float32),
             token_version=np.array(versions, dtype=np.int32),
+            first_entropy=0.25 + index,
             gamma=0.5 + index,
             gamma_logprob=-0.5 - index,
             nfe=len(ids) + index,
@@ -130,33 +142,42 @@ def test_a_step_raises_what_earned_more_and_lowers_what_earned_less(policy: Poli
 
 @pytest.mark.parametrize("loss_mean", ["completion", "token"])
 @pytest.mark.parametrize("train", ["model", "threshold", "joint"])
-@pytest.mark.parametrize("weight", ["truncated", "none"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("weight", ["truncated", "none", "self_normalised"])
 def test_the_first_loss_is_the_papers_formula_written_as_a_loop(
-    policy: Policy, batch: Batch, train: str, loss_mean: str, weight: str
+    policy: Policy, batch: Batch, train: str, loss_mean: str, weight: str, level: str
 ) -> None:
+    taus = (
+        draw_taus(batch.seed, batch.nfe, passes=2, law="paper", update=0)
+        if train != "threshold"
+        else batch.reveal_step[:, :0]
+    )
     config = learner_config(
         train=train, loss_mean=loss_mean, importance_weight=weight, threshold_weight=0.7, entropy_bonus=0.05,
+        weight_level=level, micro_batch_tokens=ONE_GROUP,
         weight_cap=1.5, advantage_std=False, cost="multiplicative", speed_weight=0.4,
     )  # fmt: skip
-    taus = draw_taus(batch.seed, batch.nfe, passes=2, law="paper", update=0)
     with torch.no_grad():
         tokens = loop_log_probs(policy, batch, taus.tolist())
-        features = surrogate_log_probs(policy, batch, taus, features=True).features
+        features = surrogate_log_probs(policy, batch, mean_field(batch, taus), features=True).features
         assert features is not None
         gammas = policy.head.log_prob(features[batch.group], batch.gamma)
         entropies = policy.head.entropy(features)[batch.group]
     costed = [float(r) * (1 - 0.4 * int(n) / batch.length) for r, n in zip(batch.reward, batch.nfe, strict=True)]
-    model, threshold = [], []
+    model, threshold, weights = [], [], []
     for n, group in enumerate(batch.group.tolist()):
         peers = [costed[other] for other in range(len(costed)) if int(batch.group[other]) == group]
         advantage = costed[n] - sum(peers) / len(peers)
-        ratios = [
-            min(1.5, math.exp(tokens[n, i] - batch.behaviour_logprob[n, i])) if weight == "truncated" else 1.0
-            for i in batch.scored[n].nonzero().flatten().tolist()
-        ]
+        logs = [float(tokens[n, i] - batch.behaviour_logprob[n, i]) for i in batch.scored[n].nonzero().flatten()]
+        logs = [sum(logs)] * len(logs) if level == "sequence" else logs
+        ratios = [min(1.5, math.exp(log)) if weight != "none" else 1.0 for log in logs]
+        weights.extend(ratios)
         model.append([ratio * advantage for ratio in ratios])
-        gamma_ratio = min(1.5, math.exp(gammas[n] - batch.gamma_logprob[n])) if weight == "truncated" else 1.0
+        gamma_ratio = min(1.5, math.exp(gammas[n] - batch.gamma_logprob[n])) if weight != "none" else 1.0
         threshold.append(gamma_ratio * advantage + 0.05 * float(entropies[n]))
+    if weight == "self_normalised":
+        mean = sum(weights) / len(weights)
+        model = [[value / mean for value in row] for row in model]
     objective = 0.0
     if train != "threshold":
         means = [sum(row) / len(row) for row in model]
@@ -167,10 +188,31 @@ def test_the_first_loss_is_the_papers_formula_written_as_a_loop(
     assert metrics["learner_loss"] == pytest.approx(-objective, rel=1e-5, abs=1e-7)
 
 
-@pytest.mark.parametrize("loss_mean", ["completion", "token"])
-@pytest.mark.parametrize("train", ["model", "threshold", "joint"])
+OPTIONS = [
+    {"surrogate": "coupled_masks"},
+    {"prompt_masking": 0.3},
+    {"importance_weight": "self_normalised"},
+    {"weight_level": "sequence"},
+    {
+        "surrogate": "coupled_masks",
+        "prompt_masking": 0.15,
+        "importance_weight": "self_normalised",
+        "weight_level": "sequence",
+    },
+]
+
+
+@pytest.mark.parametrize(
+    ("train", "loss_mean", "options"),
+    [
+        *((train, mean, {}) for train in ("model", "threshold", "joint") for mean in ("completion", "token")),
+        *(("joint", "token", options) for options in OPTIONS),
+        ("threshold", "completion", OPTIONS[-1]),
+    ],
+    ids=str,
+)
 def test_gradient_and_weights_do_not_depend_on_how_the_batch_is_cut(
-    original: Policy, batch: Batch, train: str, loss_mean: str
+    original: Policy, batch: Batch, train: str, loss_mean: str, options: dict
 ) -> None:
     found = []
     kl_beta = 0.0 if train == "threshold" else 0.1
@@ -178,7 +220,7 @@ def test_gradient_and_weights_do_not_depend_on_how_the_batch_is_cut(
         trained = copy.deepcopy(original)
         config = learner_config(
             train=train, loss_mean=loss_mean, micro_batch_tokens=budget, grad_clip=1e9, inner_updates=2,
-            kl_beta=kl_beta, tau_law="distinct", surrogate_passes=3,
+            kl_beta=kl_beta, tau_law="distinct", surrogate_passes=3, **options,
         )  # fmt: skip
         learner = Learner(trained, config)
         metrics = learner.step(batch, version=0)
@@ -198,6 +240,30 @@ def test_micro_batches_are_whole_groups_within_the_budget(policy: Policy, batch:
     parts = Learner(policy, learner_config(micro_batch_tokens=fits_two))._micro_batches(batch, batch.reward)
     assert [part.seed.tolist() for part, _ in parts] == [batch.seed[:10].tolist(), batch.seed[10:].tolist()]
     assert [advantage.tolist() for _, advantage in parts] == [batch.reward[:10].tolist(), batch.reward[10:].tolist()]
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        ({"surrogate_passes": 1}, [1, 1, 1]),
+        ({"surrogate_passes": 4, "tau_law": "distinct"}, [13, 19, 10]),
+        ({"surrogate": "coupled_masks", "surrogate_passes": 1}, [9, 13, 7]),
+        ({"prompt_masking": 0.1}, [9, 13, 7]),
+        ({"prompt_masking": 0.1, "train": "model"}, [8, 12, 6]),
+        ({"prompt_masking": 0.1, "surrogate": "coupled_masks"}, [13, 19, 10]),
+        ({"prompt_masking": 0.1, "surrogate": "coupled_masks", "train": "threshold"}, [1, 1, 1]),
+    ],
+    ids=str,
+)
+def test_the_token_budget_counts_the_rows_of_every_option(
+    policy: Policy, batch: Batch, options: dict, rows: list[int]
+) -> None:
+    width = batch.prompts.shape[1] + batch.length
+    for budget, groups in (((rows[0] + rows[1]) * width, [2, 1]), ((rows[0] + rows[1]) * width - 1, None)):
+        config = learner_config(micro_batch_tokens=budget, **options)
+        parts = Learner(copy.deepcopy(policy), config)._micro_batches(batch, batch.reward)
+        found = [len(part.prompts) for part, _ in parts]
+        assert found == groups if groups else found[0] == 1
 
 
 def record_objectives(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
@@ -225,32 +291,48 @@ def test_proximal_scores_are_those_of_the_weights_before_the_first_update(
     for update, (current, proximal) in enumerate(seen):
         taus = draw_taus(kept.seed, kept.nfe, passes=2, law="paper", update=update)
         with torch.no_grad():
-            expected = surrogate_log_probs(original, kept, taus).logprob
+            expected = surrogate_log_probs(original, kept, mean_field(kept, taus)).logprob
         torch.testing.assert_close(proximal, expected, rtol=0, atol=1e-9)
         ratio = (current - proximal).exp()
         assert update > 0 or (ratio == 1).all()
         assert update == 0 or (ratio - 1).abs().max() > 1e-3
 
 
-def test_one_tau_per_update_scores_proximal_current_and_reference(
-    policy: Policy, batch: Batch, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[tuple[str, list[list[int]]]] = []
+def described(latents: Latents) -> list[object]:
+    """Latents as lists, to be compared."""
+    fields = [getattr(latents, name) for name in Latents.__dataclass_fields__]
+    return [None if field is None else field.tolist() for field in fields]
 
-    def spy(scored: Policy, part: Batch, taus: Tensor, **rest: bool) -> object:
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"surrogate": "coupled_masks"}, {"prompt_masking": 0.3, "importance_weight": "self_normalised"}],
+    ids=str,
+)
+def test_the_same_latents_score_proximal_current_and_reference(
+    policy: Policy, batch: Batch, monkeypatch: pytest.MonkeyPatch, options: dict
+) -> None:
+    seen: list[tuple[str, list[object]]] = []
+
+    def spy(scored: Policy, part: Batch, latents: Latents, **rest: bool) -> object:
         kind = "reference" if scored is not policy else "current" if torch.is_grad_enabled() else "proximal"
-        seen.append((kind, taus.tolist()))
-        return surrogate_log_probs(scored, part, taus, **rest)
+        seen.append((kind, described(latents)))
+        return surrogate_log_probs(scored, part, latents, **rest)
 
     monkeypatch.setattr(module, "surrogate_log_probs", spy)
-    config = learner_config(train="model", inner_updates=3, kl_beta=0.1, surrogate_passes=3, tau_law="distinct")
+    changes: dict = {"inner_updates": 3, "kl_beta": 0.1, "surrogate_passes": 3, "tau_law": "distinct"} | options
+    config = learner_config(train="model", **changes)
     Learner(policy, config).step(batch, version=0)
-    expected = [
-        draw_taus(batch.seed, batch.nfe, passes=3, law="distinct", update=update).tolist() for update in range(3)
-    ]
-    assert [taus for kind, taus in seen if kind == "proximal"] == expected[1:]
-    assert [taus for kind, taus in seen if kind == "current"] == expected
-    assert [taus for kind, taus in seen if kind == "reference"] == expected
+    expected = [described(draw_latents(batch, config, update=update)) for update in range(3)]
+    if not options:
+        for update, found in enumerate(expected):
+            taus = draw_taus(batch.seed, batch.nfe, passes=3, law="distinct", update=update)
+            assert found == described(mean_field(batch, taus))
+    assert expected[0] != expected[1]
+    normalised = config.importance_weight == "self_normalised"
+    assert [latents for kind, latents in seen if kind == "proximal"] == expected[0 if normalised else 1 :]
+    assert [latents for kind, latents in seen if kind == "current"] == expected
+    assert [latents for kind, latents in seen if kind == "reference"] == expected
 
 
 @pytest.mark.parametrize("clip", [0.01, 0.9])
@@ -263,7 +345,7 @@ def test_a_second_update_has_the_gradient_of_the_clipped_formula(
     )
     Learner(policy, config).step(batch, version=0)
     advantage = module.advantages(batch.reward, batch.group, baseline="mean", scale_by_std=True).unsqueeze(-1)
-    nothing = batch.reveal_step[:, :0]
+    nothing = mean_field(batch, batch.reveal_step[:, :0])
     with torch.no_grad():
         proximal = surrogate_log_probs(original, batch, nothing).logprob
     ratio = (surrogate_log_probs(policy, batch, nothing).logprob - proximal).exp()
@@ -279,6 +361,119 @@ def test_a_second_update_has_the_gradient_of_the_clipped_formula(
     assert metrics["learner_loss"] == pytest.approx(float(loss.detach()), rel=1e-6)
     assert metrics["learner_clip_fraction"] == pytest.approx(float(outside), abs=1e-9)
     assert (metrics["learner_clip_fraction"] > 0.3) == (clip < 0.1)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_first_update_starts_from_the_proximal_policy_whatever_the_options(
+    policy: Policy, batch: Batch, monkeypatch: pytest.MonkeyPatch, options: dict
+) -> None:
+    seen = record_objectives(monkeypatch)
+    metrics = Learner(policy, learner_config(train="model", **options)).step(batch, version=0)
+    assert all((current == proximal).all() for current, proximal in seen)
+    assert metrics["learner_clip_fraction"] == 0.0
+
+
+def test_self_normalised_weights_keep_the_direction_and_change_the_size(original: Policy, batch: Batch) -> None:
+    found = []
+    for kind in ("truncated", "self_normalised"):
+        config = learner_config(train="model", importance_weight=kind, grad_clip=1e9, weight_cap=1.5)
+        learner = Learner(copy.deepcopy(original), config)
+        learner.step(batch, version=0)
+        found.append(gradients(learner))
+    taus = draw_taus(batch.seed, batch.nfe, passes=2, law="paper", update=0)
+    with torch.no_grad():
+        proximal = surrogate_log_probs(original, batch, mean_field(batch, taus)).logprob
+    mean = float((proximal - batch.behaviour_logprob).exp().clamp(max=1.5)[batch.scored].mean())
+    assert abs(mean - 1) > 0.01
+    np.testing.assert_allclose(found[0], found[1] * mean, rtol=1e-4, atol=1e-6)
+
+
+SURROGATES = [{}, {"surrogate_passes": 1}, {"surrogate": "coupled_masks"}, {"prompt_masking": 0.5}]
+WEIGHTS = [
+    {"importance_weight": kind, "weight_level": level}
+    for kind in ("truncated", "none", "self_normalised")
+    for level in ("token", "sequence")
+]
+
+
+def of_one_forward(policy: Policy) -> Batch:
+    found = generate_batch(policy, threshold=1e9, sizes=(3, 2, 2))
+    assert found.nfe.tolist() == [1] * 7
+    return found
+
+
+def ended_at_once(policy: Policy) -> Batch:
+    """Every completion's first token is EOS, revealed first; nothing else was drawn."""
+    found = generate_batch(policy, sizes=(3, 2, 2))
+    first = torch.arange(found.length) == 0
+    return replace(
+        found,
+        completion_ids=torch.full_like(found.completion_ids, policy.vocabulary.eos_id),
+        reveal_step=torch.where(first, 1, 2).expand_as(found.reveal_step),
+        scored=first.expand_as(found.scored),
+        token_version=torch.where(first, 0, -1).expand_as(found.token_version),
+        nfe=torch.ones_like(found.nfe),
+    )
+
+
+def of_one_completion(policy: Policy) -> Batch:
+    """Two groups of one, and one with spread."""
+    return generate_batch(policy, sizes=(1, 4, 1))
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=lambda w: "-".join(w.values()))
+@pytest.mark.parametrize("surrogate", SURROGATES, ids=str)
+@pytest.mark.parametrize("odd", [of_one_forward, ended_at_once, of_one_completion])
+def test_odd_completions_give_finite_losses_gradients_and_metrics(
+    policy: Policy, odd: Callable[[Policy], Batch], surrogate: dict, weights: dict
+) -> None:
+    config = learner_config(inner_updates=2, kl_beta=0.01, advantage_baseline="leave_one_out", **surrogate, **weights)
+    learner = Learner(policy, config)
+    metrics = learner.step(odd(policy), version=0)
+    assert learner.updates_done == 2
+    assert {key: value for key, value in metrics.items() if not math.isfinite(value)} == {}
+    assert np.isfinite(gradients(learner)).all()
+    assert np.abs(gradients(learner)).max() > 0
+
+
+def test_a_batch_of_one_completion_moves_nothing_and_is_counted(original: Policy, policy: Policy) -> None:
+    batch = generate_batch(policy, prompts=[(4, 5)], sizes=(1,))
+    metrics = Learner(policy, learner_config(advantage_baseline="leave_one_out")).step(batch, version=0)
+    assert metrics["learner_flat_groups"] == 1.0
+    assert metrics["learner_scored_completions"] == 0.0
+    assert all(map(math.isfinite, metrics.values()))
+    assert (parameters(policy) == parameters(original)).all()
+
+
+def test_groups_without_advantage_are_counted(policy: Policy, batch: Batch) -> None:
+    reward = batch.reward.masked_fill(batch.group == 1, 0.5)
+    metrics = Learner(policy, learner_config()).step(with_reward(batch, reward), version=0)
+    assert metrics["learner_flat_groups"] == 1.0
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_behaviour_that_nothing_explains_is_huge_and_finite(policy: Policy, batch: Batch, level: str) -> None:
+    """A log-prob of -1000 nats was recorded: the ratio overflows, the weight is the cap."""
+    behaviour = batch.behaviour_logprob.masked_fill(batch.scored, -1000.0)
+    learner = Learner(policy, learner_config(weight_level=level, importance_weight="self_normalised"))
+    metrics = learner.step(replace(batch, behaviour_logprob=behaviour), version=0)
+    assert all(map(math.isfinite, metrics.values()))
+    assert metrics["learner_weight_mean"] > 1e30
+    assert metrics["learner_weight_ess"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("train", ["model", "threshold", "joint"])
+@pytest.mark.parametrize("kind", ["truncated", "none", "self_normalised"])
+def test_a_weight_that_is_not_a_number_is_refused_even_where_the_loss_does_not_see_it(
+    original: Policy, policy: Policy, batch: Batch, kind: str, train: str, level: str
+) -> None:
+    broken = batch.behaviour_logprob.clone()
+    broken[0, int(batch.scored[0].nonzero()[0])] = math.nan
+    learner = Learner(policy, learner_config(train=train, importance_weight=kind, weight_level=level))
+    with pytest.raises(RunError, match="weights unchanged"):
+        learner.step(replace(batch, behaviour_logprob=broken), version=0)
+    assert (parameters(policy) == parameters(original)).all()
 
 
 @pytest.mark.parametrize(("train", "model", "head"), [("model", 1, 0), ("threshold", 0, 1), ("joint", 1, 1)])
@@ -359,7 +554,7 @@ def test_the_reference_stays_at_the_start(original: Policy, policy: Policy, batc
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"train": "model"}, {"train": "threshold"}, {"kl_beta": 0.1, "inner_updates": 2}],
+    [{}, {"train": "model"}, {"train": "threshold"}, {"kl_beta": 0.1, "inner_updates": 2}, *OPTIONS],
     ids=str,
 )
 def test_every_metric_is_in_the_catalogue_with_its_labels(policy: Policy, batch: Batch, changes: dict) -> None:
@@ -372,6 +567,91 @@ def test_every_metric_is_in_the_catalogue_with_its_labels(policy: Policy, batch:
     assert metrics["replay_staleness_mean"] == metrics["replay_staleness_max"] == 4.0
     assert "learner_weight_mean{staleness=4}" in metrics
     assert "learner_weight_ess{reveal_step=1}" in metrics
+    assert "learner_surrogate_kl{passes=2,reveal_step=1}" in metrics
+    assert "threshold_gamma_by_difficulty{group_reward=middle}" in metrics
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("learner_loss", ("learner_loss", ())),
+        ("run_phase{phase=train}", ("run_phase", ("train",))),
+        ("learner_weight_ess{reveal_step=8}", ("learner_weight_ess", ("reveal_step", "8"))),
+        ("learner_weight_ess{bucket=staleness,value=8}", ("learner_weight_ess", ("staleness", "8"))),
+        ("learner_surrogate_kl{passes=2,reveal_step=4}", ("learner_surrogate_kl", ("2", "4"))),
+        ("learner_surrogate_kl{reveal_step=4,passes=2}", ("learner_surrogate_kl", ("2", "4"))),
+        ("threshold_gamma_by_difficulty{group_reward=low}", ("threshold_gamma_by_difficulty", ("low",))),
+    ],
+)
+def test_keys_of_metrics_carry_their_labels(key: str, expected: tuple[str, tuple[str, ...]]) -> None:
+    assert split_labels(key) == expected
+
+
+@pytest.mark.parametrize("key", ["learner_surrogate_kl{passes=2}", "learner_loss{a=b}", "run_phase{state=x}"])
+def test_labels_that_a_metric_does_not_have_are_refused(key: str) -> None:
+    with pytest.raises(KeyError, match=f"the labels of {key.partition('{')[0]} are"):
+        split_labels(key)
+
+
+@pytest.mark.parametrize(("every", "reported"), [(0, []), (1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (3, [0, 3]), (9, [0])])
+def test_the_gap_is_measured_as_often_as_asked(policy: Policy, batch: Batch, every: int, reported: list[int]) -> None:
+    learner = Learner(policy, learner_config(diagnostics_every=every))
+    flat = with_reward(batch, torch.zeros_like(batch.reward))  # also on batches without advantage
+    steps = [learner.step(flat if step == 2 else batch, version=step) for step in range(5)]
+    assert [n for n, step in enumerate(steps) if any("learner_surrogate_kl" in key for key in step)] == reported
+
+
+@pytest.mark.parametrize("budget", [ONE_GROUP, 200, HUGE])
+def test_the_gap_is_that_of_the_weights_before_the_step_by_reveal_step(
+    original: Policy, policy: Policy, batch: Batch, budget: int
+) -> None:
+    metrics = Learner(policy, learner_config(micro_batch_tokens=budget, learning_rate=1e-2)).step(batch, version=0)
+    gaps = surrogate_gap(original, batch, (1, 2, 4))
+    for passes, gap in gaps.items():
+        for low, high in ((1, 2), (2, 4), (4, 8), (8, 99)):
+            inside = batch.scored & (batch.reveal_step >= low) & (batch.reveal_step < high)
+            key = f"learner_surrogate_kl{{passes={passes},reveal_step={low}}}"
+            assert (key in metrics) == bool(inside.any())
+            if key in metrics:
+                assert metrics[key] == pytest.approx(float(gap[inside].mean()), abs=1e-9)
+    assert metrics["learner_surrogate_kl{passes=1,reveal_step=2}"] > 1e-3
+
+
+def test_the_gap_is_measured_on_at_most_64_completions_from_all_over_the_batch(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = generate_batch(policy, sizes=(40, 20, 40))
+    seen: list[int] = []
+
+    def spy(scored: Policy, part: Batch, passes: tuple[int, ...]) -> dict[int, Tensor]:
+        seen.extend(part.seed.tolist())
+        return surrogate_gap(scored, part, passes)
+
+    monkeypatch.setattr(module, "surrogate_gap", spy)
+    Learner(policy, learner_config(micro_batch_tokens=500)).step(batch, version=0)
+    assert len(seen) == len(set(seen)) == 64
+    places = [batch.seed.tolist().index(seed) for seed in seen]
+    assert places == sorted(places)
+    assert max(b - a for a, b in pairwise(places)) <= 2
+    assert places[-1] >= 98
+
+
+def test_thresholds_are_reported_by_thirds_of_the_groups_rewards(policy: Policy) -> None:
+    prompts = [(4, 5), (5, 6), (6, 7), (7, 8), (8, 4), (4, 6), (5, 5)]
+    batch = generate_batch(policy, prompts=prompts, sizes=(2, 3, 2, 2, 4, 2, 2))
+    metrics = Learner(policy, learner_config()).step(batch, version=0)
+    means = [float(batch.reward[batch.group == group].mean()) for group in range(7)]
+    order = sorted(range(7), key=means.__getitem__)
+    for name, groups in (("low", order[:3]), ("middle", order[3:5]), ("high", order[5:])):
+        logs = [math.log(g) for g, at in zip(batch.gamma.tolist(), batch.group.tolist(), strict=True) if at in groups]
+        expected = math.exp(sum(logs) / len(logs))
+        assert metrics[f"threshold_gamma_by_difficulty{{group_reward={name}}}"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_two_groups_have_no_thirds(policy: Policy) -> None:
+    batch = generate_batch(policy, prompts=[(4, 5), (5, 6)], sizes=(3, 3))
+    metrics = Learner(policy, learner_config()).step(batch, version=0)
+    assert not any("by_difficulty" in key for key in metrics)
 
 
 def test_metrics_describe_the_batch(policy: Policy, batch: Batch) -> None:
@@ -409,7 +689,7 @@ def test_a_reward_for_small_thresholds_makes_them_likelier(policy: Policy, batch
     thrifty = with_reward(batch, -batch.gamma.log())
     taus = draw_taus(batch.seed, batch.nfe, passes=1, law="paper", update=0)
     with torch.no_grad():
-        features = surrogate_log_probs(policy, batch, taus, features=True).features
+        features = surrogate_log_probs(policy, batch, mean_field(batch, taus), features=True).features
         assert features is not None
 
     def mean_log_gamma() -> Tensor:
@@ -442,3 +722,21 @@ def test_the_learning_rate_warms_up_over_steps(policy: Policy, batch: Batch) -> 
         rates.append(learner.scheduler.get_last_lr()[0])
         learner.step(batch, version=version)
     assert rates == pytest.approx([0.25e-3, 0.75e-3, 1e-3])
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"surrogate": "exact"},
+        {"prompt_masking": 1.0},
+        {"prompt_masking": -0.1},
+        {"prompt_masking": math.nan},
+        {"importance_weight": "clipped"},
+        {"weight_level": "group"},
+        {"diagnostics_every": -1},
+    ],
+    ids=str,
+)
+def test_options_outside_their_range_are_refused(bad: dict) -> None:
+    with pytest.raises(ValidationError, match=next(iter(bad))):
+        learner_config(**bad)

@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from common.cost import with_cost
-from learner.objective import clipped_objective, effective_sample_share, importance_weight, kl_k3, token_mean
+from learner.objective import (
+    clipped_objective,
+    effective_sample_share,
+    importance_weight,
+    kl_k3,
+    log_ratio,
+    token_mean,
+)
 
 logs = st.floats(-8.0, 0.0)
 pairs = st.lists(st.tuples(logs, logs), min_size=1, max_size=12)
@@ -30,7 +37,80 @@ def test_weight_is_the_truncated_ratio(rows: list[tuple[float, float]], cap: flo
     assert importance_weight(proximal, behaviour, cap=cap, kind="none").tolist() == [1.0] * len(rows)
 
 
-@pytest.mark.parametrize("kind", ["truncated", "none"])
+KINDS = ["truncated", "none", "self_normalised"]
+
+
+@settings(deadline=None)
+@given(pairs, st.floats(0.1, 5.0))
+def test_self_normalised_weights_are_the_truncated_ones_over_their_mean(
+    rows: list[tuple[float, float]], cap: float
+) -> None:
+    truncated = [min(cap, math.exp(a - b)) for a, b in rows]
+    mean = sum(truncated) / len(truncated)
+    found = importance_weight(*columns(rows), cap=cap, kind="self_normalised", mean=mean)
+    assert found.tolist() == pytest.approx([weight / mean for weight in truncated], rel=1e-9)
+    assert float(found.mean()) == pytest.approx(1.0)
+    # without a mean, as a threshold's one draw per completion has it
+    assert importance_weight(*columns(rows), cap=cap, kind="self_normalised").tolist() == pytest.approx(truncated)
+
+
+def proximal_behaviour_scored(rows: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    proximal, behaviour = -torch.rand(2, rows, 6, generator=generator, dtype=torch.float64)
+    scored = torch.rand(rows, 6, generator=generator) < 0.6
+    scored[0], scored[1] = False, torch.arange(6) == 0
+    behaviour = behaviour.masked_fill(~scored, torch.nan)  # what is not scored must not matter
+    return proximal, behaviour, scored
+
+
+@pytest.mark.parametrize("cap", [0.9, 5.0])
+def test_the_weight_of_a_sequence_is_the_product_over_its_scored_tokens_truncated(cap: float) -> None:
+    proximal, behaviour, scored = proximal_behaviour_scored()
+    found = importance_weight(proximal, behaviour, cap=cap, kind="truncated", level="sequence", scored=scored)
+    for n, row in enumerate(scored.tolist()):
+        positions = [position for position, yes in enumerate(row) if yes]
+        product = math.prod(math.exp(proximal[n, i] - behaviour[n, i]) for i in positions)
+        assert found[n, positions].tolist() == pytest.approx([min(cap, product)] * len(positions), rel=1e-12)
+    assert found.isfinite().all()
+
+
+def test_the_log_ratio_of_tokens_is_theirs_and_nought_elsewhere() -> None:
+    proximal, behaviour, scored = proximal_behaviour_scored()
+    found = log_ratio(proximal, behaviour, scored=scored)
+    assert (found[scored] == (proximal - behaviour)[scored]).all()
+    assert (found[~scored] == 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_no_weight_is_silently_lost_at_the_ends_of_the_range(kind: str, level: str) -> None:
+    """Ratios that overflow are truncated, those that underflow are 0; only what is NaN already stays NaN."""
+    scored = torch.ones(2, 3, dtype=torch.bool)
+    proximal = torch.tensor([[-1e4, -1.0, -1.0], [-1.0, -1.0, -1.0]])
+    for one, other in ((proximal, proximal.flip(0)), (proximal.flip(0), proximal)):
+        for mean in (1.0, 1e-300, 0.0):
+            found = importance_weight(one, other, cap=2.0, kind=kind, level=level, scored=scored, mean=mean)
+            assert not found.isnan().any()
+    vanished = importance_weight(
+        torch.full((2, 3), -1e4), torch.zeros(2, 3), cap=2.0, kind="self_normalised", mean=0.0, scored=scored
+    )
+    assert (vanished == 0).all()
+    if kind != "none":
+        broken = torch.tensor([[math.nan, -1.0, -1.0], [-1.0, -1.0, -1.0]])
+        assert importance_weight(proximal, broken, cap=2.0, kind=kind, level=level, scored=scored)[0, 0].isnan()
+    missing = importance_weight(proximal, proximal, cap=2.0, kind="self_normalised", mean=math.nan)
+    assert missing.isnan().all()
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_scores_have_weight_one(kind: str, level: str) -> None:
+    proximal, _, scored = proximal_behaviour_scored()
+    found = importance_weight(proximal, proximal, cap=2.0, kind=kind, level=level, scored=scored)
+    assert (found == 1).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_weight_is_a_constant_for_the_gradient(kind: str) -> None:
     proximal = torch.tensor([-1.0, -2.0], requires_grad=True)
     assert not importance_weight(proximal, torch.tensor([-1.5, -1.5]), cap=2.0, kind=kind).requires_grad

@@ -30,8 +30,10 @@ def completion(index: int) -> Completion:
         completion_ids=np.array([126_335, 5, 1, 1], dtype=np.int32),
         reveal_step=np.array([2, 1, 2, 3], dtype=np.int16),
         behaviour_logprob=np.array([-0.1, -1e-7, -30.0, 0], dtype=np.float32),
+        reveal_logprob=np.array([-0.4, -2.5, -0.4, 0], dtype=np.float32),
         entropy=np.array([0.3, 0.1, 2.5, 0], dtype=np.float32),
         token_version=np.array([8, 7, 8, NOT_DRAWN], dtype=np.int32),
+        first_entropy=0.9,
         gamma=0.3,
         gamma_logprob=-1.5,
         nfe=2,
@@ -41,6 +43,7 @@ def completion(index: int) -> Completion:
     )
 
 
+FLOATS = ("behaviour_logprob", "reveal_logprob", "entropy")
 GROUP = [completion(0), completion(1)]
 PAYLOAD = encode_group(GROUP, SHARED, SCORES)
 
@@ -60,12 +63,12 @@ def test_a_group_round_trips() -> None:
     rows: list[dict[str, Any]] = table.to_pylist()
     assert [row["completion_index"] for row in rows] == [0, 1]
     for row, mine, score in zip(rows, GROUP, SCORES, strict=True):
-        for name in ("prompt_ids", "completion_ids", "reveal_step", "behaviour_logprob", "entropy", "token_version"):
+        for name in ("prompt_ids", "completion_ids", "reveal_step", "token_version", *FLOATS):
             values = getattr(mine, name)
             np.testing.assert_array_equal(np.array(row[name], dtype=values.dtype), values)
         for name in ("nfe", "finish_reason", "seed"):
             assert row[name] == getattr(mine, name)
-        for name in ("gamma", "gamma_logprob", "temperature"):
+        for name in ("first_entropy", "gamma", "gamma_logprob", "temperature"):
             assert row[name] == np.float32(getattr(mine, name))
         assert {name: row[name] for name in SHARED} == SHARED
         assert row["reward"] == score["reward"]
