@@ -13,7 +13,11 @@ from rich.console import Console
 
 from common.errors import UserError
 
-BENCHMARKS = {"engine": "learner.benchmarks.engine", "main": "learner.benchmarks.main_job"}
+BENCHMARKS = {
+    "engine": "learner.benchmarks.engine",
+    "learner": "learner.benchmarks.learner",
+    "main": "learner.benchmarks.main_job",
+}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,168 @@
+"""Grid: what a study compares, read from `deploy/studies/NAME.yaml`.
+
+- An arm is a list of dotted overrides on one run configuration; a run is an arm with a seed.
+- All runs with a seed see the same prompts and start from the same warm start, so comparisons are paired by seed.
+- Everything is built and checked before anything starts.
+"""
+
+import difflib
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field, ValidationError, field_validator, model_validator
+from yaml import YAMLError
+
+from common.config import Config
+from common.config_file import load_config
+from common.errors import UserError
+from common.section import Section
+
+FOLDER = Path("deploy/studies")
+BEFORE = "before"
+NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
+
+
+class Arm(Section):
+    """One way to train."""
+
+    about: str
+    """What it is, for the report."""
+    overrides: tuple[str, ...] = ()
+    """Dotted overrides on the study's configuration."""
+    seeds: int | None = Field(default=None, ge=1)
+    """Seeds of this arm, where fewer than the study's are enough."""
+
+
+class Comparison(Section):
+    """One claim: a measure of an arm less that of a baseline, paired by seed."""
+
+    claim: str
+    """What is claimed, in words."""
+    arm: str
+    """The arm that the claim is about."""
+    baseline: str | None = None
+    """Another arm; `before`, the same run's warm start; null compares the measure with 0."""
+    measure: str
+    """Where the number stands in a run's JSON, e.g. `test.after.area`; `last.NAME` is a validation measure at the last
+    step, `NAME at PASSES` one where the learner had spent so many forward passes."""
+    expected: Literal["positive", "negative"] = "positive"
+    """Which sign the claim says."""
+
+
+class Study(Section):
+    """A named grid."""
+
+    title: str
+    """Heading of the report."""
+    question: str
+    """What the study asks, and how; printed in the report."""
+    config: str
+    """Run configuration that all arms share, a YAML file."""
+    overrides: tuple[str, ...] = ()
+    """Dotted overrides for all arms."""
+    seeds: int = Field(default=3, ge=1)
+    """Runs per arm, with run.seed 0, 1, ..."""
+    arms: dict[str, Arm] = Field(min_length=1)
+    """Arms by name, in the order in which they run."""
+    comparisons: tuple[Comparison, ...] = ()
+    """The claims."""
+
+    @field_validator("arms")
+    @classmethod
+    def _names(cls, arms: dict[str, Arm]) -> dict[str, Arm]:
+        for name in arms:
+            if not NAME.fullmatch(name) or name == BEFORE:
+                raise ValueError(f"arm {name!r}: use small letters, digits and _, and not {BEFORE!r}")
+        return arms
+
+    @model_validator(mode="after")
+    def _arms_exist(self) -> Self:
+        for comparison in self.comparisons:
+            for name in (comparison.arm, comparison.baseline):
+                if name not in (*self.arms, BEFORE, None) or comparison.arm == BEFORE:
+                    raise ValueError(f"comparison {comparison.claim!r}: no arm {name!r}; arms: {', '.join(self.arms)}")
+        return self
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of a study."""
+
+    arm: str
+    seed: int
+    config: Config
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}-seed{self.seed}"
+
+    @property
+    def digest(self) -> str:
+        """Changes whenever the resolved configuration does."""
+        return _digest(self.config.model_dump_json())
+
+    @property
+    def warm_start_digest(self) -> str:
+        """Equal for runs that begin with the same weights."""
+        config = self.config
+        parts = (config.task, config.model, config.warm_start, config.sampler.max_completion_tokens)
+        return _digest(repr([part if isinstance(part, int) else part.model_dump_json() for part in parts]), self.seed)
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def load_study(name: str) -> tuple[str, Study]:
+    """The study of that name, or in that YAML file; its short name and itself.
+
+    Raises:
+        UserError: when there is none, or it is malformed.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in FOLDER.glob("*.yaml"))
+        raise UserError(
+            f"study {name!r}: no file {path}; known studies: {', '.join(known) or 'none'}, or give a YAML file"
+        )
+    try:
+        data = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        return path.stem, Study.model_validate(data)
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"study {path}: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        raise UserError("; ".join(f"study {path}: {_explain(item)}" for item in error.errors())) from error
+
+
+def _explain(item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"]) or "study"
+    if item["type"] != "extra_forbidden":
+        return f"{key}: {item['msg'].removeprefix('Value error, ')}"
+    kind = Comparison if item["loc"][0] == "comparisons" else Arm if item["loc"][0] == "arms" else Study
+    names = list(kind.model_fields)
+    near = difflib.get_close_matches(str(item["loc"][-1]), names, n=1)
+    return f"unknown key {key}; " + (f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(names)}")
+
+
+def plan(study: Study, *, seeds: int | None = None) -> list[Planned]:
+    """All runs, every configuration built: seed by seed, in each the arms in order.
+
+    Raises:
+        UserError: naming the arm whose configuration is wrong.
+    """
+    runs = []
+    for seed in range(seeds or study.seeds):
+        for name, arm in study.arms.items():
+            if seed >= (arm.seeds or study.seeds) and seeds is None:
+                continue
+            try:
+                overrides = [*study.overrides, *arm.overrides, f"run.seed={seed}", f"run.name={name}-seed{seed}"]
+                runs.append(Planned(name, seed, load_config(study.config, overrides)))
+            except UserError as error:
+                raise UserError(f"arm {name}: {error}") from error
+    return runs

@@ -1,0 +1,363 @@
+"""Single run: one arm of a study with one seed, synchronously, in one process.
+
+The same engine, batch, learner and evaluation as the distributed system, without Ray: generate a batch with the newest
+weights, train on it, adopt, repeat. It equals `diffpo train` with `replay.max_staleness=0` bit for bit (a test holds
+it to that), so arms that share a seed see the same prompts and the same draws until their weights differ.
+
+- Forward passes are counted twice: by the paper's count (completions times m) and as rows really forwarded.
+- The checkpoint is chosen by the reward after cost, sampled as in training, on validation prompts, one rule for all
+  arms; test prompts are seen once, by the warm start and by the chosen weights.
+- The operating point is the learned threshold (the mean in log space) where one is trained, else `gamma_init`.
+"""
+
+import time
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+
+from actors.engine import DenoisingEngine
+from actors.evaluation import Evaluator, Point, Setting, standard_settings
+from actors.frontier import area, frontier_area
+from actors.group import finished_group, group_requests, rollout_threshold
+from actors.reward_pool import score
+from common.config import Config
+from common.errors import RunError
+from common.policy import Policy, open_policy
+from common.tasks import Task, build_task
+from common.trajectory import decode_group
+from common.weights import load_flat, to_flat
+from learner.batch import Batch, build_batch
+from learner.learner import Learner
+from learner.warm_start import warm_start as supervise
+
+SPREAD_ROUNDS = 50  # rounds of replacement for groups without spread before a batch is given up
+CURVE_POINTS = 20
+LEARNED_SCALES = (1 / 27, 1 / 9, 1 / 3, 1.0, 3.0, 9.0, 27.0)
+RESAMPLES = 1000
+
+
+def make_warm_start(config: Config) -> np.ndarray:
+    """Weights of the model after its supervised warm start, float32; arms with the same seed share them."""
+    torch.set_num_threads(config.learner.threads)
+    task = build_task(config.task)
+    policy = open_policy(config, task)
+    if config.model.path is None:
+        supervise(policy, task, config)
+    return to_flat(policy.model)
+
+
+def run_arm(config: Config, warm_start: np.ndarray) -> dict[str, Any]:
+    """Train and evaluate one arm.
+
+    Args:
+        config: the resolved configuration of the arm, its seed included.
+        warm_start: from `make_warm_start` of a configuration with the same task, model, warm start and seed.
+
+    Returns:
+        Plain JSON: curve, validation, chosen step, test before and after, adaptation, diagnostics.
+    """
+    return SingleRun(config, warm_start).run()
+
+
+class SingleRun:
+    """Holds the policies, the engine and the counters of one arm while it runs."""
+
+    def __init__(self, config: Config, warm_start: np.ndarray) -> None:
+        torch.set_num_threads(config.learner.threads)
+        self.config = config
+        self._task: Task = build_task(config.task)
+        self._policy = self._open(warm_start)
+        self._rollout = self._open(warm_start).for_rollout(config.rollout)
+        self._engine = DenoisingEngine.of(
+            self._rollout,
+            config,
+            rule=config.sampler.rule,
+            slots=config.rollout.slots,
+            fixed_padding=config.deterministic,
+        )
+        self._start = to_flat(self._policy)
+        self._learner = Learner(self._policy, config.learner)
+        self._cursor = 0
+        self._seconds = {"rollout": 0.0, "learner": 0.0}
+        self._passes = self._rows = 0.0
+        self._discarded = 0
+        self._curve: list[dict[str, float]] = []
+        self._validation: list[dict[str, float]] = []
+        self._labelled: dict[str, list[float]] = {}
+        self._best = (-np.inf, 0, self._start)
+
+    def _open(self, warm_start: np.ndarray) -> Policy:
+        policy = open_policy(self.config, self._task)
+        load_flat(policy.model, warm_start)
+        return policy
+
+    def run(self) -> dict[str, Any]:
+        """All learner steps, then the test."""
+        config, started = self.config, time.monotonic()
+        self._validate(0)
+        every = max(1, config.learner.steps // CURVE_POINTS)
+        sums: dict[str, list[float]] = {}
+        for step in range(1, config.learner.steps + 1):
+            clock = time.monotonic()
+            batch = self._generate()
+            self._seconds["rollout"] += time.monotonic() - clock
+            clock = time.monotonic()
+            metrics = self._learner.step(batch, version=step - 1)
+            self._seconds["learner"] += time.monotonic() - clock
+            self._engine.adopt(to_flat(self._policy), step)
+            self._count(metrics)
+            for name, value in metrics.items():
+                sums.setdefault(name, []).append(value)
+                if "{" in name:
+                    self._labelled.setdefault(name, []).append(value)
+            if step % every == 0:
+                self._curve.append(self._curve_point(step, sums))
+                sums = {}
+            if step == config.learner.steps or step % (config.evaluation.drift_every or config.learner.steps) == 0:
+                self._validate(step)
+        _, selected, weights = self._best
+        trained = self._seconds["rollout"] + self._seconds["learner"]
+        before, _ = self._test(self._start)
+        after, adaptation = self._test(weights)
+        after["saving"] = saving(before["frontier"], after["operating"])
+        return {
+            "curve": self._curve,
+            "validation": self._validation,
+            "selected_step": selected,
+            "test": {"before": before, "after": after},
+            "adaptation": adaptation,
+            "diagnostics": self._diagnostics(),
+            "train_seconds": trained,
+            "discarded_groups": self._discarded,
+            "seconds": time.monotonic() - started,
+        }
+
+    # -- one step -----------------------------------------------------------------------------------------------
+
+    def _generate(self) -> Batch:
+        """The next groups with the newest weights; those without spread are replaced, as the replay buffer does."""
+        config, tables = self.config, []
+        for _ in range(SPREAD_ROUNDS):
+            missing = config.learner.groups_per_step - len(tables)
+            if not missing:
+                break
+            for group in self._groups(missing):
+                if group.spread > 0 or not config.replay.drop_no_spread:
+                    tables.append(decode_group(group.payload))
+                else:
+                    self._discarded += 1
+        else:
+            raise RunError(
+                f"{SPREAD_ROUNDS} rounds did not fill a batch of {config.learner.groups_per_step} groups with spread "
+                "in their rewards; train the warm start longer, or set replay.drop_no_spread=false"
+            )
+        width = config.sampler.max_prompt_tokens if config.deterministic else None
+        return build_batch(tables, self._policy.vocabulary, width=width, device=self._policy.device)
+
+    def _groups(self, count: int) -> list[Any]:
+        config, size = self.config, self.config.learner.group_size
+        cursors = range(self._cursor, self._cursor + count)
+        self._cursor += count
+        examples = [self._task.example("train", cursor) for cursor in cursors]
+        requests = []
+        for cursor, example in zip(cursors, examples, strict=True):
+            ids = tuple(self._policy.encode(example.prompt))
+            requests += group_requests(config, ids, cursor=cursor, number=cursor)
+        completions = self._engine.generate(requests)
+        found = []
+        for place, (cursor, example) in enumerate(zip(cursors, examples, strict=True)):
+            own = completions[place * size : (place + 1) * size]
+            scores = score(self._task, example, [self._policy.decode(c.completion_ids.tolist()) for c in own])
+            found.append(
+                finished_group(
+                    config, own, scores, number=cursor, cursor=cursor, attempt=1, worker="study", model_digest=""
+                )
+            )
+        return found
+
+    def _count(self, metrics: dict[str, float]) -> None:
+        learner = self.config.learner
+        passes = 3 if learner.surrogate == "coupled_masks" else learner.surrogate_passes
+        passes = passes if learner.train != "threshold" else 1
+        self._passes += learner.inner_updates * learner.groups_per_step * learner.group_size * passes
+        self._rows += metrics.get("learner_rows_forwarded", 0.0) * learner.inner_updates
+
+    # -- what is kept -------------------------------------------------------------------------------------------
+
+    def _axes(self, step: int) -> dict[str, float]:
+        return {
+            "step": step,
+            "seconds": round(sum(self._seconds.values()), 2),
+            "passes": self._passes,
+            "rows_forwarded": self._rows,
+        }
+
+    def _curve_point(self, step: int, sums: dict[str, list[float]]) -> dict[str, float]:
+        def mean(name: str) -> float:
+            return round(float(np.mean(sums[name])), 5) if name in sums else float("nan")
+
+        names = {
+            "reward": "rollout_reward",
+            "reward_costed": "rollout_reward_costed",
+            "nfe": "rollout_nfe",
+            "token_entropy": "rollout_token_entropy",
+            "gamma": "threshold_gamma",
+            "gamma_spread": "threshold_gamma_spread",
+            "weight_ess": "learner_weight_ess",
+            "weight_mean": "learner_weight_mean",
+            "clip_fraction": "learner_clip_fraction",
+            "gradient_norm": "learner_gradient_norm",
+        }
+        point = self._axes(step) | {"rollout_forwards": float(self._engine.cost.row_forwards)}
+        return point | {short: mean(name) for short, name in names.items() if name in sums}
+
+    def _diagnostics(self) -> dict[str, float]:
+        """Means over the run of the learner's labelled metrics: weights and surrogate by reveal step, gammas."""
+        return {name: round(float(np.mean(values)), 5) for name, values in sorted(self._labelled.items())}
+
+    def _operating(self) -> Setting:
+        threshold = rollout_threshold(self.config)
+        rule = self.config.sampler.rule
+        return Setting("operating", rule, "mean" if threshold == "sample" else threshold)
+
+    def _sampled(self) -> Setting:
+        return replace(self._operating(), name="sampled", temperature=self.config.sampler.temperature)
+
+    def _validate(self, step: int) -> None:
+        """Operating point, greedy and sampled, and initial gamma on validation prompts; keeps the best weights."""
+        config = self.config
+        flat = to_flat(self._policy)
+        load_flat(self._rollout, flat)
+        evaluator = Evaluator(
+            self._rollout, self._task, config, prompts=config.evaluation.drift_prompts, split="validation"
+        )
+        point = evaluator.measure(self._operating())
+        sampled = evaluator.measure(self._sampled())
+        drift = evaluator.measure(Setting("drift", "entropy_bound", config.sampler.threshold.gamma_init))
+        value = float(sampled.reward_costed.mean())
+        self._validation.append(
+            self._axes(step)
+            | {
+                "accuracy": point.accuracy,
+                "nfe": point.mean_nfe,
+                "reward_costed": float(point.reward_costed.mean()),
+                "sampled_accuracy": sampled.accuracy,
+                "sampled_nfe": sampled.mean_nfe,
+                "sampled_reward_costed": value,
+                "drift_nfe": drift.mean_nfe,
+                "drift_accuracy": drift.accuracy,
+            }
+        )
+        if value > self._best[0]:
+            self._best = (value, step, flat)
+
+    # -- test ---------------------------------------------------------------------------------------------------
+
+    def _test(self, flat: np.ndarray) -> tuple[dict[str, Any], dict[str, float] | None]:
+        config = self.config
+        load_flat(self._rollout, flat)
+        evaluator = Evaluator(
+            self._rollout, self._task, config, prompts=config.evaluation.prompts, split=config.evaluation.split
+        )
+        operating = evaluator.measure(self._operating())
+        sampled = evaluator.measure(self._sampled())
+        settings = [s for s in standard_settings(config) if not isinstance(s.parameter, str)]
+        points = [evaluator.measure(setting) for setting in settings]
+        found: dict[str, Any] = {
+            "area": area(points, config.evaluation.nfe_range),
+            "operating": {
+                "accuracy": operating.accuracy,
+                "nfe": operating.mean_nfe,
+                "reward_costed": float(operating.reward_costed.mean()),
+                "sampled_accuracy": sampled.accuracy,
+                "sampled_nfe": sampled.mean_nfe,
+                "sampled_reward_costed": float(sampled.reward_costed.mean()),
+            },
+            "frontier": [_row(point) for point in points],
+        }
+        if rollout_threshold(config) != "sample":
+            return found, None
+        learned = [
+            evaluator.measure(
+                Setting(f"learned x{scale:.3g}", "entropy_bound", scale), thresholds=operating.gamma * scale
+            )
+            for scale in LEARNED_SCALES
+        ]
+        found["learned_frontier"] = [_row(point) for point in learned]
+        found["learned_area"] = area(learned, config.evaluation.nfe_range)
+        difficulty = np.array([example.difficulty for example in evaluator.examples])
+        return found, adaptation(operating, learned, points, difficulty, config.evaluation.nfe_range)
+
+
+def saving(base: list[dict[str, Any]], operating: dict[str, float]) -> float:
+    """Share of forward passes that an operating point saves against the cheapest point of equal accuracy of the warm
+    start's frontier of fixed gammas; where that never gets so far, against its most accurate one. *(ours)*
+
+    Args:
+        base: rows with `rule`, `nfe` and `accuracy`; joined over log2(NFE).
+        operating: with `nfe` and `accuracy`.
+    """
+    points = sorted((row["nfe"], row["accuracy"]) for row in base if row["rule"] == "entropy_bound")
+    wanted = min(operating["accuracy"], max(accuracy for _, accuracy in points))
+    cost = points[0][0]
+    for (low, worse), (high, better) in pairwise(points):
+        if worse >= wanted:
+            break
+        cost = high
+        if better >= wanted:
+            share = (wanted - worse) / (better - worse)
+            cost = low * (high / low) ** share
+            break
+    return 1 - operating["nfe"] / cost
+
+
+def adaptation(
+    operating: Point,
+    learned: list[Point],
+    constant: list[Point],
+    difficulty: np.ndarray,
+    nfe_range: tuple[float, float],
+) -> dict[str, float]:
+    """Whether thresholds differ between prompts, follow their difficulty, and are worth it. *(ours)*
+
+    `learned_minus_constant` is the area under the frontier of the learned per-prompt gammas times common factors, less
+    that of constant gammas under the same weights, with a bootstrap interval paired over prompts.
+    """
+    fixed = [point for point in constant if point.setting.rule == "entropy_bound"]
+    generator = np.random.default_rng(0)
+    count = len(operating.correct)
+
+    def difference(rows: np.ndarray) -> float:
+        areas = [
+            frontier_area([p.nfe[rows].mean() for p in points], [p.correct[rows].mean() for p in points], nfe_range)
+            for points in (learned, fixed)
+        ]
+        return areas[0] - areas[1]
+
+    draws = [difference(generator.integers(0, count, count)) for _ in range(RESAMPLES)]
+    low, high = np.percentile(draws, [2.5, 97.5])
+    varies = np.ptp(operating.gamma) > 0 and np.ptp(difficulty) > 0
+    correlation = float(spearmanr(operating.gamma, difficulty)[0]) if varies else 0.0  # pyright: ignore
+    mean_gamma = [operating.gamma[difficulty == level].mean() for level in np.unique(difficulty)]
+    return {
+        "rank_correlation": correlation,
+        "gamma_ratio": float(max(mean_gamma) / min(mean_gamma)),
+        "gamma_ratio_prompts": float(np.quantile(operating.gamma, 0.95) / np.quantile(operating.gamma, 0.05)),
+        "learned_minus_constant": difference(np.arange(count)),
+        "low": float(low),
+        "high": float(high),
+    }
+
+
+def _row(point: Point) -> dict[str, Any]:
+    return {
+        "name": point.setting.name,
+        "rule": point.setting.rule,
+        "parameter": point.setting.parameter,
+        "nfe": round(point.mean_nfe, 4),
+        "accuracy": round(point.accuracy, 5),
+    }
