@@ -1,6 +1,6 @@
 """Runner: the runs of a study as Ray tasks, side by side, and what has been finished is not run again.
 
-- One warm start for all arms with a seed, kept as `.npy` in the work folder.
+- One warm start for all arms with a seed, kept as `.npy` in `runs/studies`, also for other studies.
 - A finished run is one small JSON in the report's folder, written as a whole; it names the digest of its
   configuration, and a run whose configuration has changed since is done again.
 - A run that fails is named with its cause; the others go on, and the next call tries it again.
@@ -44,13 +44,14 @@ class Runner:
         *,
         out: Path,
         console: Console,
+        work: Path = WORK,
         seeds: int | None = None,
         train: Trainer = run_arm,
         warm: Warmer = make_warm_start,
     ) -> None:
         self.name, self.study = name, study
         self.runs = plan(study, seeds=seeds)
-        self._out, self._folder, self._work = out, out / name, WORK / name
+        self._out, self._folder, self._work = out, out / name, work
         self._console = console
         self._train, self._warm = train, warm
         self._failed: dict[str, str] = {}

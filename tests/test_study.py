@@ -1,0 +1,248 @@
+"""Studies: what a grid may say, what is run again, what the numbers mean, and one real study on a small cluster."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ray import cloudpickle
+from rich.console import Console
+
+from actors.evaluation import Point, Setting
+from common.config import Config
+from common.errors import RunError, UserError
+from learner.study.grid import Study, load_study, plan
+from learner.study.measures import at_passes, interval, lookup, spent_to_reach, verdict
+from learner.study.report import differences, write_report
+from learner.study.runner import Runner
+from learner.study.single_run import adaptation, saving
+
+ROOT = Path(__file__).parent.parent
+STUDY: dict[str, Any] = {
+    "title": "A title",
+    "question": "A question?",
+    "config": str(ROOT / "deploy/configs/sudoku.yaml"),
+    "seeds": 2,
+    "arms": {
+        "one": {"about": "the first"},
+        "other": {"about": "the second", "overrides": ["learner.learning_rate=1e-3"]},
+    },
+    "comparisons": [
+        {"claim": "it learns", "arm": "one", "baseline": "before", "measure": "test.after.area"},
+        {"claim": "one beats other", "arm": "one", "baseline": "other", "measure": "test.after.area"},
+    ],
+}
+
+
+def study(**changes: Any) -> Study:
+    return Study.model_validate(STUDY | changes)
+
+
+def result(arm: str, seed: int, area: float, **changes: Any) -> dict[str, Any]:
+    """What a run leaves, as small as the report allows."""
+    point = {"step": 0, "seconds": 0.0, "passes": 0.0, "rows_forwarded": 0.0, "accuracy": 0.3, "nfe": 4.0}
+    point |= {"sampled_reward_costed": 0.2, "drift_nfe": 4.0, "drift_accuracy": 0.3}
+    later = point | {"step": 20, "seconds": 50.0, "passes": 100.0, "rows_forwarded": 60.0}
+    later |= {"sampled_reward_costed": 0.2 + area, "accuracy": 0.3 + area}
+    frontier = [{"rule": "entropy_bound", "nfe": nfe, "accuracy": 0.1 * nfe} for nfe in (1.0, 2.0, 4.0)]
+    test = {"area": 0.2, "operating": {"accuracy": 0.3, "nfe": 3.0}, "frontier": frontier}
+    return {
+        "arm": arm,
+        "seed": seed,
+        "validation": [point, later],
+        "test": {"before": test, "after": test | {"area": 0.2 + area}},
+        "commit": "abc",
+    } | changes
+
+
+# -- the grid --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "deploy/studies").glob("*.yaml"))])
+def test_every_study_of_the_repository_can_be_planned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    short, loaded = load_study(name)
+    runs = plan(loaded)
+    assert short == name
+    assert len({run.digest for run in runs}) == len(runs)
+    seeds = {run.seed for run in runs}
+    assert len({run.warm_start_digest for run in runs}) == len(seeds)  # arms share their seed's warm start
+
+
+def test_runs_go_seed_by_seed_and_arms_may_have_fewer() -> None:
+    arms = STUDY["arms"] | {"few": {"about": "", "seeds": 1}}
+    names = [run.name for run in plan(study(arms=arms))]
+    assert names == ["one-seed0", "other-seed0", "few-seed0", "one-seed1", "other-seed1"]
+    assert [run.seed for run in plan(study(), seeds=1)] == [0, 0]
+    assert plan(study())[1].config.learner.learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": {}}, "arms"),
+        ({"arms": {"before": {"about": ""}}}, "arm 'before': use small letters"),
+        ({"arms": {"A b": {"about": ""}}}, "arm 'A b': use small letters"),
+        ({"seeds": 0}, "seeds"),
+        ({"comparisons": [{"claim": "c", "arm": "none", "measure": "m"}]}, "no arm 'none'; arms: one, other"),
+        ({"seed": 3}, "unknown key seed; did you mean seeds"),
+        ({"arms": {"one": {"about": "", "override": []}}}, "unknown key arms.one.override; did you mean overrides"),
+        ({"arms": {"one": {"about": "", "overrides": ["learner.step=3"]}}}, "arm one: unknown key learner.step; did"),
+        ({"config": "nowhere.yaml"}, "arm one: config nowhere.yaml: no such file"),
+    ],
+)
+def test_a_malformed_study_is_refused_before_anything_starts(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(json.dumps(STUDY | {"comparisons": []} | changes))  # JSON is YAML
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        plan(load_study(str(path))[1])
+
+
+def test_an_unknown_study_names_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match=r"study 'sudko'.*known studies: .*quick.*sudoku"):
+        load_study("sudko")
+
+
+# -- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_interval_is_students() -> None:
+    # Student's sleep data (1908): extra sleep, mean 1.58, 95 % interval 0.70 to 2.46
+    extra = [1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4]
+    mean, half = interval(extra)
+    assert (mean, mean - half, mean + half) == pytest.approx((1.58, 0.700, 2.460), abs=1e-3)
+    assert interval([2.0]) == (2.0, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "expected", "said"),
+    [
+        (0.2, 0.1, "positive", "holds"),
+        (0.2, 0.3, "positive", "undecided"),
+        (-0.2, 0.1, "positive", "refuted"),
+        (-0.2, 0.1, "negative", "holds"),
+        (0.2, math.inf, "positive", "one seed"),
+    ],
+)
+def test_verdicts(mean: float, half: float, expected: str, said: str) -> None:
+    assert verdict(mean, half, expected) == said
+
+
+def test_measures_are_found_where_they_stand() -> None:
+    run = result("one", 0, 0.1)
+    assert lookup(run, "test.after.area") == pytest.approx(0.3)
+    assert lookup(run, "last.accuracy") == pytest.approx(0.4)
+    assert lookup(run, "first.accuracy") == pytest.approx(0.3)
+    assert lookup(run, "sampled_reward_costed at 25") == pytest.approx(0.225)
+    assert at_passes(run, "sampled_reward_costed", 101) is None  # the run never got there
+    assert lookup(run, "test.after.nothing") is None
+    assert spent_to_reach(run, "sampled_reward_costed", 0.25, "seconds") == pytest.approx(25)
+    assert spent_to_reach(run, "sampled_reward_costed", 0.2, "seconds") == 0
+    assert spent_to_reach(run, "sampled_reward_costed", 0.31, "seconds") is None
+
+
+def test_differences_are_paired_by_seed() -> None:
+    by_arm = {
+        "one": [result("one", 0, 0.3), result("one", 1, 0.5)],
+        "other": [result("other", 1, 0.1), result("other", 2, 0.9)],
+    }
+    learns, beats = study().comparisons
+    assert differences(learns, by_arm) == pytest.approx([0.3, 0.5])
+    assert differences(beats, by_arm) == pytest.approx([0.4])
+    alone = learns.model_copy(update={"baseline": None})
+    assert differences(alone, by_arm) == pytest.approx([0.5, 0.7])
+
+
+def test_saving_is_measured_at_equal_accuracy() -> None:
+    base = [{"rule": "entropy_bound", "nfe": n, "accuracy": a} for n, a in ((2.0, 0.2), (4.0, 0.4), (8.0, 0.4))]
+    base.append({"rule": "top_k", "nfe": 1.0, "accuracy": 1.0})  # another rule does not count
+    assert saving(base, {"accuracy": 0.4, "nfe": 3.0}) == pytest.approx(0.25)
+    assert saving(base, {"accuracy": 0.3, "nfe": 2.0}) == pytest.approx(1 - 2 / math.sqrt(8))
+    assert saving(base, {"accuracy": 0.9, "nfe": 3.0}) == pytest.approx(0.25)  # beyond all of the base's
+    assert saving(base, {"accuracy": 0.1, "nfe": 3.0}) == pytest.approx(-0.5)
+
+
+def point(gamma: np.ndarray, nfe: np.ndarray, correct: np.ndarray, rule: str = "entropy_bound") -> Point:
+    return Point(Setting("", rule, 1.0), correct, nfe, correct, correct, {}, gamma)
+
+
+def test_adaptation_sees_gammas_that_follow_difficulty_and_pay() -> None:
+    difficulty = np.repeat([1.0, 2.0], 50)
+    gamma = np.where(difficulty == 1, 4.0, 1.0)
+    good, bad = np.ones(100, bool), np.arange(100) % 2 == 0
+    nfe = np.full(100, 4)
+    found = adaptation(point(gamma, nfe, good), [point(gamma, nfe, good)], [point(gamma, nfe, bad)], difficulty, (2, 8))
+    assert found["rank_correlation"] == pytest.approx(-1)
+    assert found["gamma_ratio"] == pytest.approx(4)
+    assert found["learned_minus_constant"] == pytest.approx(0.5)
+    assert 0.35 < found["low"] < 0.5 < found["high"] < 0.65
+    flat = adaptation(
+        point(np.ones(100), nfe, good), [point(gamma, nfe, bad)], [point(gamma, nfe, bad)], difficulty, (2, 8)
+    )
+    assert (flat["rank_correlation"], flat["gamma_ratio"], flat["learned_minus_constant"]) == (0, 1, 0)
+
+
+def test_the_report_says_what_the_runs_say(tmp_path: Path) -> None:
+    runs = plan(study())
+    done = {run.name: result(run.arm, run.seed, {"one": 0.3, "other": 0.1}[run.arm] + run.seed / 100) for run in runs}
+    path = write_report("name", study(), runs, done, tmp_path)
+    text = path.read_text()
+    assert "| it learns | one - before, `test.after.area` | 0.305 ± 0.064 | 2 | holds |" in text
+    assert "| one beats other | one - other, `test.after.area` | 0.200 ± 0.000 | 2 | holds |" in text
+    assert "4 of 4 runs" in text
+    for name in ("frontier", "curves", "drift"):
+        assert f"(name/{name}.png)" in text
+        assert (tmp_path / "name" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert "0 of 4 runs" in write_report("empty", study(), runs, {}, tmp_path).read_text()
+
+
+# -- the runner ------------------------------------------------------------------------------------------------------
+
+
+def fake_warm(config: Config) -> np.ndarray:
+    return np.full(3, float(config.run.seed))
+
+
+def fake_train(config: Config, start: np.ndarray) -> dict[str, Any]:
+    if config.run.seed == 1 and config.learner.learning_rate == 1e-3:
+        raise ValueError("no such luck")
+    return result("", 0, float(start.sum()) / 100)
+
+
+def healed_train(config: Config, start: np.ndarray) -> dict[str, Any]:
+    return result("", 0, 0.5)
+
+
+def test_a_failed_run_is_named_the_others_go_on_and_only_it_is_run_again(tmp_path: Path, capsys) -> None:
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not have the tests on their path
+    console = Console(width=200)
+
+    def runner(train: Any, given: Study) -> Runner:
+        return Runner(
+            "s", given, out=tmp_path / "out", work=tmp_path / "work", console=console, train=train, warm=fake_warm
+        )
+
+    with pytest.raises(RunError, match=r"1 of 4 runs failed.*other-seed1: no such luck"):
+        runner(fake_train, study()).run(jobs=2)
+    assert "3 of 4 runs" in (tmp_path / "out" / "s.md").read_text()
+    assert runner(healed_train, study()).run(jobs=2) == tmp_path / "out" / "s.md"
+    areas = {name: found["test"]["after"]["area"] for name, found in runner(healed_train, study()).finished().items()}
+    assert areas == pytest.approx({"one-seed0": 0.2, "other-seed0": 0.2, "one-seed1": 0.23, "other-seed1": 0.7})
+    assert len(list((tmp_path / "work").glob("warm_start-*.npy"))) == 2
+    capsys.readouterr()
+    changed = runner(healed_train, study(overrides=["learner.steps=7"]))
+    assert changed.finished() == {}
+    assert "its configuration has changed" in capsys.readouterr().out
+
+
+def test_a_broken_result_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    runner = Runner("s", study(), out=tmp_path, work=tmp_path, console=Console())
+    (tmp_path / "s" / "one-seed0.json").write_text("{")
+    with pytest.raises(UserError, match=r"one-seed0.json: not JSON.*remove it"):
+        runner.finished()
