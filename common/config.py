@@ -235,8 +235,8 @@ class LearnerConfig(Section):
     """Largest gradient norm."""
     micro_batch_tokens: int = Field(default=16384, ge=1)
     """Tokens in one forward and backward pass."""
-    diagnostics_every: int = Field(default=10, ge=0)
-    """Steps between measurements of KL(exact || surrogate) on at most 64 completions, NFE passes each; 0 is never."""
+    diagnostics_every: int = Field(default=20, ge=0)
+    """Steps between measurements of KL(exact || surrogate) on at most 32 completions, NFE passes each; 0 is never."""
     autocast: bool = True
     """bfloat16 autocast (weights stay float32) where the device has it."""
     threads: int = Field(default=1, ge=1)

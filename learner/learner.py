@@ -42,7 +42,7 @@ from learner.surrogate import draw_latents, mean_field, most_rows, surrogate_gap
 
 STEP_BUCKETS = (1, 2, 4, 8)
 GAP_PASSES = (1, 2, 4)
-GAP_COMPLETIONS = 64
+GAP_COMPLETIONS = 32
 THIRDS = ("low", "middle", "high")
 LARGEST_LOG_RATIO = 80.0  # nats; in metrics only, which say "huge" beyond it instead of infinity
 

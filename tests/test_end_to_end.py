@@ -15,7 +15,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from common.config_file import load_config
 from common.metrics import CATALOGUE, PREFIX
+from common.policy import load_policy
+from common.weights import digest, to_flat
+from learner.study.single_run import SingleRun
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -106,6 +110,27 @@ def test_runs_to_the_end(config: str, staleness: int, cost: str, tmp_path: Path)
     before = AutoModelForCausalLM.from_pretrained(run / "warm_start").state_dict()
     after = AutoModelForCausalLM.from_pretrained(run / "checkpoints" / "step-000006").state_dict()
     assert any(not torch.equal(before[name], after[name]) for name in before)
+    if staleness == 0:
+        assert_a_single_process_trains_the_same(run)
+
+
+def assert_a_single_process_trains_the_same(run: Path) -> None:
+    """The synchronous run of the studies ends with the very weights of the distributed one."""
+    config = load_config(run / "config.yaml", [])
+    started = load_policy(run / "warm_start", config.model, config.sampler.threshold)
+    ended = load_policy(run / "checkpoints" / "step-000006", config.model, config.sampler.threshold)
+    threads = torch.get_num_threads()
+    try:
+        single = SingleRun(config, to_flat(started.model))
+        result = single.run()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(threads)
+    assert digest(to_flat(single.learner.policy)) == digest(to_flat(ended))
+    assert [point["step"] for point in result["validation"]] == [0, 2, 4, 6]
+    drift = [row["drift_nfe"] for row in rows(run) if "drift_nfe" in row]
+    assert [point["drift_nfe"] for point in result["validation"][1:]] == pytest.approx(drift)
+    json.dumps(result)
 
 
 def test_sigterm_ends_with_a_checkpoint_and_metrics_were_served(tmp_path: Path) -> None:

@@ -80,7 +80,9 @@ class SingleRun:
             fixed_padding=config.deterministic,
         )
         self._start = to_flat(self._policy)
-        self._learner = Learner(self._policy, config.learner)
+        if config.deterministic:
+            torch.use_deterministic_algorithms(True)
+        self.learner = Learner(self._policy, config.learner)
         self._cursor = 0
         self._seconds = {"rollout": 0.0, "learner": 0.0}
         self._passes = self._rows = 0.0
@@ -106,7 +108,7 @@ class SingleRun:
             batch = self._generate()
             self._seconds["rollout"] += time.monotonic() - clock
             clock = time.monotonic()
-            metrics = self._learner.step(batch, version=step - 1)
+            metrics = self.learner.step(batch, version=step - 1)
             self._seconds["learner"] += time.monotonic() - clock
             self._engine.adopt(to_flat(self._policy), step)
             self._count(metrics)
