@@ -265,3 +265,30 @@ UNCHECKED = [
 @pytest.mark.parametrize("override", [item for item, _ in UNCHECKED])
 def test_values_that_cannot_work_are_refused(override: str) -> None:
     assert override.partition("=")[0].rpartition(".")[2] in refusal(override)
+
+
+def test_off_is_a_word_though_yaml_reads_it_as_false(tmp_path: Path) -> None:
+    assert load_config(None, ["task.name=sudoku", "learner.cost=off"]).learner.cost == "off"
+    path = tmp_path / "off.yaml"
+    path.write_text("task: {name: sudoku}\nlearner: {cost: off}\n")
+    assert load_config(path).learner.cost == "off"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["learner.drift_remedy=hold_nfe"], ["drift_remedy=hold_nfe", "train=joint", "set train=model"]),
+        (
+            ["learner.drift_remedy=hold_nfe", "learner.train=model", "sampler.rule=top_k"],
+            ["drift_remedy=hold_nfe needs sampler.rule=entropy_bound, got top_k"],
+        ),
+        (["sampler.rule=sampled_entropy_bound", "learner.surrogate_passes=1"], ["needs", "surrogate_passes=2"]),
+        (["sampler.rule=sampled_entropy_bound", "learner.surrogate=coupled_masks"], ["surrogate=mean_field"]),
+        (["sampler.rule=sampled_entropy_bound", "learner.train=threshold"], ["a model that learns"]),
+        (["sampler.rule=confidence"], ["learner.train=joint needs sampler.rule=entropy_bound, got confidence"]),
+    ],
+)
+def test_remedies_that_cannot_work_are_refused(overrides: list[str], words: list[str]) -> None:
+    message = refusal(*overrides)
+    for word in words:
+        assert word in message

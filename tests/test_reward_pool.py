@@ -63,6 +63,15 @@ def test_a_group_is_scored_and_a_failure_costs_no_more_than_itself() -> None:
         assert score(pool, 7, [solution, ""]) == expected
 
 
+def test_a_reward_that_is_not_finite_is_a_failure() -> None:
+    config = SudokuConfig(reward_weights={"cells": 1.7e308, "exact": 1.7e308})  # their sum is infinite
+    solution = SudokuTask(config).example("train", 7).fields["solution"]
+    with opened(config) as pool:
+        failure = score(pool, 7, ["", solution])
+        assert isinstance(failure, ValueError)
+        assert "'reward': inf} of completion 1 are not finite; mend the reward function" in str(failure)
+
+
 @pytest.mark.parametrize(("behaviour", "kind"), [("hang", TimeoutError), ("die", Exception)])
 def test_a_reward_that_hangs_or_dies_is_a_failure(behaviour: str, kind: type[Exception]) -> None:
     with opened(MisbehavingConfig(file=behaviour), timeout=0.5) as pool:
