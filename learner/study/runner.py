@@ -21,13 +21,12 @@ from rich.console import Console
 
 from common.config import Config
 from common.errors import RunError, UserError, one_line
+from learner.controller import PATIENT_THREADS
 from learner.run_directory import RunDirectory
 from learner.study.grid import Planned, Study, plan
 from learner.study.report import write_report
 from learner.study.single_run import make_warm_start, run_arm
 
-# Where cores are shared, OpenMP threads that spin while they wait take the time of those who work.
-PATIENT_THREADS = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}}
 WORK = Path("runs/studies")
 
 Trainer = Callable[[Config, np.ndarray], dict[str, Any]]
