@@ -103,15 +103,16 @@ class Planned:
 
     @property
     def digest(self) -> str:
-        """Changes whenever the resolved configuration does."""
-        return _digest(self.config.model_dump_json())
+        """Changes whenever study or run configuration say something else; a key that is added later does not count."""
+        return _digest(self.config.task.name, self.config.model_dump_json(exclude_defaults=True))
 
     @property
     def warm_start_digest(self) -> str:
         """Equal for runs that begin with the same weights."""
         config = self.config
-        parts = (config.task, config.model, config.warm_start, config.sampler.max_completion_tokens)
-        return _digest(repr([part if isinstance(part, int) else part.model_dump_json() for part in parts]), self.seed)
+        sections = (config.task, config.model, config.warm_start)
+        said = [section.model_dump_json(exclude_defaults=True) for section in sections]
+        return _digest(config.task.name, *said, config.sampler.max_completion_tokens, self.seed)
 
 
 def _digest(*parts: object) -> str:
