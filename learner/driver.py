@@ -59,7 +59,7 @@ def _connect(config: Config) -> None:
     address = config.run.ray_address or os.environ.get("RAY_ADDRESS") or "local"
     local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:
-        _probe(address)
+        probe(address)
         ray.init(
             address=address,
             namespace=config.run.name,
@@ -83,7 +83,7 @@ def _connect(config: Config) -> None:
         )
 
 
-def _probe(address: str) -> None:
+def probe(address: str) -> None:
     """Open a connection to `host:port`: Ray itself tries for minutes where nothing listens (measured)."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():

@@ -2,20 +2,23 @@
 
 import json
 import math
+import socket
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import ray
 from ray import cloudpickle
 from rich.console import Console
 
 from actors.evaluation import Point, Setting
 from common.config import Config
 from common.errors import RunError, UserError
+from learner.cli import main
 from learner.study.grid import Study, load_study, plan
-from learner.study.measures import at_passes, interval, lookup, spent_to_reach, verdict
+from learner.study.measures import at_passes, interval, lookup, not_finite, spent_to_reach, verdict
 from learner.study.report import differences, write_report
 from learner.study.runner import Runner
 from learner.study.single_run import adaptation, saving
@@ -91,6 +94,11 @@ def test_runs_go_seed_by_seed_and_arms_may_have_fewer() -> None:
         ({"seed": 3}, "unknown key seed; did you mean seeds"),
         ({"arms": {"one": {"about": "", "override": []}}}, "unknown key arms.one.override; did you mean overrides"),
         ({"arms": {"one": {"about": "", "overrides": ["learner.step=3"]}}}, "arm one: unknown key learner.step; did"),
+        ({"arms": {"one": {"about": "", "seeds": 3}}}, "arms.one.seeds=3 exceeds seeds=2"),
+        (
+            {"comparisons": [{"claim": "c", "arm": "one", "baseline": "before", "measure": "nfe at 50"}]},
+            "nfe at 50 is not known of the warm start",
+        ),
         ({"config": "nowhere.yaml"}, "arm one: config nowhere.yaml: no such file"),
     ],
 )
@@ -128,10 +136,20 @@ def test_the_interval_is_students() -> None:
         (-0.2, 0.1, "positive", "refuted"),
         (-0.2, 0.1, "negative", "holds"),
         (0.2, math.inf, "positive", "one seed"),
+        (0.2, 0.1, "none", "refuted"),
+        (0.2, 0.3, "none", "no difference seen"),
     ],
 )
 def test_verdicts(mean: float, half: float, expected: str, said: str) -> None:
     assert verdict(mean, half, expected) == said
+
+
+def test_what_is_not_finite_is_found_and_has_no_verdict() -> None:
+    assert not_finite({"a": 1, "b": [0.5, {"c": math.nan}]}) == "b.1.c"
+    assert not_finite({"a": [-math.inf]}) == "a.0"
+    assert not_finite({"a": [1.0, None, "nan", True]}) is None
+    with pytest.raises(ValueError, match="mean=nan"):
+        verdict(*interval([0.1, math.nan]), "positive")
 
 
 def test_measures_are_found_where_they_stand() -> None:
@@ -202,6 +220,21 @@ def test_the_report_says_what_the_runs_say(tmp_path: Path) -> None:
     assert "0 of 4 runs" in write_report("empty", study(), runs, {}, tmp_path).read_text()
 
 
+def test_the_report_names_what_is_missing_and_shows_what_there_is(tmp_path: Path) -> None:
+    claims = [{"claim": "mistyped", "arm": "one", "baseline": "before", "measure": "test.after.aera"}]
+    given = study(comparisons=[*claims, {"claim": "later", "arm": "other", "measure": "test.after.area"}])
+    runs = plan(given)
+    done = {run.name: result("one", run.seed, (0.3, 0.0)[run.seed], jobs=2, cpus=8) for run in runs if run.arm == "one"}
+    text = write_report("name", given, runs, done, tmp_path).read_text()
+    assert "| mistyped | one - before, `test.after.aera` | - | 0 | not measured |" in text
+    assert "| later |" not in text  # its arm has not begun
+    assert "2 at once on 8 CPUs" in text
+    assert "1 of 2 (not seed 1)" in text
+    assert "| 60 ± 0 |" in text  # rows forwarded
+    bare = {name: {key: found[key] for key in ("arm", "seed")} for name, found in done.items()}
+    assert "2 of 4 runs" in write_report("name", given, runs, bare, tmp_path).read_text()
+
+
 # -- the runner ------------------------------------------------------------------------------------------------------
 
 
@@ -212,6 +245,8 @@ def fake_warm(config: Config) -> np.ndarray:
 def fake_train(config: Config, start: np.ndarray) -> dict[str, Any]:
     if config.run.seed == 1 and config.learner.learning_rate == 1e-3:
         raise ValueError("no such luck")
+    if config.run.seed == 1:
+        return result("", 0, math.nan)
     return result("", 0, float(start.sum()) / 100)
 
 
@@ -228,17 +263,54 @@ def test_a_failed_run_is_named_the_others_go_on_and_only_it_is_run_again(tmp_pat
             "s", given, out=tmp_path / "out", work=tmp_path / "work", console=console, train=train, warm=fake_warm
         )
 
-    with pytest.raises(RunError, match=r"1 of 4 runs failed.*other-seed1: no such luck"):
+    with pytest.raises(RunError, match=r"2 of 4 runs failed") as failed:
         runner(fake_train, study()).run(jobs=2)
-    assert "3 of 4 runs" in (tmp_path / "out" / "s.md").read_text()
+    assert "other-seed1: no such luck" in str(failed.value)
+    assert "one-seed1: validation.1.accuracy of its result is not finite" in str(failed.value)
+    assert "2 of 4 runs" in (tmp_path / "out" / "s.md").read_text()
+    assert not list((tmp_path / "work").glob("partial*"))
+    kept = json.loads((tmp_path / "out/s/other-seed0.json").read_text())
+    assert (kept["jobs"], kept["overrides"][0]) == (2, "learner.learning_rate=1e-3")
     assert runner(healed_train, study()).run(jobs=2) == tmp_path / "out" / "s.md"
     areas = {name: found["test"]["after"]["area"] for name, found in runner(healed_train, study()).finished().items()}
-    assert areas == pytest.approx({"one-seed0": 0.2, "other-seed0": 0.2, "one-seed1": 0.23, "other-seed1": 0.7})
+    assert areas == pytest.approx({"one-seed0": 0.2, "other-seed0": 0.2, "one-seed1": 0.7, "other-seed1": 0.7})
     assert len(list((tmp_path / "work").glob("warm_start-*.npy"))) == 2
     capsys.readouterr()
     changed = runner(healed_train, study(overrides=["learner.steps=7"]))
     assert changed.finished() == {}
     assert "its configuration has changed" in capsys.readouterr().out
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Exit code of `diffpo study` with some arguments."""
+    monkeypatch.setattr(sys, "argv", ["diffpo", "study", *arguments])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        main()
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    return 0
+
+
+def test_the_command_reports_without_ray_and_refuses_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(json.dumps(STUDY))
+    assert command(monkeypatch, "mine.yaml", "--report", "--seeds", "1", "--out", "there") == 0
+    assert "0 of 2 runs" in Path("there/mine.md").read_text()
+    capsys.readouterr()
+    assert command(monkeypatch, "nowhere") == 2
+    refused = capsys.readouterr().err
+    assert refused.startswith("error: study 'nowhere': no file")
+    assert refused.count("\n") == 1
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # bound and not listening: nothing answers there
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{closed.getsockname()[1]}")
+        assert command(monkeypatch, "mine.yaml") == 2
+    assert "cannot be reached" in capsys.readouterr().err
+    assert not ray.is_initialized()
 
 
 def test_a_broken_result_is_refused_with_the_way_out(tmp_path: Path) -> None:

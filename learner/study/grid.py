@@ -24,6 +24,7 @@ from common.section import Section
 
 FOLDER = Path("deploy/studies")
 BEFORE = "before"
+WITH_BEFORE = ("test.after.", "last.")  # measures that the warm start of the same run has too
 NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
 
 
@@ -50,8 +51,8 @@ class Comparison(Section):
     measure: str
     """Where the number stands in a run's JSON, e.g. `test.after.area`; `last.NAME` is a validation measure at the last
     step, `NAME at PASSES` one where the learner had spent so many forward passes."""
-    expected: Literal["positive", "negative"] = "positive"
-    """Which sign the claim says."""
+    expected: Literal["positive", "negative", "none"] = "positive"
+    """Which sign the claim says; none claims that there is no difference."""
 
 
 class Study(Section):
@@ -81,8 +82,20 @@ class Study(Section):
         return arms
 
     @model_validator(mode="after")
+    def _seeds_are_the_studys(self) -> Self:
+        for name, arm in self.arms.items():
+            if (arm.seeds or 0) > self.seeds:
+                raise ValueError(f"arms.{name}.seeds={arm.seeds} exceeds seeds={self.seeds}; raise seeds, or lower it")
+        return self
+
+    @model_validator(mode="after")
     def _arms_exist(self) -> Self:
         for comparison in self.comparisons:
+            if comparison.baseline == BEFORE and not comparison.measure.startswith(WITH_BEFORE):
+                raise ValueError(
+                    f"comparison {comparison.claim!r}: {comparison.measure} is not known of the warm start; measures "
+                    f"against {BEFORE!r} begin with {' or '.join(WITH_BEFORE)}, or give an arm as baseline"
+                )
             for name in (comparison.arm, comparison.baseline):
                 if name not in (*self.arms, BEFORE, None) or comparison.arm == BEFORE:
                     raise ValueError(f"comparison {comparison.claim!r}: no arm {name!r}; arms: {', '.join(self.arms)}")
@@ -96,6 +109,7 @@ class Planned:
     arm: str
     seed: int
     config: Config
+    overrides: tuple[str, ...]
 
     @property
     def name(self) -> str:
@@ -163,7 +177,7 @@ def plan(study: Study, *, seeds: int | None = None) -> list[Planned]:
                 continue
             try:
                 overrides = [*study.overrides, *arm.overrides, f"run.seed={seed}", f"run.name={name}-seed{seed}"]
-                runs.append(Planned(name, seed, load_config(study.config, overrides)))
+                runs.append(Planned(name, seed, load_config(study.config, overrides), tuple(overrides)))
             except UserError as error:
                 raise UserError(f"arm {name}: {error}") from error
     return runs

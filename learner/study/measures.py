@@ -25,6 +25,15 @@ def lookup(result: Result, path: str) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
+def not_finite(value: Any, path: str = "") -> str | None:
+    """The dotted path of the first number that is NaN or infinite; None if there is none."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    found = (not_finite(part, f"{path}.{key}".removeprefix(".")) for key, part in items)
+    return next((where for where in found if where is not None), None)
+
+
 def before(path: str) -> str:
     """The path of the same measure under the warm start."""
     return path.replace("test.after", "test.before", 1).replace("last.", "first.", 1)
@@ -43,6 +52,8 @@ def spent_to_reach(result: Result, name: str, level: float, axis: str) -> float 
     """What a run had spent on an axis when a validation measure first reached a level; None if it never did."""
     last: dict[str, float] | None = None
     for point in result.get("validation", []):
+        if name not in point or axis not in point:
+            continue
         if point[name] >= level:
             if last is None or point[name] == last[name]:
                 return float(point[axis])
@@ -62,10 +73,14 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def verdict(mean: float, half: float, expected: str) -> str:
-    """What the interval says about a claim of that sign."""
-    sign = 1 if expected == "positive" else -1
-    if not math.isfinite(half):
+    """What the interval says about a claim of that sign; an interval around 0 never proves that nothing is there."""
+    if math.isnan(mean) or math.isnan(half):
+        raise ValueError(f"mean={mean} and half={half} say nothing")
+    if math.isinf(half):
         return "one seed"
+    if expected == "none":
+        return "refuted" if abs(mean) > half else "no difference seen"
+    sign = 1 if expected == "positive" else -1
     if sign * mean - half > 0:
         return "holds"
     return "refuted" if sign * mean + half < 0 else "undecided"

@@ -34,10 +34,10 @@ def _frontier(by_arm: Arms) -> Figure:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     start = next(iter(by_arm.values()))
-    _curve(axes, [result["test"]["before"] for result in start], "#6b7280", "warm start", "--")
+    _curve(axes, _tests(start, "before"), "#6b7280", "warm start", "--")
     for (arm, results), colour in zip(by_arm.items(), COLOURS * 3, strict=False):
-        _curve(axes, [result["test"]["after"] for result in results], colour, arm, "-")
-        points = [result["test"]["after"]["operating"] for result in results]
+        _curve(axes, _tests(results, "after"), colour, arm, "-")
+        points = [test["operating"] for test in _tests(results, "after") if "operating" in test]
         axes.plot([p["nfe"] for p in points], [p["accuracy"] for p in points], "*", color=colour, markersize=9)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(ScalarFormatter())
@@ -47,8 +47,18 @@ def _frontier(by_arm: Arms) -> Figure:
     return figure
 
 
+def _tests(results: list[Result], when: str) -> list[Result]:
+    found = [result.get("test", {}).get(when) for result in results]
+    return [test for test in found if test is not None]
+
+
 def _curve(axes: Axes, tests: list[Result], colour: str, label: str, style: str) -> None:
-    curves = [[(p["nfe"], p["accuracy"]) for p in test["frontier"] if p["rule"] == "entropy_bound"] for test in tests]
+    curves = [
+        [(p["nfe"], p["accuracy"]) for p in test.get("frontier", ()) if p["rule"] == "entropy_bound"] for test in tests
+    ]
+    curves = [curve for curve in curves if curve]
+    if not curves:
+        return
     count = min(map(len, curves))
     points = np.array([curve[:count] for curve in curves])
     axes.plot(*points.mean(0).T, style, color=colour, label=label, marker="o", markersize=3)
@@ -83,16 +93,20 @@ def _drift(by_arm: Arms) -> Figure:
 
 
 def _band(axes: Axes, results: list[Result], axis: str, name: str, colour: str, label: str) -> None:
-    curves = [[(point[axis], point[name]) for point in result["validation"]] for result in results]
+    curves = [[(p[axis], p[name]) for p in r.get("validation", ()) if {axis, name} <= set(p)] for r in results]
+    curves = [curve for curve in curves if curve]
+    if not curves:
+        return
     count = min(map(len, curves))
     points = np.array([curve[:count] for curve in curves])
     x, mean = points.mean(0).T
     axes.plot(x, mean, color=colour, label=label, marker="o", markersize=2.5)
-    if len(results) > 1:
+    if len(curves) > 1:
         half = np.array([interval(points[:, n, 1].tolist())[1] for n in range(count)])
         axes.fill_between(x, mean - half, mean + half, color=colour, alpha=0.12, linewidth=0)
 
 
 def _finish(axes: Axes) -> None:
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7)

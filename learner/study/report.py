@@ -1,7 +1,6 @@
 """Report: `docs/studies/NAME.md`, made from the finished runs alone, so it can be made again at any time."""
 
 import math
-import os
 from pathlib import Path
 
 from learner.study.grid import BEFORE, Comparison, Planned, Study
@@ -19,7 +18,9 @@ COLUMNS = {
     "passes saved at equal accuracy": "test.after.saving",
     "step chosen": "selected_step",
     "minutes": "train_seconds",
+    "rows forwarded": "last.rows_forwarded",
 }
+DIGITS = {"selected_step": 0, "train_seconds": 1, "last.rows_forwarded": 0}
 ADAPTATION = {
     "rank correlation of gamma with difficulty": "rank_correlation",
     "largest / smallest mean gamma over difficulties": "gamma_ratio",
@@ -47,7 +48,7 @@ def write_report(name: str, study: Study, runs: list[Planned], done: Done, out: 
     lines = [f"# {study.title}", "", study.question.strip(), ""]
     commits = sorted({str(result.get("commit", "")) for result in done.values()} - {""})
     lines += [
-        f"Made by `diffpo study {name}`: {len(done)} of {len(runs)} runs, one thread each, on {os.cpu_count()} CPUs; "
+        f"Made by `diffpo study {name}`: {len(done)} of {len(runs)} runs, one thread each{_machines(done)}; "
         f"commits {', '.join(commits) or 'unknown'}. Figures are means over seeds ± half the 95 % t-interval; "
         "differences are paired by seed. `area` is the mean greedy exact-solve accuracy over log2(NFE) "
         "(`actors/frontier.py`); `reward` has the cost of forward passes taken off.",
@@ -63,6 +64,12 @@ def write_report(name: str, study: Study, runs: list[Planned], done: Done, out: 
     path = out / f"{name}.md"
     path.write_text("\n".join(lines))
     return path
+
+
+def _machines(done: Done) -> str:
+    """On what the runs were made: their seconds depend on it."""
+    used = sorted({(result["jobs"], result["cpus"]) for result in done.values() if {"jobs", "cpus"} <= set(result)})
+    return "".join(f", {jobs} at once on {cpus} CPUs" for jobs, cpus in used)
 
 
 def number(mean: float, half: float = math.inf, digits: int = 3) -> str:
@@ -100,10 +107,15 @@ def _claims(study: Study, by_arm: dict[str, list[Result]]) -> list[str]:
     rows = []
     for comparison in study.comparisons:
         values = differences(comparison, by_arm)
+        sides = [name for name in (comparison.arm, comparison.baseline) if name not in (BEFORE, None)]
+        if not all(side in by_arm for side in sides):
+            continue
+        against = "" if comparison.baseline is None else f" - {comparison.baseline}"
         if not values:
+            what = f"{comparison.arm}{against}, `{comparison.measure}`"
+            rows.append([comparison.claim, what, "-", "0", "not measured"])
             continue
         mean, half = interval(values)
-        against = "" if comparison.baseline is None else f" - {comparison.baseline}"
         rows.append(
             [
                 comparison.claim,
@@ -126,7 +138,8 @@ def _means(results: list[Result], path: str, digits: int = 3) -> str:
 def _arms(study: Study, by_arm: dict[str, list[Result]]) -> list[str]:
     rows = []
     for arm, results in by_arm.items():
-        rows.append([f"`{arm}`", str(len(results)), *(_means(results, path) for path in COLUMNS.values())])
+        cells = [_means(results, path, digits=DIGITS.get(path, 3)) for path in COLUMNS.values()]
+        rows.append([f"`{arm}`", str(len(results)), *cells])
     if by_arm:
         first = next(iter(by_arm.values()))
         paths = [before(path) if path.startswith("test") else "" for path in COLUMNS.values()]
@@ -150,12 +163,13 @@ def _adaptation(by_arm: dict[str, list[Result]]) -> list[str]:
 def _spent(by_arm: dict[str, list[Result]]) -> list[str]:
     """What each arm spends until its sampled validation reward is half way to the best arm's last."""
     name = "sampled_reward_costed"
-    points = [result["validation"] for results in by_arm.values() for result in results if result.get("validation")]
-    if not points:
+    found = [lookup(result, f"first.{name}") for results in by_arm.values() for result in results]
+    starts = [value for value in found if value is not None]
+    if not starts:
         return []
-    start = sum(found[0][name] for found in points) / len(points)
-    lasts = [[r["validation"][-1][name] for r in results if r.get("validation")] for results in by_arm.values()]
-    best = max(sum(found) / len(found) for found in lasts if found)
+    start = sum(starts) / len(starts)
+    lasts = [[v for r in results if (v := lookup(r, f"last.{name}")) is not None] for results in by_arm.values()]
+    best = max(sum(values) / len(values) for values in lasts if values)
     level = start + LEVEL_SHARE * (best - start)
     axes = {"passes": "forward passes by the paper's count", "rows_forwarded": "rows forwarded", "seconds": "seconds"}
     rows = []
@@ -165,8 +179,9 @@ def _spent(by_arm: dict[str, list[Result]]) -> list[str]:
             reached = [spent_to_reach(result, name, level, axis) for result in results]
             values = [value for value in reached if value is not None]
             cells.append(number(*interval(values), digits=0) if values else "-")
-        count = sum(spent_to_reach(result, name, level, "passes") is not None for result in results)
-        rows.append([f"`{arm}`", f"{count} of {len(results)}", *cells])
+        never = [str(r.get("seed", "?")) for r in results if spent_to_reach(r, name, level, "passes") is None]
+        count = f"{len(results) - len(never)} of {len(results)}" + (f" (not seed {', '.join(never)})" if never else "")
+        rows.append([f"`{arm}`", count, *cells])
     return _table(
         ["arm", "runs that reach it", *axes.values()], rows, f"Spent until the sampled validation reward is {level:.3f}"
     )

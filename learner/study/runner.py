@@ -22,12 +22,15 @@ from rich.console import Console
 from common.config import Config
 from common.errors import RunError, UserError, one_line
 from learner.controller import PATIENT_THREADS
+from learner.driver import probe
 from learner.run_directory import RunDirectory
 from learner.study.grid import Planned, Study, plan
+from learner.study.measures import not_finite
 from learner.study.report import write_report
 from learner.study.single_run import make_warm_start, run_arm
 
 WORK = Path("runs/studies")
+CODE = ("common", "actors", "learner", "deploy")
 
 Trainer = Callable[[Config, np.ndarray], dict[str, Any]]
 Warmer = Callable[[Config], np.ndarray]
@@ -54,6 +57,7 @@ class Runner:
         self._console = console
         self._train, self._warm = train, warm
         self._failed: dict[str, str] = {}
+        self._made_by: dict[str, Any] = {}
         try:
             for folder in (self._folder, self._work):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +100,10 @@ class Runner:
         if missing:
             self._connect()
             try:
-                self._all(missing, done, jobs or max(1, int(ray.cluster_resources().get("CPU", 1))))
+                cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+                at_once = jobs or cpus
+                self._made_by = {"commit": commit(), "cpus": cpus, "jobs": at_once}  # now: a later edit is not in them
+                self._all(missing, done, at_once)
             finally:
                 ray.shutdown()
         path = self.report(done)
@@ -109,6 +116,7 @@ class Runner:
         address = os.environ.get("RAY_ADDRESS") or "local"
         local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
         try:
+            probe(address)
             ray.init(
                 address=address, logging_level=logging.WARNING, log_to_driver=False, configure_logging=False, **local
             )
@@ -160,7 +168,10 @@ class Runner:
     ) -> None:
         try:
             result: Any = ray.get(reference)
-        except RayError as error:
+            wrong = not_finite(result) if kind == "train" else None
+            if wrong is not None:
+                raise RunError(f"{wrong} of its result is not finite")
+        except (RayError, RunError) as error:
             cause = one_line(getattr(error, "cause", None) or error)
             concerned = [run]
             if kind == "warm":
@@ -172,19 +183,23 @@ class Runner:
             self._console.print(f"{run.name} failed: {cause}")
             return
         if kind == "warm":
-            partial = self._work / f"partial-{run.warm_start_digest}.npy"
+            partial = self._work / f"partial-{run.warm_start_digest}-{os.getpid()}.npy"  # studies share the folder
             np.save(partial, result)
             os.replace(partial, self._work / f"warm_start-{run.warm_start_digest}.npy")
             starts[run.warm_start_digest] = ray.put(result)
             return
-        result |= {"arm": run.arm, "seed": run.seed, "digest": run.digest, "commit": commit()}
+        result |= {"arm": run.arm, "seed": run.seed, "digest": run.digest, "overrides": list(run.overrides)}
+        result |= self._made_by
         RunDirectory(self._folder).write_json(f"{run.name}.json", result)
         done[run.name] = result
         self.report(done)
 
 
 def commit() -> str:
-    """Short hash of the checkout, with a + if it has changes; empty outside one."""
-    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-    return found.stdout.strip()
+    """Short hash of the checkout, with a + if code has changes (the reports themselves do not count); else empty."""
+
+    def git(*arguments: str) -> str:
+        root = Path(__file__).parents[2]
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=root, check=False).stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno", "--", *CODE) else "")
