@@ -135,7 +135,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to complete.")],
     tokens: Annotated[int, typer.Option(help="Length of the completion.")] = 16,
     block: Annotated[int | None, typer.Option(help="Block length; a divisor of the tokens.")] = None,
-    rule: Annotated[str, typer.Option(help="Reveal rule: entropy_bound, sampled_entropy_bound, confidence, top_k.")] = "entropy_bound",
+    rule: Annotated[str, typer.Option(help="Reveal rule, a name of docs/engine.md.")] = "entropy_bound",
     threshold: Annotated[float | None, typer.Option(help="The rule's parameter; else the learned threshold.")] = None,
     temperature: Annotated[float, typer.Option(help="0 is the most probable token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
