@@ -214,6 +214,9 @@ def test_the_report_says_what_the_runs_say(tmp_path: Path) -> None:
     assert "| it learns | one - before, `test.after.area` | 0.305 ± 0.064 | 2 | holds |" in text
     assert "| one beats other | one - other, `test.after.area` | 0.200 ± 0.000 | 2 | holds |" in text
     assert "4 of 4 runs" in text
+    assert "What we learned" not in text
+    told = write_report("told", study(findings="Nothing at all."), runs, done, tmp_path).read_text()
+    assert told.index("| it learns |") < told.index("Nothing at all.") < told.index("## Arms")
     for name in ("frontier", "curves", "drift"):
         assert f"(name/{name}.png)" in text
         assert (tmp_path / "name" / f"{name}.png").read_bytes().startswith(b"\x89PNG")

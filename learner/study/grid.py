@@ -72,6 +72,8 @@ class Study(Section):
     """Arms by name, in the order in which they run."""
     comparisons: tuple[Comparison, ...] = ()
     """The claims."""
+    findings: str = ""
+    """What was learned, written by people who read the tables; printed behind the claims."""
 
     @field_validator("arms")
     @classmethod

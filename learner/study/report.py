@@ -55,6 +55,8 @@ def write_report(name: str, study: Study, runs: list[Planned], done: Done, out: 
         "",
     ]
     lines += _claims(study, by_arm)
+    if study.findings:
+        lines += ["## What we learned", "", study.findings.strip(), ""]
     lines += _arms(study, by_arm)
     lines += _adaptation(by_arm)
     lines += _spent(by_arm)
