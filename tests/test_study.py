@@ -21,7 +21,7 @@ from learner.study.grid import Study, load_study, plan
 from learner.study.measures import at_passes, interval, lookup, not_finite, spent_to_reach, verdict
 from learner.study.report import differences, write_report
 from learner.study.runner import Runner
-from learner.study.single_run import adaptation, saving
+from learner.study.single_run import adaptation, saving, slack
 
 ROOT = Path(__file__).parent.parent
 STUDY: dict[str, Any] = {
@@ -187,7 +187,7 @@ def test_saving_is_measured_at_equal_accuracy() -> None:
 
 
 def point(gamma: np.ndarray, nfe: np.ndarray, correct: np.ndarray, rule: str = "entropy_bound") -> Point:
-    return Point(Setting("", rule, 1.0), correct, nfe, correct, correct, {}, gamma)
+    return Point(Setting("", rule, 1.0), correct, nfe, correct.astype(float), correct.astype(float), {}, gamma)
 
 
 def test_adaptation_sees_gammas_that_follow_difficulty_and_pay() -> None:
@@ -204,6 +204,15 @@ def test_adaptation_sees_gammas_that_follow_difficulty_and_pay() -> None:
         point(np.ones(100), nfe, good), [point(gamma, nfe, bad)], [point(gamma, nfe, bad)], difficulty, (2, 8)
     )
     assert (flat["rank_correlation"], flat["gamma_ratio"], flat["learned_minus_constant"]) == (0, 1, 0)
+
+
+def test_slack_is_what_a_setting_per_difficulty_would_earn_and_noise_earns_nothing() -> None:
+    difficulty = np.repeat([1.0, 2.0], 200)
+    one, other = np.where(difficulty == 1, 1.0, 0.0), np.where(difficulty == 1, 0.2, 0.5)
+    assert slack(np.stack([one, other]), difficulty) == pytest.approx((1.0 + 0.5) / 2 - 0.5)
+    assert slack(np.stack([one, 0.9 * one]), difficulty) == 0
+    noise = np.random.default_rng(0).random((9, 400))
+    assert abs(slack(noise, difficulty)) < 0.05
 
 
 def test_the_report_says_what_the_runs_say(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ ADAPTATION = {
     "largest / smallest mean gamma over difficulties": "gamma_ratio",
     "95th / 5th percentile of gamma": "gamma_ratio_prompts",
     "area, learned less constant gamma": "learned_minus_constant",
+    "reward that the best gamma per difficulty would add (slack)": "slack",
 }
 LEVEL_SHARE = 0.5  # of the way from the warm start's to the best arm's last sampled validation reward
 

@@ -326,7 +326,9 @@ def adaptation(
 ) -> dict[str, float]:
     """Whether thresholds differ between prompts, follow their difficulty, and are worth it. *(ours)*
 
-    `learned_minus_constant` is the area under the frontier of the learned per-prompt gammas times common factors, less
+    `slack` is what choosing a constant gamma for each difficulty, and not one for all, would add to the greedy reward:
+    what there is to be had. `learned_minus_constant` is the area under the frontier of the learned per-prompt gammas
+    times common factors, less
     that of constant gammas under the same weights, with a bootstrap interval paired over prompts.
     """
     fixed = [point for point in constant if point.setting.rule == "entropy_bound"]
@@ -352,7 +354,30 @@ def adaptation(
         "learned_minus_constant": difference(np.arange(count)),
         "low": float(low),
         "high": float(high),
+        "slack": slack(np.stack([point.reward_costed for point in fixed]), difficulty),
     }
+
+
+def slack(reward: np.ndarray, difficulty: np.ndarray) -> float:
+    """Mean reward of the best setting per level of difficulty, less that of the best setting for all. *(ours)*
+
+    Cross-fitted: settings are chosen on one half of the prompts and paid on the other, so that noise earns nothing.
+
+    Args:
+        reward: `[settings, prompts]`.
+        difficulty: `[prompts]`.
+    """
+    even = np.arange(reward.shape[1]) % 2 == 0
+    gains = []
+    for choose, pay in ((even, ~even), (~even, even)):
+        best = reward[:, choose].mean(1).argmax()
+        total = 0.0
+        for level in np.unique(difficulty):
+            known, own = choose & (difficulty == level), pay & (difficulty == level)
+            chosen = reward[:, known].mean(1).argmax() if known.any() else best
+            total += float((reward[chosen, own] - reward[best, own]).sum())
+        gains.append(total / pay.sum())
+    return float(np.mean(gains))
 
 
 def _row(point: Point) -> dict[str, Any]:
