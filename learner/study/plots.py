@@ -25,7 +25,7 @@ def draw(by_arm: Arms, folder: Path) -> list[tuple[str, Path]]:
     written = []
     for number, (title, figure) in enumerate(plots.items()):
         path = folder / f"{('frontier', 'curves', 'drift')[number]}.png"
-        figure.savefig(path, dpi=80)
+        figure.savefig(path, dpi=55)
         written.append((title, path))
     return written
 

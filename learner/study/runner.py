@@ -30,6 +30,7 @@ from learner.study.report import write_report
 from learner.study.single_run import make_warm_start, run_arm
 
 WORK = Path("runs/studies")
+DECIMALS = 5  # kept of a result's numbers
 CODE = ("common", "actors", "learner", "deploy")
 
 Trainer = Callable[[Config, np.ndarray], dict[str, Any]]
@@ -190,7 +191,8 @@ class Runner:
             return
         result |= {"arm": run.arm, "seed": run.seed, "digest": run.digest, "overrides": list(run.overrides)}
         result |= self._made_by
-        RunDirectory(self._folder).write_json(f"{run.name}.json", result)
+        result = json.loads(json.dumps(result), parse_float=lambda digits: round(float(digits), DECIMALS))
+        RunDirectory(self._folder).write_json(f"{run.name}.json", result, indent=None)
         done[run.name] = result
         self.report(done)
 
