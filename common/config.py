@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from common.section import Section
 from common.tasks.countdown import CountdownConfig
@@ -216,9 +216,10 @@ class LearnerConfig(Section):
     """Weight of the threshold objective in joint training."""
     entropy_bonus: float = Field(default=0.01, ge=0)
     """Weight of the threshold policy's entropy, over the completions that are scored."""
-    drift_remedy: Literal["none", "hold_nfe", "hold_entropy"] = "none"
+    drift_remedy: Literal["auto", "none", "hold_nfe", "hold_entropy"] = "auto"
     """Against threshold drift when only the model learns: hold_nfe scales gamma so that the mean NFE stays,
-    hold_entropy gives the reveal rule a temperature so that the mean entropy of the first step stays."""
+    hold_entropy gives the reveal rule a temperature so that the mean entropy of the first step stays. auto is hold_nfe
+    with train=model and sampler.rule=entropy_bound, else none."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """AdamW learning rate of the model."""
     threshold_learning_rate: float = Field(default=3e-3, gt=0)
@@ -259,7 +260,7 @@ class LearnerConfig(Section):
 
     @model_validator(mode="after")
     def _remedies_are_the_models(self) -> Self:
-        if self.drift_remedy != "none" and self.train != "model":
+        if self.drift_remedy.startswith("hold") and self.train != "model":
             raise ValueError(
                 f"drift_remedy={self.drift_remedy} with train={self.train}: a threshold that learns is a remedy; set "
                 "train=model or drift_remedy=none"
@@ -362,6 +363,15 @@ class Config(Section):
     run: RunConfig = RunConfig()
     """Run directory, seed, endings."""
 
+    @field_validator("learner")
+    @classmethod
+    def _choose_drift_remedy(cls, learner: LearnerConfig, info: ValidationInfo) -> LearnerConfig:
+        sampler = info.data.get("sampler")  # absent when it is itself refused
+        held = sampler is not None and sampler.rule == "entropy_bound" and learner.train == "model"
+        if held and learner.drift_remedy == "auto":
+            return learner.model_copy(update={"drift_remedy": "hold_nfe"})
+        return learner
+
     @property
     def deterministic(self) -> bool:
         """Whether repeats are bit-equal (`run.deterministic`, by default at `max_staleness` 0)."""
@@ -384,7 +394,7 @@ class Config(Section):
                 f"learner.train={train} needs sampler.rule=entropy_bound, got {rule}; confidence and top_k have no "
                 "learned threshold: set learner.train=model"
             )
-        if self.learner.drift_remedy != "none" and rule != "entropy_bound":
+        if self.learner.drift_remedy.startswith("hold") and rule != "entropy_bound":
             raise ValueError(
                 f"learner.drift_remedy={self.learner.drift_remedy} needs sampler.rule=entropy_bound, got {rule}; set "
                 "learner.drift_remedy=none"

@@ -8,6 +8,8 @@ forward. They move `Policy.calibration`, which is published with the weights.
 - `hold_entropy` gives the reveal rule a temperature, so that the mean entropy of the first step, before anything is
   revealed, stays that of the warm start: `ln T += GAIN (ln H_0 - ln H)`.
 
+`hold_nfe` is what `Config` chooses when only the model learns (`docs/studies/drift_sudoku.md` has the comparison).
+
 `GAIN` is half of what one batch shows: NFE falls with about the cube root of gamma, so the loop is stable for several
 versions of staleness.
 """
@@ -36,7 +38,7 @@ class DriftRemedy:
         Args:
             batch: the groups that the learner has just trained on.
         """
-        if self._kind != "none":
+        if self._kind.startswith("hold"):
             nfe = self._kind == "hold_nfe"
             seen = batch.nfe.float().mean() if nfe else batch.first_entropy.mean().clamp(min=SMALLEST)
             log_seen = float(seen.log())

@@ -292,3 +292,16 @@ def test_remedies_that_cannot_work_are_refused(overrides: list[str], words: list
     message = refusal(*overrides)
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "remedy"),
+    [
+        ([], "auto"),
+        (["learner.train=model"], "hold_nfe"),
+        (["learner.train=model", "learner.drift_remedy=none"], "none"),
+        (["learner.train=model", "sampler.rule=top_k"], "auto"),
+    ],
+)
+def test_drift_remedy_is_chosen_where_only_the_model_learns(overrides: list[str], remedy: str) -> None:
+    assert load_config(None, overrides).learner.drift_remedy == remedy
