@@ -304,4 +304,4 @@ def test_remedies_that_cannot_work_are_refused(overrides: list[str], words: list
     ],
 )
 def test_drift_remedy_is_chosen_where_only_the_model_learns(overrides: list[str], remedy: str) -> None:
-    assert load_config(None, overrides).learner.drift_remedy == remedy
+    assert load_config(None, ["task.name=sudoku", *overrides]).learner.drift_remedy == remedy
