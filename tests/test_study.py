@@ -1,9 +1,11 @@
 """Studies: what a grid may say, what is run again, what the numbers mean, and one real study on a small cluster."""
 
+import contextlib
 import json
 import math
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +268,13 @@ def healed_train(config: Config, start: np.ndarray) -> dict[str, Any]:
     return result("", 0, 0.5)
 
 
+def hanging_train(config: Config, start: np.ndarray) -> dict[str, Any]:
+    while config.run.seed == 1 and config.learner.learning_rate == 1e-3:
+        with contextlib.suppress(ValueError):
+            time.sleep(60)
+    return result("", 0, 0.5)
+
+
 def test_a_failed_run_is_named_the_others_go_on_and_only_it_is_run_again(tmp_path: Path, capsys) -> None:
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not have the tests on their path
     console = Console(width=200)
@@ -287,6 +296,8 @@ def test_a_failed_run_is_named_the_others_go_on_and_only_it_is_run_again(tmp_pat
     areas = {name: found["test"]["after"]["area"] for name, found in runner(healed_train, study()).finished().items()}
     assert areas == pytest.approx({"one-seed0": 0.2, "other-seed0": 0.2, "one-seed1": 0.7, "other-seed1": 0.7})
     assert len(list((tmp_path / "work").glob("warm_start-*.npy"))) == 2
+    with pytest.raises(RunError, match=r"1 of 4 runs failed.*other-seed1: took longer than run_minutes=0.05"):
+        runner(hanging_train, study(run_minutes=0.05, overrides=["learner.steps=9"])).run(jobs=2)
     capsys.readouterr()
     changed = runner(healed_train, study(overrides=["learner.steps=7"]))
     assert changed.finished() == {}

@@ -68,6 +68,8 @@ class Study(Section):
     """Dotted overrides for all arms."""
     seeds: int = Field(default=3, ge=1)
     """Runs per arm, with run.seed 0, 1, ..."""
+    run_minutes: float = Field(default=120.0, gt=0)
+    """Longest time of one run, or of one warm start; one that hangs is ended then, named, and the others go on."""
     arms: dict[str, Arm] = Field(min_length=1)
     """Arms by name, in the order in which they run."""
     comparisons: tuple[Comparison, ...] = ()

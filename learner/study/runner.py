@@ -3,12 +3,14 @@
 - One warm start for all arms with a seed, kept as `.npy` in `runs/studies`, also for other studies.
 - A finished run is one small JSON in the report's folder, written as a whole; it names the digest of its
   configuration, and a run whose configuration has changed since is done again.
-- A run that fails is named with its cause; the others go on, and the next call tries it again.
+- A run that fails, or hangs for longer than `run_minutes`, is named with its cause; the others go on, and the next call
+  tries it again.
 """
 
 import json
 import logging
 import os
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -130,7 +132,8 @@ class Runner:
     def _all(self, missing: list[Planned], done: dict[str, dict[str, Any]], jobs: int) -> None:
         """Keep `jobs` tasks going until nothing is left; a run starts once its warm start is there."""
         task = {"num_cpus": 1, "runtime_env": PATIENT_THREADS, "max_retries": 2}
-        warm, train = ray.remote(**task)(self._warm), ray.remote(**task)(self._train)
+        minutes = self.study.run_minutes
+        warm, train = (ray.remote(**task)(bounded(work, minutes)) for work in (self._warm, self._train))
         waiting = list(missing)
         going: dict[Any, tuple[str, Planned]] = {}
         starts: dict[str, Any] = {}
@@ -195,6 +198,23 @@ class Runner:
         RunDirectory(self._folder).write_json(f"{run.name}.json", result, indent=None)
         done[run.name] = result
         self.report(done)
+
+
+def bounded(work: Callable[..., Any], minutes: float) -> Callable[..., Any]:
+    """`work`, ended by a `RunError` after so many minutes; for the main thread of a process, where Ray runs tasks."""
+
+    def run(*arguments: Any) -> Any:
+        def late(*_: Any) -> None:
+            raise RunError(f"took longer than run_minutes={minutes:g}; mend a reward that hangs, or raise it")
+
+        signal.signal(signal.SIGALRM, late)
+        signal.setitimer(signal.ITIMER_REAL, minutes * 60, 1.0)  # again every second: code may swallow exceptions
+        try:
+            return work(*arguments)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    return run
 
 
 def commit() -> str:
