@@ -132,8 +132,8 @@ class Runner:
     def _all(self, missing: list[Planned], done: dict[str, dict[str, Any]], jobs: int) -> None:
         """Keep `jobs` tasks going until nothing is left; a run starts once its warm start is there."""
         task = {"num_cpus": 1, "runtime_env": PATIENT_THREADS, "max_retries": 2}
-        minutes = self.study.run_minutes
-        warm, train = (ray.remote(**task)(bounded(work, minutes)) for work in (self._warm, self._train))
+        tasks: list[Any] = [ray.remote(**task)(bounded(w, self.study.run_minutes)) for w in (self._warm, self._train)]
+        warm, train = tasks
         waiting = list(missing)
         going: dict[Any, tuple[str, Planned]] = {}
         starts: dict[str, Any] = {}
