@@ -166,6 +166,8 @@ class ReplayConfig(Section):
     """Weight versions kept in the object store."""
     drop_no_spread: bool = True
     """Discard groups whose rewards are all equal and draw replacements (dynamic sampling)."""
+    memory_bytes: int = Field(default=256 * 2**20, ge=0)
+    """Bytes of finished groups kept in memory; what exceeds them is read from its file in RUN/segments."""
 
 
 class LearnerConfig(Section):

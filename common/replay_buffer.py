@@ -4,7 +4,9 @@ Who waits for whom, who wakes it:
 
     lease()     an actor waits for a ticket, a returned group,      publish, a discard, return_worker, fail, expiry,
                 or the first publication                            close
-    sample()    the learner waits for P groups inside the window    submit, fail (a quarantine moves the head), close
+    sample()    the learner waits for P groups inside the window,   submit, fail (a quarantine moves the head), close;
+                then for those that are only in their files         the store's threads
+    submit()    an actor waits until its groups are in a file       the store's writer
     the rest    never waits for anything but the lock               -
 
 Contract:
@@ -14,9 +16,13 @@ Contract:
   step and raises the version by one. Both are enforced, and the staleness of every sample is checked.
 - Blocked calls wake by notification. Leases expire on a timer set for the nearest deadline. Nothing polls.
 - A call changes state only while it holds the lock and never waits between its first change and its reply, so a
-  cancelled call has either done nothing or all. A reply that reaches nobody is mended by its owner's end: an actor's
-  leases by `return_worker` or their deadline, the learner's batch by `unsample`.
-- A payload is held from its acceptance until its group is trained or discarded.
+  cancelled call has either done nothing or all; what it wrote in vain is dropped. A reply that reaches nobody is mended
+  by its owner's end: an actor's leases by `return_worker` or their deadline, the learner's batch by `unsample`.
+- A group is accepted only after its bytes are in a closed segment file (`common.segment_store`). It is held from then
+  until it is trained or discarded: in memory up to the store's bound, else in its file only.
+- Nobody holds the lock while a file is written or read. Whoever waited for one looks again, under the lock, whether
+  what it was about to do is still right: a lease that ended meanwhile makes its group late, another sample or a lower
+  number that finished makes the learner choose anew.
 
 Plain class for one event loop; `ray.remote(ReplayBuffer)` makes it an actor. Use the default concurrency group only:
 Ray runs others on loops of their own, and a condition does not cross loops.
@@ -25,15 +31,15 @@ Ray runs others on loops of their own, and a condition does not cross loops.
 import asyncio
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from common.admission import Admission, WindowedFifo
 from common.errors import UserError
 from common.lease import Batch, FinishedGroup, Lease, LeaseReply, RenewReply, SubmitReply
 from common.ledger import GroupState, Ledger
+from common.segment_store import SegmentStore, StoredGroup
+from common.waits import Waits
 from common.weight_store import Snapshot, WeightStore
 
 MAX_DATA_TRIES = 2
@@ -50,28 +56,6 @@ _TALLIES = (
 )
 
 
-@dataclass(slots=True)
-class _Waits:
-    """Adds up the seconds that callers spent blocked, those that still are included."""
-
-    clock: Callable[[], float]
-    done: float = 0.0
-    since: list[float] = field(default_factory=list)
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        started = self.clock()
-        self.since.append(started)
-        try:
-            yield
-        finally:
-            self.since.remove(started)
-            self.done += self.clock() - started
-
-    def seconds(self) -> float:
-        return self.done + sum(self.clock() - started for started in self.since)
-
-
 class ReplayBuffer:
     """Waits for the first weights, circulates groups between actors and learner, and is closed once."""
 
@@ -82,11 +66,13 @@ class ReplayBuffer:
         max_staleness: int,
         lease_seconds: float,
         drop_no_spread: bool,
+        store: SegmentStore,
         keep_versions: int = 2,
         groups_limit: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`groups_limit`: how many groups the learner will consume; one that is discarded or quarantined is replaced.
+        """`store` is this buffer's alone. `groups_limit`: how many groups the learner will consume; one that is
+        discarded or quarantined is replaced.
 
         Raises `UserError` for values under which nothing could ever be trained.
         """
@@ -107,7 +93,8 @@ class ReplayBuffer:
         self._clock = clock
         self._ledger = Ledger()
         self._weights = WeightStore(keep=keep_versions)
-        self._held: dict[int, FinishedGroup] = {}
+        self._store = store
+        self._held: dict[int, StoredGroup] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._sweeps: set[asyncio.Task[None]] = set()
         self._returns: Counter[str] = Counter()
@@ -115,8 +102,8 @@ class ReplayBuffer:
         self._tally: Counter[str] = Counter()
         self._last_staleness: list[int] = []
         self._generated: defaultdict[str, float] = defaultdict(float)
-        self._lease_waits = _Waits(clock)
-        self._sample_waits = _Waits(clock)
+        self._lease_waits = Waits(clock)
+        self._sample_waits = Waits(clock)
         # Binds to the loop at its first wait: it may be made here although Ray builds an actor outside its loop.
         self._changed = asyncio.Condition()
 
@@ -154,24 +141,26 @@ class ReplayBuffer:
     async def submit(self, worker: str, groups: Sequence[FinishedGroup]) -> SubmitReply:
         """Called by an actor's loop with rewarded groups: leased -> finished (-> discarded without spread).
 
-        A group whose lease is not current (expired, submitted before, unknown) is late. Raises RuntimeError, and stores
-        nothing of the call, when a token is older than the lease or newer than anything published.
+        A group whose lease is not current (expired, even while it was written, submitted before, unknown) is late.
+        Stores nothing of the call and leaves its leases as they were when it raises: RuntimeError when a token is older
+        than the lease or newer than anything published, RunError when the groups cannot be written.
         """
         async with self._changed:
-            current: dict[int, FinishedGroup] = {}
-            late: list[int] = []
-            for group in groups:
-                if group.number not in current and self._ledger.is_current(worker, group.number, group.attempt):
-                    current[group.number] = group
-                else:
-                    late.append(group.number)
-            for group in current.values():
+            current, late = self._split(worker, groups)
+            for group in current:
                 self._check_versions(group)
-            for group in current.values():
-                self._accept(group)
-            self._tally["late_results"] += len(late)
-            self._wake_if_useful()
-            return SubmitReply(list(current), late, self._weights.latest)
+        stored = await self._store.write([group for group in current if not self._useless(group)])
+        try:
+            async with self._changed:
+                accepted, expired = self._split(worker, current)
+                held = {one.number: one for one in stored}
+                for group in accepted:
+                    self._accept(group, held.get(group.number))
+                self._tally["late_results"] += len(late) + len(expired)
+                self._wake_if_useful()
+                return SubmitReply([group.number for group in accepted], late + expired, self._weights.latest)
+        finally:
+            self._store.drop([one for one in stored if self._held.get(one.number) is not one])
 
     async def fail(self, worker: str, number: int, attempt: int, reason: str, data: bool) -> bool:
         """Called by an actor's loop that gives a group up: leased -> queued, or quarantined at the second data failure.
@@ -220,25 +209,22 @@ class ReplayBuffer:
     async def sample(self) -> Batch:
         """Called by the learner's loop before each step: finished -> sampled, for P groups by ascending number.
 
-        Blocks until P groups may be taken or the buffer is closed. Raises RuntimeError, and takes nothing, when a group
-        exceeds the staleness bound.
+        Blocks until P groups may be taken or the buffer is closed. Takes nothing when it raises: RuntimeError when a
+        group exceeds the staleness bound, RunError when one cannot be read back from its file.
         """
-        async with self._changed:
-            started = self._clock()
-            with self._sample_waits.running():
-                await self._changed.wait_for(lambda: self._closed or bool(self._selectable()))
-            numbers = [] if self._closed else self._selectable()
-            ahead = len(self._ledger.numbers(GroupState.SAMPLED)) // self._groups_per_step
-            version = self.version + ahead
-            groups = [self._held[number] for number in numbers]
-            staleness = [version - group.oldest_version for group in groups]
-            self._check_staleness(numbers, staleness)
-            for number in numbers:
-                self._ledger.sample(number)
-            self._last_staleness = staleness or self._last_staleness  # a closing batch says nothing
-            payloads = [group.payload for group in groups]
-            waited = self._clock() - started
-            return Batch(numbers, payloads, version, staleness, waited, self._take_generated())
+        started = self._clock()
+        read: dict[StoredGroup, FinishedGroup] = {}
+        with self._sample_waits.running():
+            while True:
+                async with self._changed:
+                    await self._changed.wait_for(lambda: self._closed or bool(self._selectable()))
+                    chosen = [] if self._closed else [self._held[number] for number in self._selectable()]
+                    groups = [one.group or read.get(one) for one in chosen]
+                    payloads = [group.payload for group in groups if group is not None]
+                    if len(payloads) == len(chosen):
+                        return self._take(chosen, payloads, started)
+                missing = [one for one, group in zip(chosen, groups, strict=True) if group is None]
+                read.update(zip(missing, await self._store.read(missing), strict=True))
 
     async def publish(
         self, snapshot: Snapshot, trained: Sequence[int], discarded: Mapping[int, str] | None = None
@@ -256,8 +242,7 @@ class ReplayBuffer:
                 self._ledger.train(number)
             for number, reason in dropped.items():
                 self._ledger.discard(number, reason=reason)
-            for number in (*trained, *dropped):
-                del self._held[number]
+            self._store.drop([self._held.pop(number) for number in (*trained, *dropped)])
             self._changed.notify_all()
 
     async def unsample(self) -> list[int]:
@@ -289,7 +274,7 @@ class ReplayBuffer:
             **{f"groups_{state}": float(count) for state, count in counts.items()},
             "tickets": float(tickets),
             "fill": counts[GroupState.FINISHED] / tickets if tickets else 0.0,
-            "held_bytes": float(sum(len(group.payload) for group in self._held.values())),
+            **self._store.gauges(),
             **{key: float(self._tally[key]) for key in _TALLIES},
             "no_spread_discards": float(self._ledger.discards().get(NO_SPREAD, 0)),
             "batch_staleness_max": float(max(self._last_staleness, default=0)),
@@ -330,15 +315,41 @@ class ReplayBuffer:
         self._tally["wasted_groups"] += record.attempt > 1
         return Lease(number, record.cursor, record.attempt, record.version, self._lease_seconds)
 
-    def _accept(self, group: FinishedGroup) -> None:
+    def _split(self, worker: str, groups: Sequence[FinishedGroup]) -> tuple[list[FinishedGroup], list[int]]:
+        """The groups whose lease is current, each number once, and the numbers of the others: they are late."""
+        current: dict[int, FinishedGroup] = {}
+        late: list[int] = []
+        for group in groups:
+            if group.number not in current and self._ledger.is_current(worker, group.number, group.attempt):
+                current[group.number] = group
+            else:
+                late.append(group.number)
+        return list(current.values()), late
+
+    def _useless(self, group: FinishedGroup) -> bool:
+        return self._drop_no_spread and group.spread == 0
+
+    def _accept(self, group: FinishedGroup, stored: StoredGroup | None) -> None:
+        """leased -> finished; without a place in the store, which a useless group has not, -> discarded."""
         self._ledger.finish(group.number)
         self._tally["completions"] += group.completions
         for name, value in (("groups", 1.0), ("reward", group.reward), ("nfe", group.nfe)):
             self._generated[name] += value
-        if self._drop_no_spread and group.spread == 0:
+        if stored is None:
             self._ledger.discard(group.number, reason=NO_SPREAD)
         else:
-            self._held[group.number] = group
+            self._held[group.number] = stored
+
+    def _take(self, chosen: list[StoredGroup], payloads: list[bytes], started: float) -> Batch:
+        """finished -> sampled for the groups of one batch, all or none."""
+        numbers = [one.number for one in chosen]
+        version = self.version + len(self._ledger.numbers(GroupState.SAMPLED)) // self._groups_per_step
+        staleness = [version - one.oldest_version for one in chosen]
+        self._check_staleness(numbers, staleness)
+        for number in numbers:
+            self._ledger.sample(number)
+        self._last_staleness = staleness or self._last_staleness  # a closing batch says nothing
+        return Batch(numbers, payloads, version, staleness, self._clock() - started, self._take_generated())
 
     def _take_generated(self) -> dict[str, float]:
         sums, self._generated = self._generated, defaultdict(float)

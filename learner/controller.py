@@ -27,6 +27,7 @@ from actors.fleet import Fleet
 from common.config import Config
 from common.errors import RunError, one_line
 from common.replay_buffer import ReplayBuffer
+from common.segment_store import SegmentStore
 from learner.exporter import Exporter
 from learner.final_evaluation import evaluate_folders, summarise
 from learner.learner_actor import LearnerActor
@@ -48,6 +49,9 @@ BUFFER_METRICS = {
     "tickets": "replay_tickets",
     "fill": "replay_fill",
     "held_bytes": "replay_held_bytes",
+    "spilled_bytes": "replay_spilled_bytes",
+    "segments": "replay_segments",
+    "segment_bytes": "replay_segment_bytes",
     "staleness_bound": "replay_staleness_bound",
     "violations": "replay_staleness_violations",
     "no_spread_discards": "replay_no_spread",
@@ -200,6 +204,7 @@ class Controller:
                 max_staleness=config.replay.max_staleness,
                 lease_seconds=config.replay.lease_seconds,
                 drop_no_spread=config.replay.drop_no_spread,
+                store=SegmentStore(self._directory.segments, memory_bytes=config.replay.memory_bytes),
                 keep_versions=config.replay.keep_versions,
                 groups_limit=config.learner.steps * config.learner.groups_per_step,
             )

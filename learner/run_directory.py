@@ -3,6 +3,7 @@
     config.yaml            the resolved configuration
     metrics.jsonl          one object per learner step (and per warm-start report)
     warm_start/            the policy RL started from
+    segments/              finished groups until they are trained or discarded, in numbered Arrow files
     checkpoints/step-N/    policies, newest `keep_checkpoints`; `manifest.json` is written last
     evaluation.json        before and after, every setting
     pareto.png             the accuracy-NFE frontier before and after
@@ -63,6 +64,10 @@ class RunDirectory:
     @property
     def warm_start(self) -> Path:
         return self.path / "warm_start"
+
+    @property
+    def segments(self) -> Path:
+        return self.path / "segments"
 
     @property
     def pareto(self) -> Path:

@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from common.ledger import GroupState, Ledger, LedgerError
 from common.replay_buffer import Batch, FinishedGroup, Lease, ReplayBuffer
+from common.segment_store import SegmentStore
 from common.weight_store import UNPUBLISHED, Snapshot, WeightStore
 
 T = TypeVar("T")
@@ -29,7 +31,12 @@ class Clock:
 
 def make(**changed: Any) -> ReplayBuffer:
     values = {"groups_per_step": 2, "max_staleness": 1, "lease_seconds": 60.0, "drop_no_spread": False}
-    return ReplayBuffer(**{**values, **changed})
+    return ReplayBuffer(**{"store": in_memory(2**20), **values, **changed})
+
+
+def in_memory(memory_bytes: int) -> SegmentStore:
+    """A store whose files lie in a file system of its own, in memory."""
+    return SegmentStore("mock:///segments", memory_bytes=memory_bytes)
 
 
 def weights(version: int) -> Snapshot:
@@ -465,7 +472,8 @@ EVENTS = [
 class Driver:
     """Plays actors and learner against one buffer; a call that would block stays pending or is cancelled."""
 
-    def __init__(self, buffer: ReplayBuffer, clock: Clock, seed: int) -> None:
+    def __init__(self, buffer: ReplayBuffer, store: SegmentStore, clock: Clock, seed: int) -> None:
+        self.store = store
         self.buffer, self.clock, self.draw = buffer, clock, random.Random(seed)
         self.held: dict[str, list[Lease]] = {"a": [], "b": []}
         self.done: list[tuple[str, FinishedGroup]] = []
@@ -476,6 +484,11 @@ class Driver:
     async def call(self, call: Coroutine[Any, Any, T]) -> T | None:
         task = asyncio.ensure_future(call)
         await settle()
+        while not task.done() and self.draw.random() < 0.95:
+            if not any(segment.readers for segment in self.store._segments.values()):
+                break
+            await asyncio.sleep(0.0002)  # it waits for files, not for others
+            await settle()
         if task.done():
             return task.result()
         task.cancel()
@@ -496,6 +509,7 @@ class Driver:
         elif event == "publish" and self.batches:
             batch = self.batches.pop(0)
             assert batch.version == self.buffer.version
+            assert batch.payloads == [f"group {number}".encode() for number in batch.numbers]
             self.trained.update(batch.numbers)
             await self.buffer.publish(weights(self.buffer.version + 1), batch.numbers)
         elif event == "expire":
@@ -514,10 +528,17 @@ class Driver:
             lease = self.held[worker].pop(self.draw.randrange(len(self.held[worker])))
             if event == "submit":
                 group = result(lease, spread=self.draw.choice([0.0, 1.0, 1.0, 1.0]))
-                await self.buffer.submit(worker, [group])
+                self.pending.append(asyncio.ensure_future(self.buffer.submit(worker, [group])))
+                if self.draw.random() < 0.2:
+                    return  # it is written while the others go on
+                await self.submitted()
                 self.done.append((worker, group))
             else:
                 await self.buffer.fail(worker, lease.number, lease.attempt, event, data=event == "data")
+
+    async def submitted(self) -> None:
+        await asyncio.gather(*self.pending)
+        self.pending.clear()
 
     def resend(self, worker: str) -> tuple[str, list[FinishedGroup]]:
         return worker, [self.draw.choice(self.done)[1]]
@@ -545,15 +566,18 @@ class Driver:
     st.integers(1, 3),
     st.integers(0, 4),
     st.integers(0, 2**32),
+    st.sampled_from([0, 16, 2**20]),
     st.lists(st.sampled_from(EVENTS), max_size=80),
 )
-def test_random_schedules(groups_per_step: int, max_staleness: int, seed: int, events: list[str]) -> None:
+def test_random_schedules(
+    groups_per_step: int, max_staleness: int, seed: int, memory_bytes: int, events: list[str]
+) -> None:
     async def scenario() -> None:
-        clock = Clock()
+        clock, store = Clock(), in_memory(memory_bytes)
         buffer = await started(
-            groups_per_step=groups_per_step, max_staleness=max_staleness, drop_no_spread=True, clock=clock
+            groups_per_step=groups_per_step, max_staleness=max_staleness, drop_no_spread=True, clock=clock, store=store
         )
-        driver = Driver(buffer, clock, seed)
+        driver = Driver(buffer, store, clock, seed)
         for event in events:
             await driver.step(event)
             await driver.check()
@@ -564,15 +588,19 @@ def test_random_schedules(groups_per_step: int, max_staleness: int, seed: int, e
             clock.now += 1.0
             if buffer.version >= target:
                 break
+        await driver.submitted()
         await driver.check()
         assert buffer.version >= target
+        await store.settle()
+        assert store._folder.numbers() == sorted({one.segment.number for one in buffer._held.values()})
         assert vars(Ledger.from_journal(await buffer.journal())) == vars(buffer._ledger)
         await buffer.close()
 
     asyncio.run(scenario())
 
 
-def test_real_tasks_train_every_group_once_and_in_bound() -> None:
+@pytest.mark.parametrize("memory_bytes", [0, 2**20])
+def test_real_tasks_train_every_group_once_and_in_bound(memory_bytes: int, tmp_path: Path) -> None:
     """Free-running actors and learner on one loop: 60 steps, one actor killed and replaced on the way."""
 
     async def actor(buffer: ReplayBuffer, name: str, draw: random.Random) -> None:
@@ -582,7 +610,8 @@ def test_real_tasks_train_every_group_once_and_in_bound() -> None:
                 await buffer.submit(name, [result(lease, spread=float(draw.random() < 0.9))])
 
     async def scenario() -> None:
-        buffer = make(groups_per_step=4, max_staleness=2, drop_no_spread=True, groups_limit=240)
+        store = SegmentStore(tmp_path, memory_bytes=memory_bytes)
+        buffer = make(groups_per_step=4, max_staleness=2, drop_no_spread=True, groups_limit=240, store=store)
         draw = random.Random(0)
         actors = {name: asyncio.ensure_future(actor(buffer, name, draw)) for name in "abcdef"}
         await buffer.publish(weights(0), [])
@@ -590,6 +619,7 @@ def test_real_tasks_train_every_group_once_and_in_bound() -> None:
         for version in range(1, 61):
             batch = await asyncio.wait_for(buffer.sample(), 5.0)
             numbers += batch.numbers
+            assert batch.payloads == [f"group {number}".encode() for number in batch.numbers]
             if version == 20:
                 actors["a"].cancel()
                 await buffer.return_worker("a")
@@ -600,5 +630,7 @@ def test_real_tasks_train_every_group_once_and_in_bound() -> None:
         gauges = await buffer.gauges()
         assert len(set(numbers)) == len(numbers) == gauges["groups_trained"] == 240
         assert (gauges["violations"], gauges["tickets"]) == (0, 0)
+        await store.settle()
+        assert list(tmp_path.iterdir()) == []
 
     asyncio.run(scenario())

@@ -1,0 +1,190 @@
+"""SegmentFolder: numbered, immutable files of finished groups, in a local folder or an object store.
+
+- One write makes one new file, `segment-00000042.arrow`: an Arrow IPC file with one record batch per group, under
+  `SCHEMA`. The version and the number of groups stand in its metadata.
+- Nothing is renamed, appended to or overwritten: object stores have no rename and no append. Numbers go on after the
+  highest file found when the folder was opened. One process at a time writes into a folder.
+- A file counts once its stream is closed. Arrow writes the footer last, so a file without one was half-written, by a
+  process that died in the middle: nobody was told that its groups are safe.
+- Every group carries a checksum; what is read back is what was written, or `RunError` names the file.
+- No fsync: what must be survived is the death of the process, and that closed files do. After a power failure the
+  newest files may be cut short; that is seen, and costs generating their groups again. An fsync would cost every
+  acknowledgement some milliseconds, `pyarrow.fs` has none, and object stores are durable at the close.
+
+Blocking calls, for a thread.
+"""
+
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import xxhash
+from pyarrow import fs
+
+from common.errors import RunError, UserError, one_line
+from common.lease import FinishedGroup
+
+SCHEMA_VERSION = "1"
+VERSION_KEY, GROUPS_KEY = b"diffpo.segment", b"diffpo.segment.groups"
+SCHEMA = pa.schema(
+    [
+        pa.field("number", pa.int64(), nullable=False),
+        pa.field("attempt", pa.int32(), nullable=False),
+        pa.field("payload", pa.large_binary(), nullable=False),  # one group as `common.trajectory` encodes it
+        pa.field("spread", pa.float64(), nullable=False),
+        pa.field("oldest_version", pa.int64(), nullable=False),
+        pa.field("completions", pa.int32(), nullable=False),
+        pa.field("reward", pa.float64(), nullable=False),
+        pa.field("nfe", pa.float64(), nullable=False),
+        pa.field("checksum", pa.uint64(), nullable=False),  # of all the others and of the row
+    ]
+)
+_NAME = re.compile(r"segment-(\d{8,})\.arrow")
+_MAGIC = b"ARROW1"
+_SMALLEST = 2 * len(_MAGIC) + 6  # magic and padding before, footer length and magic after
+
+
+class SegmentFolder:
+    """Opened once by whoever writes, and made if it is not there."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """`folder` is a local path or a URI that `pyarrow.fs.FileSystem.from_uri` knows.
+
+        Raises:
+            UserError: when it cannot be opened or made.
+        """
+        self.name = str(folder)
+        try:
+            if "://" in self.name:
+                self._filesystem, self._path = fs.FileSystem.from_uri(self.name)
+            else:
+                self._filesystem, self._path = fs.LocalFileSystem(), str(Path(folder).absolute())
+            self._filesystem.create_dir(self._path, recursive=True)
+            self.next_number = max(self.numbers(), default=-1) + 1
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(
+                f"segment folder {self.name} cannot be opened: {one_line(error)}; give a folder that can be written, "
+                "or a URI such as s3://bucket/folder"
+            ) from error
+
+    def numbers(self) -> list[int]:
+        """Sorted numbers of the segment files that are there; other files are none of its business."""
+        found = self._filesystem.get_file_info(fs.FileSelector(self._path))
+        names = (_NAME.fullmatch(info.base_name) for info in found)
+        return sorted(int(name[1]) for name in names if name)
+
+    def file(self, number: int) -> str:
+        """Path of one segment inside its file system."""
+        return f"{self._path}/segment-{number:08d}.arrow"
+
+    def write(self, groups: Sequence[FinishedGroup]) -> tuple[int, int]:
+        """Write one new segment; its number and its bytes. When this returns, the file is closed.
+
+        Raises:
+            RunError: when it cannot be written; what was begun is removed, and its number is not used again.
+        """
+        number, self.next_number = self.next_number, self.next_number + 1
+        encoded = _encode(groups)
+        file = self.file(number)
+        try:
+            if self._filesystem.get_file_info(file).type != fs.FileType.NotFound:
+                raise RunError(
+                    f"segment {file} is there already: another process writes into {self.name}; end one of the two"
+                )
+            with self._filesystem.open_output_stream(file) as stream:
+                stream.write(encoded)
+        except (pa.ArrowException, OSError) as error:
+            with suppress(pa.ArrowException, OSError):  # no footer, so it would not count anyway
+                self._filesystem.delete_file(file)
+            raise RunError(
+                f"segment {file} cannot be written: {one_line(error)}; make room in {self.name}, or mend its "
+                "permissions, or choose another run.root"
+            ) from error
+        return number, encoded.size
+
+    def read(self, number: int, rows: Sequence[int] | None = None) -> list[FinishedGroup]:
+        """The groups of one segment in the order of `rows`, by default all of them.
+
+        Raises:
+            RunError: when the file is missing, damaged, or of another schema version.
+        """
+        with self._damage_named(number), self._filesystem.open_input_file(self.file(number)) as source:
+            reader = pa.ipc.open_file(source)
+            metadata = reader.schema.metadata or {}
+            version = metadata.get(VERSION_KEY, b"none").decode()
+            if version != SCHEMA_VERSION:
+                raise RunError(
+                    f"segment {self.file(number)} has schema version {version}, this code reads {SCHEMA_VERSION}; use "
+                    "the code that wrote it"
+                )
+            if not reader.schema.equals(SCHEMA) or int(metadata[GROUPS_KEY]) != reader.num_record_batches:
+                raise ValueError("its columns or its number of groups are not as written")
+            wanted = range(reader.num_record_batches) if rows is None else rows
+            return [_decode(reader.get_batch(row), row) for row in wanted]
+
+    def half_written(self, number: int) -> bool:
+        """Whether the file has no end, so that its process died while it wrote."""
+        with self._damage_named(number), self._filesystem.open_input_file(self.file(number)) as source:
+            size = source.size()
+            return size < _SMALLEST or source.read_at(len(_MAGIC), size - len(_MAGIC)) != _MAGIC
+
+    def delete(self, number: int) -> None:
+        """Remove one segment.
+
+        Raises:
+            RunError: when it cannot be removed.
+        """
+        try:
+            self._filesystem.delete_file(self.file(number))
+        except (pa.ArrowException, OSError) as error:
+            raise RunError(
+                f"segment {self.file(number)} cannot be removed: {one_line(error)}; mend the permissions of "
+                f"{self.name}, or remove the file yourself"
+            ) from error
+
+    @contextmanager
+    def _damage_named(self, number: int) -> Iterator[None]:
+        try:
+            yield
+        except (pa.ArrowException, OSError, ValueError, KeyError, IndexError, struct.error) as error:
+            raise RunError(
+                f"segment {self.file(number)} is missing or damaged: {one_line(error)}; restore it from a copy, or "
+                "move it away: its groups are then generated again"
+            ) from error
+
+
+def _encode(groups: Sequence[FinishedGroup]) -> pa.Buffer:
+    """Encoded as a whole first: the file then gets one write, and nothing that fails here leaves one behind."""
+    metadata = {VERSION_KEY: SCHEMA_VERSION.encode(), GROUPS_KEY: str(len(groups)).encode()}
+    schema = SCHEMA.with_metadata(metadata)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema) as writer:
+        for row, group in enumerate(groups):
+            values: dict[str, Any] = {name: getattr(group, name, None) for name in SCHEMA.names}
+            values["checksum"] = _checksum(row, group)
+            columns = [pa.array([values[field.name]], field.type) for field in SCHEMA]
+            writer.write_batch(pa.record_batch(columns, schema=schema))
+    return sink.getvalue()
+
+
+def _decode(batch: pa.RecordBatch, row: int) -> FinishedGroup:
+    """The group of one record batch. Raises ValueError when it is not what was written."""
+    batch.validate(full=True)  # flipped bytes can decode and then crash whoever reads them
+    (values,) = batch.to_pylist()
+    checksum = values.pop("checksum")
+    group = FinishedGroup(**values)
+    if _checksum(row, group) != checksum:
+        raise ValueError(f"the checksum of its group {row} does not match")
+    return group
+
+
+def _checksum(row: int, group: FinishedGroup) -> int:
+    """The row counts too: a damaged footer can point to another sound group."""
+    facts = (group.number, group.attempt, group.oldest_version, group.completions)
+    digest = xxhash.xxh3_64(struct.pack("<5q3d", row, *facts, group.spread, group.reward, group.nfe))
+    digest.update(group.payload)
+    return digest.intdigest()
