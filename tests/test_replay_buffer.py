@@ -3,15 +3,17 @@
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from segment_fixtures import Gate
 
-from common.errors import UserError
+from common.errors import RunError, UserError
 from common.ledger import GroupState, Ledger, LedgerError
 from common.replay_buffer import Batch, FinishedGroup, Lease, ReplayBuffer
 from common.segment_store import SegmentStore
@@ -449,6 +451,207 @@ def test_the_weight_store_keeps_the_last_versions() -> None:
         store.get(3)
     with pytest.raises(RuntimeError, match="version 7 published after 7"):
         store.publish(weights(7))
+
+
+# -- segment files --------------------------------------------------------------------------------------------------
+
+
+async def until(condition: Callable[[], object]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+def test_a_submit_is_acknowledged_only_when_its_file_is_there_and_holds_nobody_up(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        store = SegmentStore(tmp_path, memory_bytes=2**20)
+        buffer = await started(store=store)
+        leases = await grant(buffer, 4)
+        gate = Gate(store)
+        calls = [asyncio.ensure_future(buffer.submit("a", [result(lease)])) for lease in leases[:2]]
+        await until(lambda: gate.begun)
+        learner = await blocked(buffer.sample())
+        assert (await buffer.renew("a", [0, 1, 2])).lost == []
+        assert await buffer.fail("a", 3, 1, "node lost", data=False)
+        assert [lease.number for lease in await grant(buffer, 1, "b")] == [3]
+        gauges = await buffer.gauges()
+        assert (gauges["groups_leased"], gauges["groups_finished"], list(tmp_path.iterdir())) == (4, 0, [])
+        assert not any(call.done() for call in calls)
+        gate.let_through(2)
+        assert [(await call).accepted for call in calls] == [[0], [1]]
+        assert len(list(tmp_path.iterdir())) == 1
+        assert (await learner).numbers == [0, 1]
+
+    asyncio.run(scenario())
+
+
+def test_a_lease_that_ends_while_its_group_is_written_makes_it_late(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        store = SegmentStore(tmp_path, memory_bytes=0)
+        clock = Clock()
+        buffer = await started(store=store, clock=clock)
+        first, second, *_ = await grant(buffer, 4)
+        gate = Gate(store)
+        late = asyncio.ensure_future(buffer.submit("a", [result(first), result(second), result(first)]))
+        await until(lambda: gate.begun)
+        clock.now = 50.0
+        await buffer.renew("a", [1])
+        clock.now = 70.0
+        (again, *_) = await grant(buffer, 4, "b")
+        assert (again.number, again.attempt) == (0, 2)
+        own = replace(result(again), payload=b"second attempt")
+        in_time = asyncio.ensure_future(buffer.submit("b", [own]))
+        await settle()
+        gate.let_through(2)
+        reply = await late
+        assert (reply.accepted, reply.late) == ([1], [0, 0])
+        assert (await in_time).accepted == [0]
+        assert (await buffer.gauges())["late_results"] == 2
+        assert (await buffer.sample()).payloads == [b"second attempt", b"group 1"]
+        await buffer.publish(weights(1), [0, 1])
+        await store.settle()
+        assert list(tmp_path.iterdir()) == []
+
+    asyncio.run(scenario())
+
+
+def test_a_group_handed_in_twice_at_once_is_stored_once(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        store = SegmentStore(tmp_path, memory_bytes=0)
+        buffer = await started(store=store)
+        leases = await grant(buffer, 2)
+        groups = [result(lease) for lease in leases]
+        replies = await asyncio.gather(*(buffer.submit("a", groups) for _ in range(2)))
+        assert [(reply.accepted, reply.late) for reply in replies] == [([0, 1], []), ([], [0, 1])]
+        assert (await buffer.gauges())["spilled_bytes"] == sum(len(group.payload) for group in groups)
+        assert (await buffer.sample()).payloads == [b"group 0", b"group 1"]
+
+    asyncio.run(scenario())
+
+
+def test_a_failed_write_leaves_the_leases_as_they_were(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        store = SegmentStore(tmp_path / "segments", memory_bytes=2**20)
+        buffer = await started(store=store, drop_no_spread=True)
+        leases = await grant(buffer, 2)
+        (tmp_path / "segments").rmdir()
+        groups = [result(leases[0]), result(leases[1], spread=0.0)]
+        with pytest.raises(RunError, match=r"segment-00000000.arrow cannot be written: .*make room in"):
+            await buffer.submit("a", groups)
+        gauges = await buffer.gauges()
+        assert [gauges[key] for key in ("groups_leased", "completions", "held_bytes", "late_results")] == [2, 0, 0, 0]
+        (tmp_path / "segments").mkdir()
+        assert (await buffer.submit("a", groups)).accepted == [0, 1]
+        assert (await buffer.gauges())["no_spread_discards"] == 1
+
+    asyncio.run(scenario())
+
+
+def test_groups_that_are_discarded_at_once_are_not_written(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        buffer = await started(store=SegmentStore(tmp_path, memory_bytes=0), drop_no_spread=True)
+        leases = await grant(buffer, 2)
+        assert (await buffer.submit("a", [result(lease, spread=0.0) for lease in leases])).accepted == [0, 1]
+        assert list(tmp_path.iterdir()) == []
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("waits_for", ["file", "lock"])
+def test_a_cancelled_submit_leaves_lease_and_folder_as_they_were(waits_for: str, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        store = SegmentStore(tmp_path, memory_bytes=2**20)
+        buffer = await started(store=store)
+        leases = await grant(buffer, 2)
+        gate = Gate(store)
+        call = asyncio.ensure_future(buffer.submit("a", [result(lease) for lease in leases]))
+        await until(lambda: gate.begun)
+        if waits_for == "lock":
+            await buffer._changed.acquire()
+            gate.let_through()
+            await until(lambda: store.gauges()["segments"])
+            await settle()
+            assert not call.done()
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        if waits_for == "lock":
+            buffer._changed.release()
+        gate.let_through()
+        await store.settle()
+        assert (call.cancelled(), list(tmp_path.iterdir())) == (True, [])
+        gate.let_through()
+        assert (await buffer.submit("a", [result(lease) for lease in leases])).accepted == [0, 1]
+
+    asyncio.run(scenario())
+
+
+def test_groups_are_sampled_right_whether_in_memory_or_not(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        buffer = await started(store=SegmentStore(tmp_path, memory_bytes=len(b"group 0")))
+        leases = await grant(buffer, 4)
+        for lease in reversed(leases):
+            await buffer.submit("a", [result(lease)])
+        gauges = await buffer.gauges()
+        assert (gauges["held_bytes"], gauges["spilled_bytes"], gauges["segments"]) == (7, 21, 4)
+        lost = await buffer.sample()
+        assert (lost.numbers, lost.payloads) == ([0, 1], [b"group 0", b"group 1"])
+        assert await buffer.unsample() == [0, 1]
+        assert (await buffer.sample()).payloads == lost.payloads
+        await buffer.publish(weights(1), [0, 1])
+        assert (await buffer.sample()).payloads == [b"group 2", b"group 3"]
+
+    asyncio.run(scenario())
+
+
+def test_a_lower_number_that_finishes_while_files_are_read_is_sampled_first(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        store = SegmentStore(tmp_path, memory_bytes=0)
+        buffer = await started(store=store, max_staleness=3)  # a window of one step, so that order is not forced
+        leases = await grant(buffer, 4)
+        await buffer.submit("a", [result(lease) for lease in leases[1:3]])
+        gate = Gate(store, "read")
+        learner = asyncio.ensure_future(buffer.sample())
+        await until(lambda: gate.begun)
+        assert (await buffer.submit("a", [result(leases[0])])).accepted == [0]
+        gate.let_through(2)
+        batch = await learner
+        assert (batch.numbers, batch.payloads) == ([0, 1], [b"group 0", b"group 1"])
+
+    asyncio.run(scenario())
+
+
+def test_two_learners_that_read_the_same_groups_take_each_once(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        store = SegmentStore(tmp_path, memory_bytes=0)
+        buffer = await started(store=store)
+        await fill(buffer, 4)
+        gate = Gate(store, "read")
+        cancelled, first, second = (asyncio.ensure_future(buffer.sample()) for _ in range(3))
+        await until(lambda: gate.begun == 3)
+        cancelled.cancel()
+        gate.let_through(2)
+        await asyncio.wait({first, second}, return_when=asyncio.FIRST_COMPLETED)
+        assert (await buffer.gauges())["groups_sampled"] == 2
+        await buffer.publish(weights(1), [0, 1])  # while the other may still read their file
+        gate.let_through(2)
+        batches = await asyncio.gather(first, second)
+        assert sorted((batch.numbers, batch.payloads) for batch in batches) == [
+            ([0, 1], [b"group 0", b"group 1"]),
+            ([2, 3], [b"group 2", b"group 3"]),
+        ]
+
+    asyncio.run(scenario())
+
+
+def test_a_file_that_cannot_be_read_back_takes_nothing(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        buffer = await started(store=SegmentStore(tmp_path, memory_bytes=0))
+        await fill(buffer, 2)
+        (tmp_path / "segment-00000000.arrow").write_bytes(b"")
+        with pytest.raises(RunError, match=r"segment-00000000.arrow is missing or damaged"):
+            await buffer.sample()
+        assert (await buffer.gauges())["groups_finished"] == 2
+
+    asyncio.run(scenario())
 
 
 # -- random schedules -----------------------------------------------------------------------------------------------

@@ -4,8 +4,7 @@ import asyncio
 import os
 import random
 import resource
-import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from segment_fixtures import Gate
 
 from common import segment_folder
 from common.errors import RunError, UserError
@@ -40,24 +40,6 @@ def run(scenario: Coroutine[Any, Any, T]) -> T:
 async def until(condition: Any) -> None:
     while not condition():
         await asyncio.sleep(0.001)
-
-
-class Gate:
-    """Holds every write of a store inside its thread until it is let through; `begun` counts them."""
-
-    def __init__(self, store: SegmentStore) -> None:
-        self.begun = 0
-        self._through = threading.Semaphore(0)
-        self._write = store._folder.write
-        store._folder.write = self.write  # pyright: ignore[reportAttributeAccessIssue]
-
-    def write(self, groups: Sequence[FinishedGroup]) -> tuple[int, int]:
-        self.begun += 1
-        assert self._through.acquire(timeout=20.0)
-        return self._write(groups)
-
-    def let_through(self, writes: int) -> None:
-        self._through.release(writes)
 
 
 async def recovered(folder: Path, memory_bytes: int = 2**20) -> tuple[list[FinishedGroup], int]:
