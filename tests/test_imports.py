@@ -71,6 +71,7 @@ PURE = [
     *("learner.surrogate", "learner.objective", "learner.advantage", "learner.batch", "learner.learner"),
     *("learner.warm_start", "learner.checkpoint"),
     *("common.behaviour", "common.ledger", "common.admission", "common.replay_buffer", "common.tasks"),
+    "common.segment_store",
 ]
 
 

@@ -177,20 +177,25 @@ def test_a_file_stays_while_it_is_read(tmp_path: Path) -> None:
     async def scenario() -> None:
         store = SegmentStore(tmp_path, memory_bytes=0)
         stored = await store.write([group(0)])
+        gate = Gate(store, "read")
         reading = asyncio.ensure_future(store.read(stored))
-        await asyncio.sleep(0)
+        await until(lambda: gate.begun == 1)
         store.drop(stored)
+        await store.settle()
+        assert names(tmp_path) == ["segment-00000000.arrow"]
+        gate.let_through()
         assert await reading == [group(0)]
         await store.settle()
         assert names(tmp_path) == []
         stored = await store.write([group(1)])
         reading = asyncio.ensure_future(store.read(stored))
-        await asyncio.sleep(0)
-        reading.cancel()
+        await until(lambda: gate.begun == 2)
         store.drop(stored)
+        reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
         await store.settle()
         assert (reading.cancelled(), names(tmp_path)) == (True, [])
+        gate.let_through()  # its thread finds no file, and nobody minds
 
     run(scenario())
 
@@ -411,6 +416,10 @@ def test_any_damaged_byte_is_named_or_harmless(tmp_path: Path) -> None:
     path.write_bytes(whole.replace(groups[0].payload, groups[1].payload))
     with pytest.raises(RunError, match="the checksum of its group 0 does not match"):
         folder.read(0)
+    path.write_bytes(whole)
+    batch = pa.ipc.open_file(path).get_batch(0)
+    with pytest.raises(ValueError, match="the checksum of its group 1 does not match"):
+        segment_folder._decode(batch, 1)  # as when a damaged footer points to another group
 
 
 def test_a_missing_file_and_other_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
