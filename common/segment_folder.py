@@ -14,6 +14,7 @@
 Blocking calls, for a thread.
 """
 
+import os
 import re
 import struct
 from collections.abc import Iterator, Sequence
@@ -67,7 +68,7 @@ class SegmentFolder:
             self.next_number = max(self.numbers(), default=-1) + 1
         except (pa.ArrowException, OSError) as error:
             raise UserError(
-                f"segment folder {self.name} cannot be opened: {one_line(error)}; give a folder that can be written, "
+                f"segment folder {self.name} cannot be opened: {_cause(error)}; give a folder that can be written, "
                 "or a URI such as s3://bucket/folder"
             ) from error
 
@@ -101,8 +102,8 @@ class SegmentFolder:
             with suppress(pa.ArrowException, OSError):  # no footer, so it would not count anyway
                 self._filesystem.delete_file(file)
             raise RunError(
-                f"segment {file} cannot be written: {one_line(error)}; make room in {self.name}, or mend its "
-                "permissions, or choose another run.root"
+                f"segment {file} cannot be written: {_cause(error)}; make room there, mend its permissions, or "
+                "choose another run.root"
             ) from error
         return number, encoded.size
 
@@ -142,8 +143,8 @@ class SegmentFolder:
             self._filesystem.delete_file(self.file(number))
         except (pa.ArrowException, OSError) as error:
             raise RunError(
-                f"segment {self.file(number)} cannot be removed: {one_line(error)}; mend the permissions of "
-                f"{self.name}, or remove the file yourself"
+                f"segment {self.file(number)} cannot be removed: {_cause(error)}; mend the permissions of its folder, "
+                "or remove the file yourself"
             ) from error
 
     @contextmanager
@@ -152,9 +153,16 @@ class SegmentFolder:
             yield
         except (pa.ArrowException, OSError, ValueError, KeyError, IndexError, struct.error) as error:
             raise RunError(
-                f"segment {self.file(number)} is missing or damaged: {one_line(error)}; restore it from a copy, or "
+                f"segment {self.file(number)} is missing or damaged: {_cause(error)}; restore it from a copy, or "
                 "move it away: its groups are then generated again"
             ) from error
+
+
+def _cause(error: Exception) -> str:
+    """Short: pyarrow repeats the path, and what follows the cause must still be read."""
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    return one_line(error)
 
 
 def _encode(groups: Sequence[FinishedGroup]) -> pa.Buffer:

@@ -276,7 +276,7 @@ def test_a_full_disk_fails_the_calls_of_its_segment_and_no_others(tmp_path: Path
         for error in failed:
             assert isinstance(error, RunError)
             assert f"{tmp_path}/segment-00000001.arrow cannot be written" in str(error)
-            assert f"make room in {tmp_path}" in str(error)
+            assert "File too large; make room there" in str(error)
         assert names(tmp_path) == ["segment-00000000.arrow"]
         assert store.gauges()["held_bytes"] == 100
         after = await store.write([group(1)])
@@ -296,7 +296,9 @@ def test_a_folder_that_is_gone_and_a_second_writer_are_named(tmp_path: Path) -> 
     with pytest.raises(RunError, match=r"segment-00000000.arrow cannot be removed.*remove the file yourself"):
         folder.delete(0)
     (tmp_path / "a").rmdir()
-    with pytest.raises(RunError, match=f"cannot be written.*make room in {tmp_path}/a"):
+    with pytest.raises(
+        RunError, match=f"{tmp_path}/a/segment-00000001.arrow cannot be written: No such file or directory; make room"
+    ):
         folder.write([group(1)])
 
 
