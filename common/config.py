@@ -153,6 +153,8 @@ class RolloutConfig(Section):
     """Seconds that the rewards of one group may take."""
     max_restarts: int = Field(default=3, ge=0)
     """Restarts of one rollout actor before the run gives it up."""
+    drain_seconds: float = Field(default=60.0, ge=0)
+    """Seconds that an actor which is taken away has to finish its leases; after that they go back to the queue."""
 
 
 class ReplayConfig(Section):
@@ -160,6 +162,8 @@ class ReplayConfig(Section):
 
     max_staleness: int = Field(default=2, ge=0)
     """Largest staleness of a trained group, in versions; 0 is synchronous."""
+    admission: Literal["windowed_fifo", "strict_fifo", "aggregate_lead", "drop_when_stale"] = "windowed_fifo"
+    """How staleness is limited; aggregate_lead limits its mean only, drop_when_stale discards what grew too old."""
     lease_seconds: float = Field(default=120.0, gt=0)
     """Deadline of a lease; renewed while its actor lives."""
     keep_versions: int = Field(default=2, ge=1)

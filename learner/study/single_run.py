@@ -12,7 +12,6 @@ it to that), so arms that share a seed see the same prompts and the same draws u
 
 import time
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -125,7 +124,6 @@ class SingleRun:
         trained = self._seconds["rollout"] + self._seconds["learner"]
         before, _ = self._test(self._start)
         after, adaptation = self._test(weights)
-        after["saving"] = saving(before["frontier"], after["operating"])
         return {
             "curve": self._curve,
             "validation": self._validation,
@@ -295,28 +293,6 @@ class SingleRun:
         return found, adaptation(operating, learned, points, difficulty, config.evaluation.nfe_range)
 
 
-def saving(base: list[dict[str, Any]], operating: dict[str, float]) -> float:
-    """Share of forward passes that an operating point saves against the cheapest point of equal accuracy of the warm
-    start's frontier of fixed gammas; where that never gets so far, against its most accurate one. *(ours)*
-
-    Args:
-        base: rows with `rule`, `nfe` and `accuracy`; joined over log2(NFE).
-        operating: with `nfe` and `accuracy`.
-    """
-    points = sorted((row["nfe"], row["accuracy"]) for row in base if row["rule"] == "entropy_bound")
-    wanted = min(operating["accuracy"], max(accuracy for _, accuracy in points))
-    cost = points[0][0]
-    for (low, worse), (high, better) in pairwise(points):
-        if worse >= wanted:
-            break
-        cost = high
-        if better >= wanted:
-            share = (wanted - worse) / (better - worse)
-            cost = low * (high / low) ** share
-            break
-    return 1 - operating["nfe"] / cost
-
-
 def adaptation(
     operating: Point,
     learned: list[Point],
@@ -326,10 +302,10 @@ def adaptation(
 ) -> dict[str, float]:
     """Whether thresholds differ between prompts, follow their difficulty, and are worth it. *(ours)*
 
-    `slack` is what choosing a constant gamma for each difficulty, and not one for all, would add to the greedy reward:
-    what there is to be had. `learned_minus_constant` is the area under the frontier of the learned per-prompt gammas
-    times common factors, less
-    that of constant gammas under the same weights, with a bootstrap interval paired over prompts.
+    `slack` is a lower bound on what choosing a constant gamma by difficulty label, not one for all, would add to the
+    greedy reward. `learned_minus_constant` is the area under the frontier of the learned per-prompt gammas times
+    common factors, less that of constant gammas under the same weights, with a bootstrap interval paired over prompts;
+    the two have other nodes, so read it beside that of a prompt-blind head, whose true difference is 0.
     """
     fixed = [point for point in constant if point.setting.rule == "entropy_bound"]
     generator = np.random.default_rng(0)
