@@ -56,7 +56,7 @@ from learner.objective import clipped_objective, importance_weight, token_mean
 from learner.surrogate import draw_latents, surrogate_log_probs
 from learner.synchronous_rollout import SynchronousRollout
 
-# What the textbook covers of the options that change the weights; all values of other keys are covered.
+# What the textbook covers, the usual value first, of keys that it does not cover whole.
 COVERED = {
     "sampler.rule": ("entropy_bound", "confidence", "top_k"),
     "sampler.threshold.standardise": (False,),
@@ -101,8 +101,7 @@ def reference_loop(config: Config, policy: Policy) -> Iterator[Step]:
     for key, covered in COVERED.items():
         if (value := attrgetter(key)(config)) not in covered:
             raise UserError(
-                f"{key}={value} is not covered by the reference loop; set {key}={' or '.join(map(str, covered))}, "
-                "or train with diffpo train"
+                f"{key}={value} is not covered by the reference loop; set {key}={covered[0]}, or use diffpo train"
             )
     return _train(config, policy)
 
@@ -154,7 +153,7 @@ def _learn(
     policy: Policy, batch: Batch, advantage: Tensor, optimizer: AdamW, schedule: LambdaLR, settings: LearnerConfig
 ) -> None:
     """`inner_updates` steps of the optimizer on one batch; none where no completion has an advantage."""
-    completions, tokens = len(advantage), float(batch.scored.sum())  # of the whole batch: zeros count in the means
+    totals = {"completions": len(advantage), "tokens": float(batch.scored.sum())}  # zeros count in the means, too
     kept = advantage.nonzero().squeeze(-1)
     if not len(kept):
         return
@@ -166,7 +165,7 @@ def _learn(
         current = _score(policy, batch, settings, update)
         proximal = later[update - 1] if update else current  # as a constant: the objective's functions detach it
         optimizer.zero_grad(set_to_none=True)
-        objective = _objective(current, proximal, batch, advantage, completions, tokens, settings)
+        objective = _objective(current, proximal, batch, advantage, totals, settings)
         (-objective).backward()
         learning = [parameter for part in optimizer.param_groups for parameter in part["params"]]
         clip_grad_norm_(learning, settings.grad_clip, error_if_nonfinite=True)
@@ -203,8 +202,7 @@ def _objective(
     proximal: _Scores,
     batch: Batch,
     advantage: Tensor,
-    completions: int,
-    tokens: float,
+    totals: dict[str, float],
     settings: LearnerConfig,
 ) -> Tensor:
     """`J_model + k J_threshold`, or the one of them that is trained; to be maximised."""
@@ -214,13 +212,11 @@ def _objective(
     if settings.train != "threshold":
         weight = importance_weight(proximal.tokens, batch.behaviour_logprob, **weighting)
         values = clipped_objective(current.tokens, proximal.tokens, weight, advantage.unsqueeze(-1), **clip)
-        objective = objective + token_mean(
-            values, batch.scored, kind=settings.loss_mean, completions=completions, tokens=tokens
-        )
+        objective = objective + token_mean(values, batch.scored, kind=settings.loss_mean, **totals)
     if settings.train != "model":
         weight = importance_weight(proximal.gammas, batch.gamma_logprob, **weighting)
         values = clipped_objective(current.gammas, proximal.gammas, weight, advantage, **clip)
         values = values + settings.entropy_bonus * current.entropies
         scale = settings.threshold_weight if settings.train == "joint" else 1.0
-        objective = objective + scale * values.sum() / completions
+        objective = objective + scale * values.sum() / totals["completions"]
     return objective

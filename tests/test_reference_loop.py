@@ -153,13 +153,13 @@ def test_batches_without_advantage_change_nothing() -> None:
             ("learner.importance_weight=self_normalised",),
             "learner.importance_weight",
             "self_normalised",
-            "truncated or none",
+            "truncated",
         ),
         (("learner.weight_level=sequence",), "learner.weight_level", "sequence", "token"),
         (("learner.kl_beta=0.1",), "learner.kl_beta", "0.1", "0.0"),
         (("learner.train=model", "learner.drift_remedy=hold_entropy"), "learner.drift_remedy", "hold_entropy", "none"),
         (("learner.train=model", "learner.drift_remedy=auto"), "learner.drift_remedy", "hold_nfe", "none"),
-        (("sampler.rule=sampled_entropy_bound",), "sampler.rule", "sampled_entropy_bound", "entropy_bound or"),
+        (("sampler.rule=sampled_entropy_bound",), "sampler.rule", "sampled_entropy_bound", "entropy_bound"),
         (("sampler.threshold.standardise=true",), "sampler.threshold.standardise", "True", "False"),
     ],
     ids=lambda argument: argument if isinstance(argument, str) else "",
@@ -168,5 +168,5 @@ def test_what_is_not_covered_is_refused_before_anything_starts(
     overrides: tuple[str, ...], key: str, value: str, way_out: str
 ) -> None:
     config = tiny(*overrides)
-    with pytest.raises(UserError, match=rf"^{key}={value} is not covered .*; set {key}={way_out}"):
+    with pytest.raises(UserError, match=rf"^{key}={value} is not covered .*; set {key}={way_out}, or"):
         reference_loop(config, fresh(config))
