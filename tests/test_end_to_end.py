@@ -20,6 +20,7 @@ from common.metrics import CATALOGUE, PREFIX
 from common.policy import load_policy
 from common.weight_store import digest
 from common.weights import to_flat
+from learner.reference_loop import reference_loop
 from learner.study.single_run import SingleRun
 
 ROOT = Path(__file__).parents[1]
@@ -87,6 +88,7 @@ def test_runs_to_the_end(config: str, staleness: int, cost: str, tmp_path: Path)
             f"replay.max_staleness={staleness}",
             f"learner.cost={cost}",
             "run.checkpoint_every=2",
+            "learner.micro_batch_tokens=65536",  # the whole batch, as in the reference loop
         ),
         cwd=ROOT,
         capture_output=True,
@@ -116,7 +118,7 @@ def test_runs_to_the_end(config: str, staleness: int, cost: str, tmp_path: Path)
 
 
 def assert_a_single_process_trains_the_same(run: Path) -> None:
-    """The synchronous run of the studies ends with the very weights of the distributed one."""
+    """The synchronous run of the studies and the reference loop end with the very weights of the distributed run."""
     config = load_config(run / "config.yaml", [])
     started = load_policy(run / "warm_start", config.model, config.sampler.threshold)
     ended = load_policy(run / "checkpoints" / "step-000006", config.model, config.sampler.threshold)
@@ -124,10 +126,11 @@ def assert_a_single_process_trains_the_same(run: Path) -> None:
     try:
         single = SingleRun(config, to_flat(started.model))
         result = single.run()
+        *_, last = reference_loop(config, started)
     finally:
         torch.use_deterministic_algorithms(False)
         torch.set_num_threads(threads)
-    assert digest(to_flat(single.learner.policy)) == digest(to_flat(ended))
+    assert digest(to_flat(single.learner.policy)) == last.digest == digest(to_flat(ended))
     assert [point["step"] for point in result["validation"]] == [0, 2, 4, 6]
     drift = [row["drift_nfe"] for row in rows(run) if "drift_nfe" in row]
     assert [point["drift_nfe"] for point in result["validation"][1:]] == pytest.approx(drift)

@@ -18,22 +18,17 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from actors.engine import DenoisingEngine
 from actors.evaluation import Evaluator, Point, Setting, standard_settings
 from actors.frontier import area, frontier_area
-from actors.group import finished_group, group_requests, rollout_threshold
-from actors.reward_pool import score
+from actors.group import rollout_threshold
 from common.config import Config
-from common.errors import RunError
 from common.policy import Policy, open_policy
 from common.tasks import Task, build_task
-from common.trajectory import decode_group
 from common.weights import load_flat, to_flat
-from learner.batch import Batch, build_batch
 from learner.learner import Learner
+from learner.synchronous_rollout import SynchronousRollout
 from learner.warm_start import warm_start as supervise
 
-SPREAD_ROUNDS = 50  # rounds of replacement for groups without spread before a batch is given up
 CURVE_POINTS = 20
 LEARNED_SCALES = (1 / 27, 1 / 9, 1 / 3, 1.0, 3.0, 9.0, 27.0)
 RESAMPLES = 1000
@@ -70,22 +65,13 @@ class SingleRun:
         self.config = config
         self._task: Task = build_task(config.task)
         self._policy = self._open(warm_start)
-        self._rollout = self._open(warm_start).for_rollout(config.rollout)
-        self._engine = DenoisingEngine.of(
-            self._rollout,
-            config,
-            rule=config.sampler.rule,
-            slots=config.rollout.slots,
-            fixed_padding=config.deterministic,
-        )
+        self._rollout = SynchronousRollout(config, self._task, self._open(warm_start))
         self._start = to_flat(self._policy)
         if config.deterministic:
             torch.use_deterministic_algorithms(True)
         self.learner = Learner(self._policy, config.learner)
-        self._cursor = 0
         self._seconds = {"rollout": 0.0, "learner": 0.0}
         self._passes = self._rows = 0.0
-        self._discarded = 0
         self._curve: list[dict[str, float]] = []
         self._validation: list[dict[str, float]] = []
         self._labelled: dict[str, list[float]] = {}
@@ -104,12 +90,12 @@ class SingleRun:
         sums: dict[str, list[float]] = {}
         for step in range(1, config.learner.steps + 1):
             clock = time.monotonic()
-            batch = self._generate()
+            batch = self._rollout.batch()
             self._seconds["rollout"] += time.monotonic() - clock
             clock = time.monotonic()
             metrics = self.learner.step(batch, version=step - 1)
             self._seconds["learner"] += time.monotonic() - clock
-            self._engine.adopt(to_flat(self._policy), step)
+            self._rollout.adopt(to_flat(self._policy), step)
             self._count(metrics)
             for name, value in metrics.items():
                 sums.setdefault(name, []).append(value)
@@ -132,52 +118,11 @@ class SingleRun:
             "adaptation": adaptation,
             "diagnostics": self._diagnostics(),
             "train_seconds": trained,
-            "discarded_groups": self._discarded,
+            "discarded_groups": self._rollout.discarded,
             "seconds": time.monotonic() - started,
         }
 
-    # -- one step -----------------------------------------------------------------------------------------------
-
-    def _generate(self) -> Batch:
-        """The next groups with the newest weights; those without spread are replaced, as the replay buffer does."""
-        config, tables = self.config, []
-        for _ in range(SPREAD_ROUNDS):
-            missing = config.learner.groups_per_step - len(tables)
-            if not missing:
-                break
-            for group in self._groups(missing):
-                if group.spread > 0 or not config.replay.drop_no_spread:
-                    tables.append(decode_group(group.payload))
-                else:
-                    self._discarded += 1
-        else:
-            raise RunError(
-                f"{SPREAD_ROUNDS} rounds did not fill a batch of {config.learner.groups_per_step} groups with spread "
-                "in their rewards; train the warm start longer, or set replay.drop_no_spread=false"
-            )
-        width = config.sampler.max_prompt_tokens if config.deterministic else None
-        return build_batch(tables, self._policy.vocabulary, width=width, device=self._policy.device)
-
-    def _groups(self, count: int) -> list[Any]:
-        config, size = self.config, self.config.learner.group_size
-        cursors = range(self._cursor, self._cursor + count)
-        self._cursor += count
-        examples = [self._task.example("train", cursor) for cursor in cursors]
-        requests = []
-        for cursor, example in zip(cursors, examples, strict=True):
-            ids = tuple(self._policy.encode(example.prompt))
-            requests += group_requests(config, ids, cursor=cursor, number=cursor)
-        completions = self._engine.generate(requests)
-        found = []
-        for place, (cursor, example) in enumerate(zip(cursors, examples, strict=True)):
-            own = completions[place * size : (place + 1) * size]
-            scores = score(self._task, example, [self._policy.decode(c.completion_ids.tolist()) for c in own])
-            found.append(
-                finished_group(
-                    config, own, scores, number=cursor, cursor=cursor, attempt=1, worker="study", model_digest=""
-                )
-            )
-        return found
+    # -- what is kept -------------------------------------------------------------------------------------------
 
     def _count(self, metrics: dict[str, float]) -> None:
         learner = self.config.learner
@@ -185,8 +130,6 @@ class SingleRun:
         passes = passes if learner.train != "threshold" else 1
         self._passes += learner.inner_updates * learner.groups_per_step * learner.group_size * passes
         self._rows += metrics.get("learner_rows_forwarded", 0.0) * learner.inner_updates
-
-    # -- what is kept -------------------------------------------------------------------------------------------
 
     def _axes(self, step: int) -> dict[str, float]:
         return {
@@ -212,7 +155,7 @@ class SingleRun:
             "clip_fraction": "learner_clip_fraction",
             "gradient_norm": "learner_gradient_norm",
         }
-        point = self._axes(step) | {"rollout_forwards": float(self._engine.cost.row_forwards)}
+        point = self._axes(step) | {"rollout_forwards": float(self._rollout.engine.cost.row_forwards)}
         return point | {short: mean(name) for short, name in names.items() if name in sums}
 
     def _diagnostics(self) -> dict[str, float]:
@@ -231,9 +174,9 @@ class SingleRun:
         """Operating point, greedy and sampled, and initial gamma on validation prompts; keeps the best weights."""
         config = self.config
         flat = to_flat(self._policy)
-        load_flat(self._rollout, flat)
+        load_flat(self._rollout.policy, flat)
         evaluator = Evaluator(
-            self._rollout, self._task, config, prompts=config.evaluation.drift_prompts, split="validation"
+            self._rollout.policy, self._task, config, prompts=config.evaluation.drift_prompts, split="validation"
         )
         point = evaluator.measure(self._operating())
         sampled = evaluator.measure(self._sampled())
@@ -259,9 +202,9 @@ class SingleRun:
 
     def _test(self, flat: np.ndarray) -> tuple[dict[str, Any], dict[str, float] | None]:
         config = self.config
-        load_flat(self._rollout, flat)
+        load_flat(self._rollout.policy, flat)
         evaluator = Evaluator(
-            self._rollout, self._task, config, prompts=config.evaluation.prompts, split=config.evaluation.split
+            self._rollout.policy, self._task, config, prompts=config.evaluation.prompts, split=config.evaluation.split
         )
         operating = evaluator.measure(self._operating())
         sampled = evaluator.measure(self._sampled())
