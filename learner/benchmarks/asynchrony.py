@@ -14,8 +14,8 @@ what the same policy gives for the same draws where messages cost nothing.
 - `learner_idle`: share of time that the learner waits with slots for 1.2 times what it trains, CV 0.5, `max_staleness`
   4; `learner_idle_excess`: the largest excess over the model's in the runs of the speed-ups.
 - `wakeup_p50_ms`: from the submit that completes a batch to the learner that waited for it holding it.
-- `buffer_vs_queue`: groups per second through lease, submit, sample and publish over those through `ray.util.queue`,
-  put and taken one at a time.
+- `buffer_vs_queue`: groups per second through lease, submit, sample and publish, 128 a call, over those through
+  `ray.util.queue`, put and taken one at a time.
 - `adopt_stall`: time that a rollout stands still per version, as a share of a learner step of 1 s; `adopt_8_vs_1`:
   median time from publication to adoption with 8 actors over that with 1.
 - `scaling_64`: groups per second of 64 engines in 8 processes over 64 times those of one; 32 groups/s of 40 kB.
@@ -170,25 +170,36 @@ class _Measurements:
         return median(taken) * 1000
 
     def buffer_vs_queue(self) -> float:
-        steps = 10 if self._quick else 40
-        buffer = make_buffer(groups_per_step=32, max_staleness=1)
+        """128 groups a call; both have passed something before their time is taken."""
+        steps, size = 10 if self._quick else 40, 128
+        buffer = make_buffer(groups_per_step=size, max_staleness=1)
         learner: Any = ray.remote(SimulatedLearner).options(**FREE).remote(buffer=buffer, train_seconds=0, weights=1)
-        started = time.monotonic()
-        trained = learner.run.remote(steps)
-        for _ in range(steps):
-            leases = _leases(buffer, 32)
-            ray.get(buffer.submit.remote("driver", [_finished(lease) for lease in leases]))
-        ray.get(trained)
-        through_buffer = steps * 32 / (time.monotonic() - started)
-        queue, count = Queue(actor_options=FREE), 200 if self._quick else 1000
-        taker: Any = ray.remote(_take).options(**FREE).remote(queue, count)
-        started = time.monotonic()
-        for _ in range(count):
-            queue.put(PAYLOAD)
-        ray.get(taker)
-        through_queue = count / (time.monotonic() - started)
+
+        def through_buffer(steps: int) -> float:
+            started = time.monotonic()
+            trained = learner.run.remote(steps)
+            for _ in range(steps):
+                leases = _leases(buffer, size)
+                ray.get(buffer.submit.remote("driver", [_finished(lease) for lease in leases]))
+            ray.get(trained)
+            return steps * size / (time.monotonic() - started)
+
+        queue = Queue(actor_options=FREE)
+        take: Any = ray.remote(_take).options(**FREE)
+
+        def through_queue(count: int) -> float:
+            started = time.monotonic()
+            taken = take.remote(queue, count)
+            for _ in range(count):
+                queue.put(PAYLOAD)
+            ray.get(taken)
+            return count / (time.monotonic() - started)
+
+        through_buffer(1)
+        through_queue(10)
+        ratio = through_buffer(steps) / through_queue(300 if self._quick else 1000)
         queue.shutdown()
-        return through_buffer / through_queue
+        return ratio
 
     # -- weights ------------------------------------------------------------------------------------------------
 
@@ -272,7 +283,7 @@ class _Measurements:
             await fleet.scale(actors)
             while (await fleet.gauges())["rollout_actors"] < actors:
                 await asyncio.sleep(0.1)
-            await learner.run.remote(4)
+            await learner.run.remote(12)  # what had been generated before is used up
             started = time.monotonic()
             await learner.run.remote(steps * actors)
             rates.append(steps * actors * 8 / (time.monotonic() - started))
