@@ -1,7 +1,7 @@
 """Admission: how many groups may be out, which finished ones the learner may take, and which are given up.
 
     policy            tickets B       window W     bound on staleness     gives up
-    windowed_fifo     see below       P + 1        (B + W - 2) // P       nothing
+    windowed_fifo     see below       see below    (B + W - 2) // P       nothing
     strict_fifo       (eta + 1) P     1            eta                    nothing
     aggregate_lead    (eta + 1) P     none         none                   nothing
     drop_when_stale   2 (eta + 1) P   none         eta, by dropping       finished groups that are older
@@ -93,15 +93,16 @@ class WindowedFifo:
 
     @classmethod
     def for_staleness(cls, *, groups_per_step: int, max_staleness: int) -> "WindowedFifo":
-        """The widest policy found whose bound is `max_staleness`: 0 is synchronous, 1 strict FIFO, 2 and up windowed.
+        """The split of `(eta + 1) P + 1 = B + W` that the event model finds best (`diffpo bench async`, `splits`).
 
-        From 2 on one step's worth of tickets is given up for a window of one step, so that a slow group holds up
-        neither the learner nor the fleet at once.
+        Up to 2 all of it goes into tickets (0 is synchronous, 1 and 2 are strict FIFO): a window is paid for with
+        tickets, and with few of them the fleet waits. From 3 on a window of a quarter of a step costs nothing and lets
+        the learner pass a slow group.
         """
         _check(max_staleness)
-        if max_staleness < 2:
-            return cls(groups_per_step=groups_per_step, tickets=(max_staleness + 1) * groups_per_step, window=1)
-        return cls(groups_per_step=groups_per_step, tickets=max_staleness * groups_per_step, window=groups_per_step + 1)
+        window = 1 if max_staleness < 3 else groups_per_step // 4 + 1
+        tickets = (max_staleness + 1) * groups_per_step + 1 - window
+        return cls(groups_per_step=groups_per_step, tickets=tickets, window=window)
 
     @property
     def staleness_bound(self) -> int:

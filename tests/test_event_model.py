@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.admission import ADMISSIONS
+from common.admission import ADMISSIONS, WindowedFifo
 from common.errors import UserError
 from learner.benchmarks.event_model import Outcome, Workload, simulate
 
@@ -45,9 +45,11 @@ def test_one_step_ahead_hides_the_shorter_of_the_two(name: str) -> None:
 def test_the_slowest_group_holds_up_strict_fifo_and_not_the_window() -> None:
     times = {0: 9.0}  # all others take 1
     workload = Workload(groups_per_step=2, slots=4, generation_seconds=1.0, cv=0.0, train_seconds=1.0, steps=1)
-    strict = outcome("strict_fifo", 2, workload, draw=lambda number: times.get(number, 1.0))
-    windowed = outcome("windowed_fifo", 2, workload, draw=lambda number: times.get(number, 1.0))
-    assert (strict.seconds, windowed.seconds) == (10.0, 2.0)
+    for policy, seconds in (
+        (WindowedFifo(groups_per_step=2, tickets=6, window=1), 10.0),
+        (WindowedFifo(groups_per_step=2, tickets=4, window=3), 2.0),
+    ):
+        assert simulate(policy, workload, draw=lambda number: times.get(number, 1.0)).seconds == seconds
 
 
 @settings(max_examples=60, deadline=None)

@@ -22,7 +22,9 @@ what the same policy gives for the same draws where messages cost nothing.
   `control_cores`: CPU of buffer and controller meanwhile, in cores; the controller collects and exports metrics as in a
   run.
 - `live_scaling`: throughput after one actor was added to 2 while it ran, over 3/2 of that before.
-- `policies`: what the model says about all policies at `max_staleness` 2 (speed-up, largest staleness, wasted).
+- `policies`: what the model says about all policies at `max_staleness` 3 (speed-up, largest staleness, wasted).
+- `splits`: what it says about the ways to split a bound between tickets and window: speed-up by share of a step that
+  the window takes, mean of 3 draws.
 """
 
 import asyncio
@@ -36,7 +38,7 @@ import ray
 from ray.util.queue import Queue
 
 from actors.fleet import Fleet
-from common.admission import ADMISSIONS
+from common.admission import ADMISSIONS, WindowedFifo
 from common.config import RolloutConfig
 from common.errors import UserError
 from common.lease import FinishedGroup, Lease
@@ -82,7 +84,7 @@ class _Measurements:
         self._add(self.adoption())
         self._add(asyncio.run(self.scaling()))
         self._add({"live_scaling": asyncio.run(self.live_scaling())})
-        self._add({"policies": policies()})
+        self._add({"policies": policies(), "splits": splits(steps=30 if self._quick else 60)})
         return self._result
 
     def _add(self, found: dict[str, Any]) -> None:
@@ -332,16 +334,37 @@ async def _collect(buffer: Any, parts: list[Any]) -> None:
 
 
 def policies(steps: int = 200) -> dict[str, list[float]]:
-    """By policy and CV: speed-up over synchronous, largest staleness, share of groups wasted, at `max_staleness` 2."""
+    """By policy and CV: speed-up over synchronous, largest staleness, share of groups wasted, at `max_staleness` 3."""
     found = {}
     for cv in CVS.values():
         workload = Workload(generation_seconds=1.0, cv=cv, train_seconds=1.0, steps=steps)
         sync = simulate(_policy("windowed_fifo", workload, 0), workload)
         for name in ADMISSIONS:
-            outcome = simulate(_policy(name, workload, 2), workload)
+            outcome = simulate(_policy(name, workload, 3), workload)
             found[f"{name}, cv {cv:g}"] = [
                 round(sync.seconds / outcome.seconds, 2),
                 max(outcome.staleness),
                 round(outcome.wasted, 3),
             ]
+    return found
+
+
+def splits(steps: int) -> dict[str, list[float]]:
+    """By `max_staleness` and CV: speed-up over synchronous with a window of 0, 1/4, 1/2, 3/4 and all of a step."""
+    found = {}
+    for eta in (1, 2, 3, 4):
+        for cv in (0.5, 1.0):
+            row = []
+            for quarters in range(5):
+                ratios = []
+                for seed in range(3):
+                    workload = Workload(generation_seconds=1.0, cv=cv, train_seconds=1.0, steps=steps, seed=seed)
+                    size = workload.groups_per_step
+                    window = 1 + size * quarters // 4
+                    tickets = (eta + 1) * size + 1 - window
+                    split = WindowedFifo(groups_per_step=size, tickets=tickets, window=min(window, tickets))
+                    sync = simulate(_policy("windowed_fifo", workload, 0), workload)
+                    ratios.append(sync.seconds / simulate(split, workload).seconds)
+                row.append(round(sum(ratios) / 3, 2))
+            found[f"max_staleness {eta}, cv {cv:g}"] = row
     return found
