@@ -1,92 +1,60 @@
-"""RolloutActor: pulls leases, denoises, has the groups rewarded, hands them in.
+"""RolloutActor: pulls leases, has them generated, hands the groups in.
 
 One thread runs the loop; everything that arrives from elsewhere (replies of the buffer, rewards, stop) is an event in
-one queue. While the engine has rows, the queue is emptied between two steps; when it has none, the loop sleeps on it.
+one queue. While the producer has work the queue is emptied between two steps; when it has none, the loop sleeps on it.
 
 - New weights are noticed on every reply, verified by digest, and adopted between two steps.
 - No token is revealed with weights older than its lease's version: the reply that brings a lease brings the weights.
-- A reward that fails, or logits that are no numbers, are the prompt's fault (`data`): reported, and the loop goes on.
+  Weights that arrive damaged are counted and fetched again; the actor keeps its old ones, and gives leases that need
+  newer ones back.
+- What the producer says is the data's fault is reported as that, and the loop goes on.
+- A reply that is marked closed brought the last leases: the actor finishes what it has and ends.
 """
 
+import logging
 import time
-import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, cast
 
 import ray
-import torch
 
-from actors.engine import DenoisingEngine
-from actors.group import finished_group, group_requests
-from actors.request import Failure
-from actors.reward_pool import RewardPool, Scores
-from common.config import Config
-from common.errors import RunError, UserError
+from actors.producer import Fault, MakeProducer
 from common.lease import FinishedGroup, Lease, LeaseReply, RenewReply, SubmitReply
-from common.policy import open_policy
-from common.tasks import build_task
-from common.trajectory import Completion
-from common.weight_store import Snapshot
-from common.weights import digest
+from common.weight_store import Snapshot, digest
 
 RENEWALS_PER_LEASE = 3
+FETCHES = 3  # of one version's weights in a row, while they arrive damaged
+DAMAGED_SECONDS = 1.0  # before the next try after that
 
-
-@dataclass
-class _Group:
-    """A leased group while it is generated."""
-
-    lease: Lease
-    completions: list[Completion | None]
-    missing: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.missing = len(self.completions)
+log = logging.getLogger(__name__)
 
 
 class RolloutActor:
     """Started by the fleet, runs until the buffer closes or it is stopped; its death costs its leases nothing."""
 
-    def __init__(self, *, config: Config, name: str, buffer: Any) -> None:
-        torch.set_num_threads(config.rollout.threads)
-        self.config = config
+    def __init__(self, *, name: str, buffer: Any, make: MakeProducer) -> None:
         self.name = name
         self._buffer = buffer
-        self._task = build_task(config.task)
-        self._policy = open_policy(config, self._task).for_rollout(config.rollout)
-        self._engine = DenoisingEngine.of(
-            self._policy,
-            config,
-            rule=config.sampler.rule,
-            slots=config.rollout.slots,
-            fixed_padding=config.deterministic,
-        )
-        self._engine.version = -1
-        self._rewards = RewardPool(
-            config.task, workers=config.rollout.reward_workers, timeout=config.rollout.reward_timeout
-        )
         self._events: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        # by (number, attempt): a lost lease may come back here while its old rows still run out
-        self._groups: dict[tuple[int, int], _Group] = {}
-        self._rows: dict[int, tuple[tuple[int, int], int]] = {}
+        self._producer = make(name, lambda: self._events.put(lambda: None))
+        self._leases: dict[tuple[int, int], Lease] = {}
         self._asking = False
         self._ending = False
-        self._digest = ""
-        self._renewed = time.monotonic()
+        self._renewed = self._patient_until = time.monotonic()
+        self._damaged = self._adoptions = 0
+        self._adopt_seconds = 0.0
 
     def run(self) -> None:
         """Called once by the fleet: the whole life of the actor."""
         try:
-            while not (self._ending and not self._groups):
+            while not (self._ending and not self._leases):
                 self._ask_for_leases()
                 self._handle_events()
-                for handle, outcome in self._engine.step():
-                    self._take(handle, outcome)
+                self._hand_in(self._producer.step())
                 self._renew()
         finally:
-            self._rewards.close()
+            self._producer.close()
 
     def stop(self) -> None:
         """Called by the fleet, from another thread: end the loop at once; leases go back by `return_worker`."""
@@ -94,30 +62,37 @@ class RolloutActor:
 
     def gauges(self) -> dict[str, float]:
         """Called by the fleet, from another thread: counters of this actor."""
-        return {
-            "row_forwards": float(self._engine.cost.row_forwards),
-            "token_forwards": float(self._engine.cost.token_forwards),
-            "probed_positions": float(self._engine.cost.probed_positions),
-            "probed_kl": self._engine.cost.probed_kl,
-            "probed_flips": float(self._engine.cost.probed_flips),
-            "version": float(self._engine.version),
-            "load": float(self._engine.load),
+        return self._producer.gauges() | {
+            "version": float(self._producer.version),
+            "damaged_weights": float(self._damaged),
+            "adoptions": float(self._adoptions),
+            "adopt_seconds": self._adopt_seconds,
         }
 
     def _abandon(self) -> None:
         self._ending = True
-        self._groups.clear()
+        self._leases.clear()
 
     def _handle_events(self) -> None:
-        """All that has arrived; sleeps only when there is nothing to denoise, and never past a renewal."""
-        idle = self._engine.idle and not (self._ending and not self._groups)
-        wait = self.config.replay.lease_seconds / RENEWALS_PER_LEASE if self._groups else None
+        """All that has arrived; sleeps only while there is nothing to do, and never past a renewal."""
+        wait = self._wait()
         try:
             while True:
-                self._events.get(block=idle, timeout=wait)()
-                idle = False
+                self._events.get(block=wait != 0, timeout=wait)()
+                wait = 0.0
         except Empty:
             return
+
+    def _wait(self) -> float | None:
+        """Seconds for which only an event can bring work; None is for ever."""
+        if self._ending and not self._leases:
+            return 0.0
+        now, waits = time.monotonic(), [self._producer.rest()]
+        if self._leases:
+            waits.append(max(0.0, self._renewed + self._renewal_seconds() - now))
+        if self._patient_until > now:
+            waits.append(self._patient_until - now)
+        return min((wait for wait in waits if wait is not None), default=None)
 
     def _call(self, reference: Any, then: Callable[[Any], None]) -> None:
         """Turn the reply of a buffer call into an event; a failed call ends the loop with its error."""
@@ -130,8 +105,8 @@ class RolloutActor:
     # -- leases -------------------------------------------------------------------------------------------------
 
     def _ask_for_leases(self) -> None:
-        want = (self.config.rollout.slots - self._engine.load) // self.config.learner.group_size
-        if want < 1 or self._asking or self._ending:
+        want = self._producer.room
+        if want < 1 or self._asking or self._ending or time.monotonic() < self._patient_until:
             return
         self._asking = True
         self._call(self._buffer.lease.remote(self.name, want), self._leased)
@@ -141,92 +116,70 @@ class RolloutActor:
         self._ending = self._ending or reply.closed
         self._adopt(reply.snapshot)
         for lease in reply.leases:
-            self._start(lease)
+            if lease.version > self._producer.version:
+                self._give_back(lease, f"weights of version {lease.version} arrived damaged", data=False)
+                continue
+            if not self._leases:
+                self._renewed = time.monotonic()
+            self._leases[lease.number, lease.attempt] = lease
+            self._producer.start(lease)
 
-    def _start(self, lease: Lease) -> None:
-        """Queue the completions of one lease; a prompt that cannot be served is the data's fault."""
-        config = self.config
-        try:
-            example = self._task.example("train", lease.cursor)
-            prompt = tuple(self._policy.encode(example.prompt))
-            self._engine.check_prompt(prompt)
-        except UserError as error:
-            self._fail(lease, str(error))
-            return
-        key = (lease.number, lease.attempt)
-        self._groups[key] = _Group(lease, [None] * config.learner.group_size)
-        for index, request in enumerate(group_requests(config, prompt, cursor=lease.cursor, number=lease.number)):
-            self._rows[self._engine.submit(request)] = (key, index)
+    def _renewal_seconds(self) -> float:
+        return min(lease.seconds for lease in self._leases.values()) / RENEWALS_PER_LEASE
 
     def _renew(self) -> None:
         now = time.monotonic()
-        if self._groups and now - self._renewed > self.config.replay.lease_seconds / RENEWALS_PER_LEASE:
+        if self._leases and now - self._renewed >= self._renewal_seconds():
             self._renewed = now
-            self._call(self._buffer.renew.remote(self.name, [number for number, _ in self._groups]), self._renewal)
+            self._call(self._buffer.renew.remote(self.name, [number for number, _ in self._leases]), self._renewal)
 
     def _renewal(self, reply: RenewReply) -> None:
         self._adopt(reply.snapshot)
-        for key in [key for key in self._groups if key[0] in reply.lost]:
-            del self._groups[key]  # its rows run out unseen
+        for key in [key for key in self._leases if key[0] in reply.lost]:
+            self._producer.drop(self._leases.pop(key))
+
+    def _give_back(self, lease: Lease | Fault, reason: str, *, data: bool) -> None:
+        call = self._buffer.fail.remote(self.name, lease.number, lease.attempt, reason, data)
+        self._call(call, lambda _: None)
+
+    # -- weights ------------------------------------------------------------------------------------------------
 
     def _adopt(self, snapshot: Snapshot) -> None:
-        if snapshot.version <= self._engine.version:
+        if snapshot.version <= self._producer.version:
             return
-        payload: Any = snapshot.payload
-        flat: Any = ray.get(payload[0])
-        if digest(flat) != snapshot.digest:
-            raise RunError(f"weights of version {snapshot.version} arrived with another digest than was published")
-        self._engine.adopt(flat, snapshot.version)
-        self._digest = snapshot.digest
+        started, payload = time.monotonic(), cast(list[Any], snapshot.payload)
+        for _ in range(FETCHES):
+            flat: Any = ray.get(payload[0])
+            if digest(flat) == snapshot.digest:
+                self._producer.adopt(flat, snapshot)
+                self._adoptions += 1
+                self._adopt_seconds += time.monotonic() - started
+                return
+            self._damaged += 1
+        log.warning(
+            "weights of version %d arrived %d times with another digest than was published; generating with version "
+            "%d, next try in %g s",
+            snapshot.version,
+            FETCHES,
+            self._producer.version,
+            DAMAGED_SECONDS,
+        )
+        self._patient_until = time.monotonic() + DAMAGED_SECONDS
 
     # -- groups -------------------------------------------------------------------------------------------------
 
-    def _take(self, handle: int, outcome: Completion | Failure) -> None:
-        key, index = self._rows.pop(handle)
-        group = self._groups.get(key)
-        if group is None:
-            return
-        if isinstance(outcome, Failure):
-            del self._groups[key]  # its other rows run out unseen
-            self._fail(group.lease, outcome.reason)
-            return
-        group.completions[index] = outcome
-        group.missing -= 1
-        if group.missing == 0:
-            self._score(group)
-
-    def _score(self, group: _Group) -> None:
-        texts = [self._policy.decode(c.completion_ids.tolist()) for c in group.completions if c is not None]
-
-        def done(outcome: Scores | BaseException) -> None:
-            self._events.put(lambda: self._scored(group, outcome))
-
-        self._rewards.submit(group.lease.cursor, texts, done)
-
-    def _scored(self, group: _Group, outcome: Scores | BaseException) -> None:
-        lease = group.lease
-        if self._groups.pop((lease.number, lease.attempt), None) is None:
-            return
-        if isinstance(outcome, BaseException):
-            self._fail(lease, "".join(traceback.format_exception(outcome)))
-            return
-        self._call(self._buffer.submit.remote(self.name, [self._finished(group, outcome)]), self._submitted)
-
-    def _fail(self, lease: Lease, reason: str) -> None:
-        """Give a lease up through its own data's fault."""
-        self._call(self._buffer.fail.remote(self.name, lease.number, lease.attempt, reason, True), lambda _: None)
+    def _hand_in(self, ended: list[FinishedGroup | Fault]) -> None:
+        """Report what ended, unless its lease was lost meanwhile."""
+        finished = []
+        for outcome in ended:
+            if self._leases.pop((outcome.number, outcome.attempt), None) is None:
+                continue
+            if isinstance(outcome, Fault):
+                self._give_back(outcome, outcome.reason, data=True)
+            else:
+                finished.append(outcome)
+        if finished:
+            self._call(self._buffer.submit.remote(self.name, finished), self._submitted)
 
     def _submitted(self, reply: SubmitReply) -> None:
         self._adopt(reply.snapshot)
-
-    def _finished(self, group: _Group, scores: Scores) -> FinishedGroup:
-        return finished_group(
-            self.config,
-            [c for c in group.completions if c is not None],
-            scores,
-            number=group.lease.number,
-            cursor=group.lease.cursor,
-            attempt=group.lease.attempt,
-            worker=self.name,
-            model_digest=self._digest,
-        )

@@ -1,4 +1,15 @@
-"""Admission: how many groups may be out, and which finished ones the learner may take.
+"""Admission: how many groups may be out, which finished ones the learner may take, and which are given up.
+
+    policy            tickets B       window W     bound on staleness     gives up
+    windowed_fifo     see below       see below    (B + W - 2) // P       nothing
+    strict_fifo       (eta + 1) P     1            eta                    nothing
+    aggregate_lead    (eta + 1) P     none         none                   nothing
+    drop_when_stale   2 (eta + 1) P   none         eta, by dropping       finished groups that are older
+
+`eta` is `replay.max_staleness`. The first is the default, the others are there to be compared with it (`diffpo bench
+async`): aggregate_lead is AReaL's rule (arXiv 2505.24298, "total lead <= eta"), drop_when_stale that of systems which
+filter by age when they sample. In Reverb's terms (arXiv 2102.04736) all have samples per insert 1, a minimum size to
+sample of P, and an error buffer of B.
 
 Words: `P` groups per step, `B` tickets, window `W`. *Head* is the oldest number that is still to finish (queued or
 leased; the next fresh number when none is).
@@ -33,26 +44,30 @@ A window counted over the `W` oldest untrained groups, instead of in numbers, ha
 for ever. Freeing tickets at sampling breaks it as well. `tests/test_admission.py` shows both.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from common.errors import UserError
 
 
 class Admission(Protocol):
-    """A policy that decides what may be leased and what may be trained."""
+    """A policy that decides what may be leased, what may be trained, and what is given up."""
 
     @property
-    def staleness_bound(self) -> int:
-        """The staleness that no trained group exceeds."""
+    def staleness_bound(self) -> int | None:
+        """The staleness that no trained group exceeds; None where nothing is promised."""
         ...
 
-    def may_lease(self, outstanding: int) -> bool:
+    def admit(self, outstanding: int) -> bool:
         """Whether a fresh number may be given out while `outstanding` groups hold a ticket."""
         ...
 
     def select(self, finished: Sequence[int], head: int) -> list[int]:
         """The numbers of the next step, ascending, or none: `finished` is sorted, `head` is still to finish."""
+        ...
+
+    def evict(self, staleness: Mapping[int, int]) -> list[int]:
+        """The finished groups to discard, given the staleness that each would have in the next step."""
         ...
 
 
@@ -78,23 +93,23 @@ class WindowedFifo:
 
     @classmethod
     def for_staleness(cls, *, groups_per_step: int, max_staleness: int) -> "WindowedFifo":
-        """The widest policy found whose bound is `max_staleness`: 0 is synchronous, 1 strict FIFO, 2 and up windowed.
+        """The split of `(eta + 1) P + 1 = B + W` that the event model finds best (`diffpo bench async`, `splits`).
 
-        From 2 on one step's worth of tickets is given up for a window of one step, so that a slow group holds up
-        neither the learner nor the fleet at once.
+        Up to 2 all of it goes into tickets (0 is synchronous, 1 and 2 are strict FIFO): a window is paid for with
+        tickets, and with few of them the fleet waits. From 3 on a window of a quarter of a step costs nothing and lets
+        the learner pass a slow group.
         """
-        if max_staleness < 0:
-            raise UserError(f"max_staleness is {max_staleness}; 0 (synchronous) is the least")
-        if max_staleness < 2:
-            return cls(groups_per_step=groups_per_step, tickets=(max_staleness + 1) * groups_per_step, window=1)
-        return cls(groups_per_step=groups_per_step, tickets=max_staleness * groups_per_step, window=groups_per_step + 1)
+        _check(max_staleness)
+        window = 1 if max_staleness < 3 else groups_per_step // 4 + 1
+        tickets = (max_staleness + 1) * groups_per_step + 1 - window
+        return cls(groups_per_step=groups_per_step, tickets=tickets, window=window)
 
     @property
     def staleness_bound(self) -> int:
         """`(B + W - 2) // P`; the proof is in the module's docstring."""
         return (self.tickets + self.window - 2) // self.groups_per_step
 
-    def may_lease(self, outstanding: int) -> bool:
+    def admit(self, outstanding: int) -> bool:
         """A fresh number needs a free ticket."""
         return outstanding < self.tickets
 
@@ -102,3 +117,87 @@ class WindowedFifo:
         """The `P` lowest finished numbers below `head + W`, or none while there are fewer."""
         batch = [number for number in finished[: self.groups_per_step] if number < head + self.window]
         return batch if len(batch) == self.groups_per_step else []
+
+    def evict(self, staleness: Mapping[int, int]) -> list[int]:
+        """Nothing: what is generated within the bound stays within it."""
+        return []
+
+
+class StrictFifo(WindowedFifo):
+    """Windowed FIFO with a window of 1: groups are trained in the order of their numbers, the slowest holds up all."""
+
+    @classmethod
+    def for_staleness(cls, *, groups_per_step: int, max_staleness: int) -> "StrictFifo":
+        """All of the staleness is spent on tickets."""
+        _check(max_staleness)
+        return cls(groups_per_step=groups_per_step, tickets=(max_staleness + 1) * groups_per_step, window=1)
+
+
+class AggregateLead:
+    """At most `eta` steps' worth of groups ahead in total; a single group may be overtaken for ever."""
+
+    def __init__(self, *, groups_per_step: int, tickets: int) -> None:
+        """Raises `UserError` for values that would deadlock or mean nothing."""
+        self._tickets = WindowedFifo(groups_per_step=groups_per_step, tickets=tickets, window=1)  # checks them
+
+    @classmethod
+    def for_staleness(cls, *, groups_per_step: int, max_staleness: int) -> "AggregateLead":
+        """The tickets that keep the mean staleness at `max_staleness` or less."""
+        _check(max_staleness)
+        return cls(groups_per_step=groups_per_step, tickets=(max_staleness + 1) * groups_per_step)
+
+    @property
+    def staleness_bound(self) -> int | None:
+        """None: the bound is on the sum over groups."""
+        return None
+
+    def admit(self, outstanding: int) -> bool:
+        """A fresh number needs a free ticket."""
+        return self._tickets.admit(outstanding)
+
+    def select(self, finished: Sequence[int], head: int) -> list[int]:
+        """The `P` lowest finished numbers, or none while there are fewer."""
+        size = self._tickets.groups_per_step
+        return list(finished[:size]) if len(finished) >= size else []
+
+    def evict(self, staleness: Mapping[int, int]) -> list[int]:
+        """Nothing."""
+        return []
+
+
+class DropWhenStale(AggregateLead):
+    """Generates further ahead than it may train, and discards what has grown too old meanwhile."""
+
+    def __init__(self, *, groups_per_step: int, tickets: int, max_staleness: int) -> None:
+        super().__init__(groups_per_step=groups_per_step, tickets=tickets)
+        self._max_staleness = max_staleness
+
+    @classmethod
+    def for_staleness(cls, *, groups_per_step: int, max_staleness: int) -> "DropWhenStale":
+        """Twice the tickets of the other policies, so that the fleet seldom waits."""
+        _check(max_staleness)
+        tickets = 2 * (max_staleness + 1) * groups_per_step
+        return cls(groups_per_step=groups_per_step, tickets=tickets, max_staleness=max_staleness)
+
+    @property
+    def staleness_bound(self) -> int | None:
+        """`eta`: what is older is discarded before a step is selected."""
+        return self._max_staleness
+
+    def evict(self, staleness: Mapping[int, int]) -> list[int]:
+        """All that are older than `eta`."""
+        return [number for number, age in staleness.items() if age > self._max_staleness]
+
+
+ADMISSIONS: dict[str, Callable[..., Admission]] = {
+    "windowed_fifo": WindowedFifo.for_staleness,
+    "strict_fifo": StrictFifo.for_staleness,
+    "aggregate_lead": AggregateLead.for_staleness,
+    "drop_when_stale": DropWhenStale.for_staleness,
+}
+"""By the name in `replay.admission`: the policy for `groups_per_step` and `max_staleness`."""
+
+
+def _check(max_staleness: int) -> None:
+    if max_staleness < 0:
+        raise UserError(f"max_staleness is {max_staleness}; 0 (synchronous) is the least")

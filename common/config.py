@@ -18,6 +18,7 @@ from common.tasks.sudoku import SudokuConfig
 
 Increasing = Annotated[tuple[Annotated[float, Field(le=1e6)], ...], Field(min_length=1)]
 TaskConfig = Annotated[SudokuConfig | CountdownConfig, Field(discriminator="name")]
+SMALLEST_GAMMA = 1e-9  # nats; what is smaller counts as this wherever a logarithm is taken
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of a submitted job
 
 
@@ -75,21 +76,24 @@ class ThresholdConfig(Section):
     head: Literal["categorical", "log_normal"] = "categorical"
     """Categorical over `gamma_grid`, or a normal over ln(gamma)."""
     gamma_grid: Increasing = (0.003, 0.007, 0.016, 0.038, 0.088, 0.205, 0.477, 1.109, 2.58, 6.0)
-    """Thresholds (nats) the categorical head chooses from; strictly increasing."""
+    """Thresholds (nats) the categorical head chooses from; strictly increasing, 1e-9 or more."""
     gamma_init: float = Field(default=0.3, gt=0, le=1e6)
     """Threshold (nats) around which the head starts, and the fixed one when the threshold is not trained."""
-    init_width: float = Field(default=1.0, gt=0)
+    init_width: float = Field(default=1.0, gt=0, le=10)
     """Standard deviation, in ln(gamma), of the initial distribution."""
     prompt_blind: bool = False
-    """Bias only: the same distribution for every prompt (a control)."""
+    """Bias only: the same distribution for every prompt (a control). No use with learner.train=model."""
     standardise: bool = False
-    """Standardise the head's features over the prompts of the first batch, so that what tells prompts apart counts."""
+    """Standardise the head's features over the prompts of the first batch, so that what tells prompts apart counts. No
+    use with learner.train=model."""
 
     @field_validator("gamma_grid")
     @classmethod
     def _increasing(cls, grid: tuple[float, ...]) -> tuple[float, ...]:
-        if grid[0] <= 0 or any(b <= a for a, b in pairwise(grid)):
-            raise ValueError(f"{list(grid)} must be positive and strictly increasing; sort it and drop repeats")
+        if grid[0] < SMALLEST_GAMMA or any(b <= a for a, b in pairwise(grid)):
+            raise ValueError(
+                f"{list(grid)} must be strictly increasing from {SMALLEST_GAMMA:g} or above; sort it and drop repeats"
+            )
         return grid
 
 
@@ -153,6 +157,8 @@ class RolloutConfig(Section):
     """Seconds that the rewards of one group may take."""
     max_restarts: int = Field(default=3, ge=0)
     """Restarts of one rollout actor before the run gives it up."""
+    drain_seconds: float = Field(default=60.0, ge=0)
+    """Seconds that an actor which is taken away has to finish its leases; after that they go back to the queue."""
 
 
 class ReplayConfig(Section):
@@ -160,6 +166,8 @@ class ReplayConfig(Section):
 
     max_staleness: int = Field(default=2, ge=0)
     """Largest staleness of a trained group, in versions; 0 is synchronous."""
+    admission: Literal["windowed_fifo", "strict_fifo", "aggregate_lead", "drop_when_stale"] = "windowed_fifo"
+    """How staleness is limited; aggregate_lead limits its mean only, drop_when_stale discards what grew too old."""
     lease_seconds: float = Field(default=120.0, gt=0)
     """Deadline of a lease; renewed while its actor lives."""
     keep_versions: int = Field(default=2, ge=1)
@@ -174,7 +182,8 @@ class LearnerConfig(Section):
     """Objective and optimizer."""
 
     train: Literal["model", "threshold", "joint"] = "joint"
-    """What learns: the model's weights, the threshold head, or both."""
+    """What learns: the model's weights, the threshold head, or both. With threshold the keys of the surrogate and of
+    token losses have no use, with model those of the threshold."""
     steps: int = Field(default=120, ge=1)
     """Learner steps (batches)."""
     groups_per_step: int = Field(default=32, ge=1)
@@ -265,13 +274,14 @@ class LearnerConfig(Section):
         if self.drift_remedy.startswith("hold") and self.train != "model":
             raise ValueError(
                 f"drift_remedy={self.drift_remedy} with train={self.train}: a threshold that learns is a remedy; set "
-                "train=model or drift_remedy=none"
+                "train=model, or drift_remedy=auto, which is none there (a saved config.yaml says what auto became)"
             )
         return self
 
     @model_validator(mode="after")
     def _paper_law_is_for_two(self) -> Self:
-        if self.tau_law == "paper" and self.surrogate_passes > 2:
+        used = self.surrogate == "mean_field" and self.train != "threshold"
+        if used and self.tau_law == "paper" and self.surrogate_passes > 2:
             raise ValueError(
                 f"surrogate_passes={self.surrogate_passes} with tau_law=paper: the paper's law is for m <= 2; "
                 "set tau_law=distinct"
@@ -327,7 +337,7 @@ class RunConfig(Section):
     root: str = "runs"
     """Directory that holds run directories; inside a submitted Ray job a relative one is taken from the home
     directory, since Ray deletes the job's own working directory."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Seed of everything drawn in the run (the task's split has its own)."""
     deterministic: bool | None = None
     """Bit-equal repeats (CPU, fixed padding, batches by group number); null means max_staleness == 0."""
@@ -399,7 +409,7 @@ class Config(Section):
         if self.learner.drift_remedy.startswith("hold") and rule != "entropy_bound":
             raise ValueError(
                 f"learner.drift_remedy={self.learner.drift_remedy} needs sampler.rule=entropy_bound, got {rule}; set "
-                "learner.drift_remedy=none"
+                "learner.drift_remedy=auto, which is none there (a saved config.yaml says what auto became)"
             )
         two_mf = self.learner.surrogate == "mean_field" and self.learner.surrogate_passes == 2
         if rule == "sampled_entropy_bound" and not (
@@ -408,6 +418,16 @@ class Config(Section):
             raise ValueError(
                 "sampler.rule=sampled_entropy_bound scores the set that was revealed after a uniform tau: it needs "
                 "learner.surrogate=mean_field, surrogate_passes=2, tau_law=paper and a model that learns"
+            )
+        if rule == "sampled_entropy_bound" and self.learner.prompt_masking > 0:
+            raise ValueError(
+                f"learner.prompt_masking={self.learner.prompt_masking} with sampler.rule=sampled_entropy_bound: sets "
+                "are scored on the latent that they were drawn on, prompt included; set learner.prompt_masking=0"
+            )
+        if self.sampler.threshold.standardise and self.learner.groups_per_step < 2:
+            raise ValueError(
+                f"sampler.threshold.standardise with learner.groups_per_step={self.learner.groups_per_step}: a spread "
+                "over prompts needs 2 of them in the first batch; raise learner.groups_per_step"
             )
         if self.rollout.compile and self.sampler.cache != "none":
             raise ValueError(

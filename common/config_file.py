@@ -40,7 +40,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
                 raise UserError(f"override {item!r} is not of the form key.sub=value, e.g. learner.steps=20")
         tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides or [])))
         data = OmegaConf.to_container(tree, resolve=True)
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, TypeError) as error:
         raise UserError(f"config {path or ''} {overrides or ''}: {' '.join(str(error).split())}") from error
     return parse_config(data)
 

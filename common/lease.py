@@ -18,7 +18,8 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class LeaseReply:
-    """No leases while `closed` is false means that the worker was returned (drained) meanwhile."""
+    """`closed`: this worker is granted no more, as the run ends or it is drained; no leases while that is false means
+    that the worker was returned meanwhile."""
 
     leases: list[Lease]
     snapshot: Snapshot

@@ -2,27 +2,25 @@
 
 Who waits for whom, who wakes it:
 
-    lease()     an actor waits for a ticket, a returned group,      publish, a discard, return_worker, fail, expiry,
-                or the first publication                            close
-    sample()    the learner waits for P groups inside the window,   submit, fail (a quarantine moves the head), close;
-                then for those that are only in their files         the store's threads
-    submit()    an actor waits until its groups are in a file       the store's writer
+    lease()     an actor waits for a ticket, a returned group,      publish, a discard, return_worker, drain, fail,
+                or the first publication                            expiry, close
+    sample()    the learner waits for P groups inside the window    submit, fail (a quarantine moves the head), close
+    submit()    an actor waits for the file of its groups           the store (`sample` too, for those it must read)
     the rest    never waits for anything but the lock               -
 
 Contract:
 - Every group is in exactly one state (`common.ledger`), holds a ticket from its first lease to a terminal state, and is
   trained at most once. Only the result of a group's current lease is stored; any other is late, counted and dropped.
-- No trained group exceeds the staleness bound (`common.admission`), so long as each publication ends at least one whole
-  step and raises the version by one. Both are enforced, and the staleness of every sample is checked.
+- No trained group exceeds the staleness bound of its policy (`common.admission`), so long as each publication ends at
+  least one whole step and raises the version by one. Both are enforced, and the staleness of every sample is checked.
 - Blocked calls wake by notification. Leases expire on a timer set for the nearest deadline. Nothing polls.
 - A call changes state only while it holds the lock and never waits between its first change and its reply, so a
   cancelled call has either done nothing or all; what it wrote in vain is dropped. A reply that reaches nobody is mended
   by its owner's end: an actor's leases by `return_worker` or their deadline, the learner's batch by `unsample`.
 - A group is accepted only after its bytes are in a closed segment file (`common.segment_store`). It is held from then
   until it is trained or discarded: in memory up to the store's bound, else in its file only.
-- Nobody holds the lock while a file is written or read. Whoever waited for one looks again, under the lock, whether
-  what it was about to do is still right: a lease that ended meanwhile makes its group late, another sample or a lower
-  number that finished makes the learner choose anew.
+- Nobody holds the lock while a file is written or read; then, under the lock, it is decided anew: a lease that ended
+  meanwhile makes its group late, a lower number that finished goes into the batch.
 
 Plain class for one event loop; `ray.remote(ReplayBuffer)` makes it an actor. Use the default concurrency group only:
 Ray runs others on loops of their own, and a condition does not cross loops.
@@ -34,7 +32,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from common.admission import Admission, WindowedFifo
+from common.admission import ADMISSIONS, Admission
 from common.errors import UserError
 from common.lease import Batch, FinishedGroup, Lease, LeaseReply, RenewReply, SubmitReply
 from common.ledger import GroupState, Ledger
@@ -44,16 +42,10 @@ from common.weight_store import Snapshot, WeightStore
 
 MAX_DATA_TRIES = 2
 NO_SPREAD = "no spread"
+STALE = "stale"
 # wasted_groups: leases granted again, each a generation that was lost in part or whole (late results are among them)
-_TALLIES = (
-    "late_results",
-    "violations",
-    "expired_leases",
-    "returned_leases",
-    "failed_leases",
-    "wasted_groups",
-    "completions",
-)
+_TALLIES = ("late_results", "violations", "expired_leases", "returned_leases", "failed_leases")
+_TALLIES += ("wasted_groups", "completions")
 
 
 class ReplayBuffer:
@@ -67,18 +59,16 @@ class ReplayBuffer:
         lease_seconds: float,
         drop_no_spread: bool,
         store: SegmentStore,
+        admission: str = "windowed_fifo",
         keep_versions: int = 2,
         groups_limit: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`store` is this buffer's alone. `groups_limit`: how many groups the learner will consume; one that is
-        discarded or quarantined is replaced.
+        """`groups_limit`: how many groups the learner will consume; one that is discarded or quarantined is replaced.
 
         Raises `UserError` for values under which nothing could ever be trained.
         """
-        self._admission: Admission = WindowedFifo.for_staleness(
-            groups_per_step=groups_per_step, max_staleness=max_staleness
-        )
+        self._admission: Admission = ADMISSIONS[admission](groups_per_step=groups_per_step, max_staleness=max_staleness)
         if not lease_seconds > 0:
             raise UserError(f"lease_seconds is {lease_seconds}; give more than the time one group takes to generate")
         if groups_limit is not None and (groups_limit < 0 or groups_limit % groups_per_step):
@@ -98,6 +88,7 @@ class ReplayBuffer:
         self._timer: asyncio.TimerHandle | None = None
         self._sweeps: set[asyncio.Task[None]] = set()
         self._returns: Counter[str] = Counter()
+        self._drained: set[str] = set()
         self._closed = False
         self._tally: Counter[str] = Counter()
         self._last_staleness: list[int] = []
@@ -117,7 +108,7 @@ class ReplayBuffer:
     async def lease(self, worker: str, want: int) -> LeaseReply:
         """Called by an actor's loop when it has `want` free places: queued -> leased, or a fresh group -> leased.
 
-        Blocks until at least one lease may be granted, the worker is returned, or the buffer is closed.
+        Blocks until at least one lease may be granted, the worker is returned or drained, or the buffer is closed.
         """
         if want < 1:
             raise ValueError(f"worker {worker} wants {want} leases; ask for at least 1")
@@ -127,16 +118,18 @@ class ReplayBuffer:
             self._expire_overdue()
             with self._lease_waits.running():
                 await self._changed.wait_for(
-                    lambda: self._closed or self._returns[worker] != returns or self._next_to_lease() is not None
+                    lambda: (
+                        self._no_more(worker) or self._returns[worker] != returns or self._next_to_lease() is not None
+                    )
                 )
             leases: list[Lease] = []
-            while not self._closed and self._returns[worker] == returns and len(leases) < want:
+            while not self._no_more(worker) and self._returns[worker] == returns and len(leases) < want:
                 number = self._next_to_lease()
                 if number is None:
                     break
                 leases.append(self._grant(number, worker))
             self._set_timer()
-            return LeaseReply(leases, self._weights.latest, self._closed)
+            return LeaseReply(leases, self._weights.latest, self._no_more(worker))
 
     async def submit(self, worker: str, groups: Sequence[FinishedGroup]) -> SubmitReply:
         """Called by an actor's loop with rewarded groups: leased -> finished (-> discarded without spread).
@@ -149,7 +142,8 @@ class ReplayBuffer:
             current, late = self._split(worker, groups)
             for group in current:
                 self._check_versions(group)
-        stored = await self._store.write([group for group in current if not self._useless(group)])
+        worth = [group for group in current if group.spread != 0 or not self._drop_no_spread]
+        stored = await self._store.write(worth)
         try:
             async with self._changed:
                 accepted, expired = self._split(worker, current)
@@ -204,6 +198,12 @@ class ReplayBuffer:
             self._changed.notify_all()
             return numbers
 
+    async def drain(self, worker: str) -> None:
+        """Called by the fleet when a worker shall end: it keeps the leases it has and is never granted another."""
+        async with self._changed:
+            self._drained.add(worker)
+            self._changed.notify_all()
+
     # -- learner ------------------------------------------------------------------------------------------------
 
     async def sample(self) -> Batch:
@@ -217,7 +217,7 @@ class ReplayBuffer:
         with self._sample_waits.running():
             while True:
                 async with self._changed:
-                    await self._changed.wait_for(lambda: self._closed or bool(self._selectable()))
+                    await self._changed.wait_for(lambda: self._closed or self._ready())
                     chosen = [] if self._closed else [self._held[number] for number in self._selectable()]
                     groups = [one.group or read.get(one) for one in chosen]
                     payloads = [group.payload for group in groups if group is not None]
@@ -277,9 +277,10 @@ class ReplayBuffer:
             **self._store.gauges(),
             **{key: float(self._tally[key]) for key in _TALLIES},
             "no_spread_discards": float(self._ledger.discards().get(NO_SPREAD, 0)),
+            "stale_discards": float(self._ledger.discards().get(STALE, 0)),
             "batch_staleness_max": float(max(self._last_staleness, default=0)),
             "batch_staleness_mean": sum(self._last_staleness) / max(1, len(self._last_staleness)),
-            "staleness_bound": float(self._admission.staleness_bound),
+            "staleness_bound": -1.0 if self._admission.staleness_bound is None else self._admission.staleness_bound,
             "sample_wait_seconds": self._sample_waits.seconds(),
             "lease_wait_seconds": self._lease_waits.seconds(),
             "version": float(self.version),
@@ -295,6 +296,9 @@ class ReplayBuffer:
 
     # -- under the lock -----------------------------------------------------------------------------------------
 
+    def _no_more(self, worker: str) -> bool:
+        return self._closed or worker in self._drained
+
     def _next_to_lease(self) -> int | None:
         """The queue's head (its ticket is charged already), else a fresh number if one may be given, else None."""
         if self.version < 0:
@@ -307,7 +311,7 @@ class ReplayBuffer:
             replaced = counts[GroupState.DISCARDED] + counts[GroupState.QUARANTINED]
             if self._ledger.next_number - replaced >= self._groups_limit:
                 return None
-        return self._ledger.next_number if self._admission.may_lease(self._ledger.active_count) else None
+        return self._ledger.next_number if self._admission.admit(self._ledger.active_count) else None
 
     def _grant(self, number: int, worker: str) -> Lease:
         deadline = self._clock() + self._lease_seconds
@@ -326,11 +330,8 @@ class ReplayBuffer:
                 late.append(group.number)
         return list(current.values()), late
 
-    def _useless(self, group: FinishedGroup) -> bool:
-        return self._drop_no_spread and group.spread == 0
-
     def _accept(self, group: FinishedGroup, stored: StoredGroup | None) -> None:
-        """leased -> finished; without a place in the store, which a useless group has not, -> discarded."""
+        """leased -> finished; without a place in the store, which is for groups with a use, -> discarded."""
         self._ledger.finish(group.number)
         self._tally["completions"] += group.completions
         for name, value in (("groups", 1.0), ("reward", group.reward), ("nfe", group.nfe)):
@@ -343,7 +344,7 @@ class ReplayBuffer:
     def _take(self, chosen: list[StoredGroup], payloads: list[bytes], started: float) -> Batch:
         """finished -> sampled for the groups of one batch, all or none."""
         numbers = [one.number for one in chosen]
-        version = self.version + len(self._ledger.numbers(GroupState.SAMPLED)) // self._groups_per_step
+        version = self._next_version()
         staleness = [version - one.oldest_version for one in chosen]
         self._check_staleness(numbers, staleness)
         for number in numbers:
@@ -355,6 +356,22 @@ class ReplayBuffer:
         sums, self._generated = self._generated, defaultdict(float)
         groups = max(1.0, sums["groups"])
         return {"groups": sums["groups"], "reward": sums["reward"] / groups, "nfe": sums["nfe"] / groups}
+
+    def _next_version(self) -> int:
+        """The learner's version when it trains the next batch: those sampled before it count as published."""
+        return self.version + len(self._ledger.numbers(GroupState.SAMPLED)) // self._groups_per_step
+
+    def _ready(self) -> bool:
+        """Whether a batch may be taken, once what the policy gives up is discarded."""
+        version = self._next_version()
+        finished = self._ledger.numbers(GroupState.FINISHED)
+        evicted = self._admission.evict({number: version - self._held[number].oldest_version for number in finished})
+        for number in evicted:
+            self._ledger.discard(number, reason=STALE)
+            self._store.drop([self._held.pop(number)])
+        if evicted:
+            self._changed.notify_all()
+        return bool(self._selectable())
 
     def _selectable(self) -> list[int]:
         return self._admission.select(self._ledger.numbers(GroupState.FINISHED), self._ledger.head())
@@ -403,6 +420,8 @@ class ReplayBuffer:
 
     def _check_staleness(self, numbers: list[int], staleness: list[int]) -> None:
         bound = self._admission.staleness_bound
+        if bound is None:
+            return
         stale = {number: age for number, age in zip(numbers, staleness, strict=True) if age > bound}
         if stale:
             self._violated(f"staleness above the bound {bound}: {stale} (group: staleness)")

@@ -3,11 +3,15 @@
 Contract:
 - Versions strictly increase; the newest is what an actor starts from and adopts.
 - The last `keep` versions can be had; an older one is refused with the versions that are kept.
+- A reader verifies the digest before it adopts.
 - A snapshot's payload is an opaque handle (in production `[ObjectRef]`: a reference inside a list, so that Ray passes
   the reference on and does not fetch what it stands for). Dropping a snapshot drops the handle, and with it the bytes.
 """
 
 from dataclasses import dataclass
+
+import numpy as np
+import xxhash
 
 from common.errors import UserError
 
@@ -19,6 +23,11 @@ class Snapshot:
     version: int
     digest: str
     payload: object
+
+
+def digest(flat: np.ndarray) -> str:
+    """128-bit xxh3 of a flat buffer's bytes; a guard against corruption, not against an attacker."""
+    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(flat).data)
 
 
 UNPUBLISHED = Snapshot(version=-1, digest="", payload=None)

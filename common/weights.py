@@ -1,12 +1,11 @@
-"""Weights: a policy's parameters as one flat buffer, and its digest.
+"""Weights: a policy's parameters as one flat buffer.
 
 - One buffer per published version: float32, in the order of `parameters()`, model first, threshold head last.
-- A reader verifies the digest before it adopts; Ray's zero-copy arrays are read-only, so loading copies.
+- Ray's zero-copy arrays are read-only, so loading copies.
 """
 
 import numpy as np
 import torch
-import xxhash
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
@@ -33,8 +32,3 @@ def load_flat(module: nn.Module, flat: np.ndarray) -> None:
             piece = flat[offset : offset + parameter.numel()]
             parameter.copy_(torch.tensor(piece).view_as(parameter))
             offset += parameter.numel()
-
-
-def digest(flat: np.ndarray) -> str:
-    """128-bit xxh3 of the bytes; a guard against corruption, not against an attacker."""
-    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(flat).data)

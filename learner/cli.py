@@ -130,6 +130,25 @@ def evaluate(
 
 
 @app.command()
+def scale(
+    run: Annotated[str, typer.Argument(help="A run that is training: its folder, or its name below runs/.")],
+    actors: Annotated[int, typer.Option(help="Rollout actors that it shall have.")],
+) -> None:
+    """Add or drain rollout actors of a run while it trains; drained ones finish or return their leases.
+
+    Example: diffpo scale sudoku --actors 4
+    """
+    os.environ.setdefault("RAY_AUTH_MODE", "token")  # before Ray is imported: it reads this once
+    import ray
+
+    from learner.remote_control import controller_of
+
+    with controller_of(run) as controller:
+        answer: Any = ray.get(controller.scale.remote(actors))
+    typer.echo(f"{run}: {answer['was']} -> {answer['actors']} rollout actors{answer['note']}")
+
+
+@app.command()
 def generate(
     model: Annotated[Path, typer.Argument(help="Policy: a checkpoint, RUN/warm_start, or any folder in HF layout.")],
     prompt: Annotated[str, typer.Argument(help="What to complete.")],
@@ -170,7 +189,7 @@ def generate(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="Which measurement: engine, learner, main.")],
+    name: Annotated[str, typer.Argument(help="Which measurement: async, engine, learner, main.")],
     quick: Annotated[bool, typer.Option("--quick", help="A small version of the measurement.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on the last line.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Runs with seeds 0, 1, ...")] = 1,

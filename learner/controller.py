@@ -17,6 +17,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,8 +25,9 @@ import ray
 from ray.exceptions import RayActorError
 
 from actors.fleet import Fleet
+from actors.group_producer import GroupProducer
 from common.config import Config
-from common.errors import RunError, one_line
+from common.errors import RunError, UserError, one_line
 from common.replay_buffer import ReplayBuffer
 from common.segment_store import SegmentStore
 from learner.exporter import Exporter
@@ -55,6 +57,7 @@ BUFFER_METRICS = {
     "staleness_bound": "replay_staleness_bound",
     "violations": "replay_staleness_violations",
     "no_spread_discards": "replay_no_spread",
+    "stale_discards": "replay_stale",
     "late_results": "replay_late_results",
     "failed_leases": "replay_failed_leases",
     "expired_leases": "replay_expired_leases",
@@ -133,6 +136,26 @@ class Controller:
         if self._buffer is not None:
             await self._buffer.close.remote()
 
+    async def scale(self, actors: int) -> dict[str, Any]:
+        """Called by `diffpo scale`: how many rollout actors there shall be, from now on, while training goes on.
+
+        Returns:
+            `was` and `actors`, and a `note` where the cluster has too few CPUs for all of them.
+
+        Raises:
+            UserError: below 1, or when the run is not in its training phase.
+        """
+        if actors < 1:
+            raise UserError(f"{actors} rollout actors; a run needs at least 1 (to end it, stop it)")
+        if self._phase != "train" or self._fleet is None:
+            raise UserError(f"the run is in phase {self._phase}; rollout actors are there in phase train only")
+        was = await self._fleet.scale(actors)
+        await self._tell("scale", {"was": was, "actors": actors})
+        wanted = actors * self.config.rollout.cpus + self.config.learner.cpus
+        cpus = ray.cluster_resources().get("CPU", 0.0)
+        few = f"; they and the learner want {wanted:g} CPUs of {cpus:g}, so some wait until there are more"
+        return {"was": was, "actors": actors, "note": few if wanted > cpus else ""}
+
     async def status(self) -> dict[str, Any]:
         """Called by anyone who found this actor by its name: phase and newest values."""
         last = next((values for kind, values in reversed(self._events) if kind == "step"), {})
@@ -202,6 +225,7 @@ class Controller:
             .remote(
                 groups_per_step=config.learner.groups_per_step,
                 max_staleness=config.replay.max_staleness,
+                admission=config.replay.admission,
                 lease_seconds=config.replay.lease_seconds,
                 drop_no_spread=config.replay.drop_no_spread,
                 store=SegmentStore(self._directory.segments, memory_bytes=config.replay.memory_bytes),
@@ -209,7 +233,12 @@ class Controller:
                 groups_limit=config.learner.steps * config.learner.groups_per_step,
             )
         )
-        self._fleet = Fleet(config=config, buffer=self._buffer, progress=self._mark_progress)
+        self._fleet = Fleet(
+            config=config.rollout,
+            buffer=self._buffer,
+            make=partial(GroupProducer, config),
+            progress=self._mark_progress,
+        )
         training = asyncio.ensure_future(learner.run.remote(self._buffer))
         generation = asyncio.create_task(self._fleet.run())
         gauges = asyncio.create_task(self._collect())

@@ -27,6 +27,7 @@ from learner.run_directory import RunDirectory
 log = logging.getLogger(__name__)
 
 CONTROLLER = "controller"
+CONTROLLER_FILE = "controller.json"  # in the run directory: where another process finds the controller
 PROBE_SECONDS = 5.0
 
 
@@ -50,6 +51,8 @@ def train(config: Config, show: Callable[[str, dict[str, Any]], None]) -> dict[s
     _connect(config)
     try:
         directory = RunDirectory.create(config)
+        cluster = {"ray_address": ray.get_runtime_context().gcs_address, "namespace": config.run.name}
+        directory.write_json(CONTROLLER_FILE, cluster)
         return _follow(config, directory.path, show)
     finally:
         ray.shutdown()

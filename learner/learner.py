@@ -143,15 +143,14 @@ class Learner:
         if config.diagnostics_every and self.steps_done % config.diagnostics_every == 0:
             metrics |= self._surrogate_kl(batch)
         rows = (advantage != 0) if self.reference is None else torch.ones_like(advantage, dtype=torch.bool)
+        if self.steps_done == 0 and self._learns_threshold:
+            self._standardise(batch)
         if not rows.any():
             self.steps_done += 1
-            return metrics | {"learner_scored_completions": 0.0}
+            return metrics | self._remedy.update(batch) | {"learner_scored_completions": 0.0}
         kept = rows.nonzero().squeeze(-1)
         micro = self._micro_batches(batch.select(kept), advantage[kept])
         totals = {"completions": float(len(advantage)), "tokens": float(batch.scored.sum())}
-
-        if self.steps_done == 0 and self._learns_threshold:
-            self._standardise(batch)
         for proximal in self._proximal(micro):
             metrics |= self._update(micro, proximal, totals, version)
         self.steps_done += 1

@@ -20,8 +20,8 @@ from common.lease import Batch as Sampled
 from common.policy import Policy, open_policy
 from common.tasks import build_task
 from common.trajectory import decode_group
-from common.weight_store import Snapshot
-from common.weights import digest, to_flat
+from common.weight_store import Snapshot, digest
+from common.weights import to_flat
 from learner.batch import build_batch
 from learner.checkpoint import write_checkpoint
 from learner.learner import Learner

@@ -8,6 +8,7 @@
     evaluation.json        before and after, every setting
     pareto.png             the accuracy-NFE frontier before and after
     metrics_target.json    Prometheus `file_sd` target
+    controller.json        where `diffpo scale` finds the run
 
 A run directory belongs to one run: an existing one is refused, so nothing is ever overwritten.
 """

@@ -209,7 +209,8 @@ class Distributions:
     rows: int
     """Rows really forwarded."""
     entropy: Tensor | None
-    """`[N, L]` nats, untempered, at the positions of `decided`, 0 elsewhere; None where no choice is scored."""
+    """`[N, L]` nats, as the reveal rule sees them, at the positions of `decided`, 0 elsewhere; None where no choice is
+    scored."""
 
 
 def distributions(policy: Policy, batch: Batch, latents: Latents, *, features: bool) -> Distributions:
@@ -250,7 +251,8 @@ def distributions(policy: Policy, batch: Batch, latents: Latents, *, features: b
     entropy = None
     if latents.decided is not None:
         chooser, latent, place = latents.decided.nonzero(as_tuple=True)
-        plain = reveal_log_probs(logits[index[row[chooser, latent], place]], mask_id)
+        seen = logits[index[row[chooser, latent], place]] / policy.calibration.reveal_temperature
+        plain = reveal_log_probs(seen, mask_id)
         terms = -(plain.exp() * plain.masked_fill(plain.isneginf(), 0.0)).sum(-1)
         entropy = terms.new_zeros(batch.completion_ids.shape).index_put((chooser, place), terms)
     pooled = None
@@ -296,7 +298,8 @@ def surrogate_log_probs(policy: Policy, batch: Batch, latents: Latents, *, featu
         decided = latents.decided.any(1)
         step = batch.reveal_step.masked_fill(~decided, torch.iinfo(torch.int64).max).amin(-1, keepdim=True)
         chosen = decided & (batch.reveal_step == step)
-        reveal_logprob = set_log_prob(gate_logits(found.entropy, decided, batch.gamma), chosen)
+        gamma = batch.gamma * policy.calibration.gamma_scale
+        reveal_logprob = set_log_prob(gate_logits(found.entropy, decided, gamma), chosen)
     return Scores(logprob, found.features, found.rows, reveal_logprob, chosen)
 
 

@@ -33,7 +33,7 @@ class Circulation:
             out = self.ledger.active_count
             if self.free_at_sampling:
                 out -= len(self.ledger.numbers(GroupState.SAMPLED))
-            if not self.policy.may_lease(out):
+            if not self.policy.admit(out):
                 return False
             number = self.ledger.next_number
         self.ledger.lease(number, worker="w", deadline=0.0, version=self.version)

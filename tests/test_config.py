@@ -147,7 +147,7 @@ BAD = [
     ("sampler.confidence_threshold=1.5", ["sampler.confidence_threshold", "given 1.5"]),
     ("sampler.threshold.gamma_grid=[1,1]", ["gamma_grid", "[1.0, 1.0]", "strictly increasing"]),
     ("sampler.threshold.gamma_grid=[2,1]", ["gamma_grid", "[2.0, 1.0]", "sort it"]),
-    ("sampler.threshold.gamma_grid=[0,1]", ["gamma_grid", "[0.0, 1.0]", "positive"]),
+    ("sampler.threshold.gamma_grid=[0,1]", ["gamma_grid", "[0.0, 1.0]", "from 1e-09 or above"]),
     ("sampler.threshold.gamma_grid=[]", ["gamma_grid", "at least 1"]),
     ("sampler.threshold.gamma_init=0", ["sampler.threshold.gamma_init", "given 0"]),
     ("sampler.max_prompt_tokens=500", ["516", "model.max_positions=512", "raise"]),
@@ -285,6 +285,11 @@ def test_off_is_a_word_though_yaml_reads_it_as_false(tmp_path: Path) -> None:
         (["sampler.rule=sampled_entropy_bound", "learner.surrogate_passes=1"], ["needs", "surrogate_passes=2"]),
         (["sampler.rule=sampled_entropy_bound", "learner.surrogate=coupled_masks"], ["surrogate=mean_field"]),
         (["sampler.rule=sampled_entropy_bound", "learner.train=threshold"], ["a model that learns"]),
+        (["sampler.rule=sampled_entropy_bound", "learner.prompt_masking=0.1"], ["0.1", "set learner.prompt_masking=0"]),
+        (["sampler.threshold.standardise=true", "learner.groups_per_step=1"], ["raise learner.groups_per_step"]),
+        (["run.seed=99999999999999999999999"], ["run.seed", "less than 9223372036854775808"]),
+        (["sampler.threshold.init_width=60"], ["init_width", "less than or equal to 10"]),
+        (["sampler.threshold.gamma_grid=[1e-300,1]"], ["gamma_grid", "from 1e-09 or above"]),
         (["sampler.rule=confidence"], ["learner.train=joint needs sampler.rule=entropy_bound, got confidence"]),
     ],
 )
@@ -292,6 +297,16 @@ def test_remedies_that_cannot_work_are_refused(overrides: list[str], words: list
     message = refusal(*overrides)
     for word in words:
         assert word in message
+
+
+def test_an_override_of_one_entry_of_a_list_is_refused_in_one_line() -> None:
+    with pytest.raises(UserError, match=r"gammas\[0\]=2"):
+        load_config(Path(__file__).parents[1] / "deploy/configs/sudoku.yaml", ["evaluation.gammas[0]=2"])
+
+
+def test_the_law_of_tau_is_free_where_no_tau_is_drawn() -> None:
+    for other in ("learner.surrogate=coupled_masks", "learner.train=threshold"):
+        assert load_config(None, ["task.name=sudoku", "learner.surrogate_passes=4", other]).learner.tau_law == "paper"
 
 
 @pytest.mark.parametrize(

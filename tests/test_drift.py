@@ -94,13 +94,37 @@ def test_features_are_standardised_once_and_thresholds_of_the_first_batch_stay(b
     assert (parameters(start.calibration) == once).all()
 
 
+def test_a_first_batch_without_advantage_is_the_first_batch_all_the_same() -> None:
+    """What is fitted to the first batch does not wait for one that can be trained on."""
+    start = tiny_policy()
+    start.head.config.__dict__["standardise"] = True
+    start.head.linear.weight.data.zero_()
+    found = generate_batch(start)
+    flat = replace(found, reward=torch.ones_like(found.reward))
+    learner = Learner(start, learner_config(speed_weight=0.0))
+    assert learner.step(flat, version=0)["learner_scored_completions"] == 0
+    assert (parameters(start.calibration)[2:] != parameters(tiny_policy().calibration)[2:]).any()
+    held = Learner(tiny_policy(), learner_config(train="model", drift_remedy="hold_nfe", speed_weight=0.0))
+    assert held.step(flat, version=0)["threshold_scale"] == 1
+    assert held.step(with_nfe(flat, 0.001), version=1)["threshold_scale"] < 1
+
+
 # -- the rule that draws its set -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("block", [None, 4])
-def test_the_scored_set_has_the_recorded_likelihood(policy: Policy, block: int | None) -> None:
-    """For every update, so for many values of tau: the latent is the true one, so nothing is approximate."""
-    batch = generate_batch(policy, rule="sampled_entropy_bound", threshold=1.0, block=block, sizes=(4, 4, 4))
+@pytest.mark.parametrize(
+    ("block", "log_scale", "log_temperature"), [(None, 0, 0), (4, 0, 0), (None, 1, 0), (4, 0, 0.7)]
+)
+def test_the_scored_set_has_the_recorded_likelihood(
+    policy: Policy, block: int | None, log_scale: float, log_temperature: float
+) -> None:
+    """For every update, so for many values of tau: the latent is the true one, so nothing is approximate.
+
+    Also for a policy that came with a calibration, from a run under a remedy.
+    """
+    policy.calibration.log_gamma_scale.fill_(log_scale)
+    policy.calibration.log_reveal_temperature.fill_(log_temperature)
+    batch = generate_batch(policy, rule="sampled_entropy_bound", threshold="sample", block=block, sizes=(4, 4, 4))
     config = learner_config(train="model")
     uncertain = 0
     for update in range(6):

@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM
 from common.config_file import load_config
 from common.metrics import CATALOGUE, PREFIX
 from common.policy import load_policy
-from common.weights import digest, to_flat
+from common.weight_store import digest
+from common.weights import to_flat
+from learner.reference_loop import reference_loop
 from learner.study.single_run import SingleRun
 
 ROOT = Path(__file__).parents[1]
@@ -86,6 +88,7 @@ def test_runs_to_the_end(config: str, staleness: int, cost: str, tmp_path: Path)
             f"replay.max_staleness={staleness}",
             f"learner.cost={cost}",
             "run.checkpoint_every=2",
+            "learner.micro_batch_tokens=65536",  # the whole batch, as in the reference loop
         ),
         cwd=ROOT,
         capture_output=True,
@@ -115,7 +118,7 @@ def test_runs_to_the_end(config: str, staleness: int, cost: str, tmp_path: Path)
 
 
 def assert_a_single_process_trains_the_same(run: Path) -> None:
-    """The synchronous run of the studies ends with the very weights of the distributed one."""
+    """The synchronous run of the studies and the reference loop end with the very weights of the distributed run."""
     config = load_config(run / "config.yaml", [])
     started = load_policy(run / "warm_start", config.model, config.sampler.threshold)
     ended = load_policy(run / "checkpoints" / "step-000006", config.model, config.sampler.threshold)
@@ -123,10 +126,11 @@ def assert_a_single_process_trains_the_same(run: Path) -> None:
     try:
         single = SingleRun(config, to_flat(started.model))
         result = single.run()
+        *_, last = reference_loop(config, started)
     finally:
         torch.use_deterministic_algorithms(False)
         torch.set_num_threads(threads)
-    assert digest(to_flat(single.learner.policy)) == digest(to_flat(ended))
+    assert digest(to_flat(single.learner.policy)) == last.digest == digest(to_flat(ended))
     assert [point["step"] for point in result["validation"]] == [0, 2, 4, 6]
     drift = [row["drift_nfe"] for row in rows(run) if "drift_nfe" in row]
     assert [point["drift_nfe"] for point in result["validation"][1:]] == pytest.approx(drift)
@@ -166,6 +170,49 @@ def test_a_dead_fleet_ends_the_run_with_its_cause(tmp_path: Path) -> None:
     assert process.returncode == 1, output
     assert "all 1 rollout actors are dead" in output
     assert time.monotonic() - killed < 60
+
+
+def test_rollout_actors_are_added_and_drained_while_the_run_trains(tmp_path: Path) -> None:
+    """`diffpo scale` from another process: nothing is lost or leased twice, and training goes on."""
+    run = tmp_path / "run"
+
+    def scale(actors: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "learner", "scale", str(run), "--actors", str(actors)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+    def wait_for_actors(count: int) -> None:
+        deadline = time.monotonic() + 60
+        while metric(run, "rollout_actors") != count:
+            assert time.monotonic() < deadline, count
+            time.sleep(0.5)
+
+    process = start("sudoku", tmp_path, ENDLESS, "rollout.cpus=0.2", "run.stall_timeout=100")
+    wait_for_step(process, run, 2)
+    done = scale(3)
+    assert (done.returncode, done.stdout) == (0, f"{run}: 1 -> 3 rollout actors\n"), done.stderr
+    wait_for_actors(3)
+    wait_for_step(process, run, len(rows(run)) + 10)
+    assert scale(1).returncode == 0
+    wait_for_actors(1)
+    wait_for_step(process, run, len(rows(run)) + 10)
+    assert (metric(run, "rollout_restarts_total"), metric(run, "replay_wasted_groups_total")) == (0, 0)
+    for actors, cause in ((0, "0 rollout actors; a run needs at least 1"), (-2, "-2 rollout actors")):
+        refused = scale(actors)
+        assert refused.returncode == 2
+        assert cause in refused.stderr
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    refused = scale(2)
+    assert refused.returncode == 2
+    assert "is not going" in refused.stderr
+
+
+def metric(run: Path, name: str) -> float:
+    """One value from a run's endpoint."""
+    target = json.loads((run / "metrics_target.json").read_text())[0]["targets"][0]
+    with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as reply:
+        lines = reply.read().decode().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(f"{PREFIX}{name} "))
 
 
 def test_a_dead_learner_ends_the_run_with_its_cause(tmp_path: Path) -> None:

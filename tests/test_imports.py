@@ -69,7 +69,7 @@ def reached(module: str, seen: set[str] | None = None) -> set[str]:
 PURE = [
     *("actors.reveal_rules", "actors.engine", "actors.evaluation"),
     *("learner.surrogate", "learner.objective", "learner.advantage", "learner.batch", "learner.learner"),
-    *("learner.warm_start", "learner.checkpoint"),
+    *("learner.warm_start", "learner.checkpoint", "learner.synchronous_rollout", "learner.reference_loop"),
     *("common.behaviour", "common.ledger", "common.admission", "common.replay_buffer", "common.tasks"),
     "common.segment_store",
 ]

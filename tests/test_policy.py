@@ -16,7 +16,8 @@ from common.config import ModelConfig, ThresholdConfig
 from common.errors import RunError, UserError
 from common.policy import Policy, load_policy, read_vocabulary
 from common.tokenizer import VOCABULARY_SIZE, character_tokenizer
-from common.weights import digest, load_flat, to_flat
+from common.weight_store import digest
+from common.weights import load_flat, to_flat
 
 IDS = torch.tensor([[5, 9, 4, 11, 2, 2, 2, 2]])
 LLAMA = ModelConfig()

@@ -20,10 +20,21 @@ from common.config import Config
 from common.errors import RunError, UserError
 from learner.cli import main
 from learner.study.grid import Study, load_study, plan
-from learner.study.measures import at_passes, interval, lookup, not_finite, spent_to_reach, verdict
+from learner.study.measures import (
+    at_equal,
+    at_passes,
+    holm,
+    interval,
+    lookup,
+    not_finite,
+    p_value,
+    saving,
+    spent_to_reach,
+    verdict,
+)
 from learner.study.report import differences, write_report
 from learner.study.runner import Runner
-from learner.study.single_run import adaptation, saving, slack
+from learner.study.single_run import adaptation, slack
 
 ROOT = Path(__file__).parent.parent
 STUDY: dict[str, Any] = {
@@ -58,6 +69,7 @@ def result(arm: str, seed: int, area: float, **changes: Any) -> dict[str, Any]:
         "arm": arm,
         "seed": seed,
         "validation": [point, later],
+        "curve": [{"step": 10, "rollout_forwards": 300.0}, {"step": 20, "rollout_forwards": 400.0}],
         "test": {"before": test, "after": test | {"area": 0.2 + area}},
         "commit": "abc",
     } | changes
@@ -140,10 +152,22 @@ def test_the_interval_is_students() -> None:
         (0.2, math.inf, "positive", "one seed"),
         (0.2, 0.1, "none", "refuted"),
         (0.2, 0.3, "none", "no difference seen"),
+        (-0.2, 0.1, "any", "holds"),
+        (-0.2, 0.3, "any", "undecided"),
     ],
 )
 def test_verdicts(mean: float, half: float, expected: str, said: str) -> None:
     assert verdict(mean, half, expected) == said
+
+
+def test_p_values_are_students_and_adjusted_for_their_number() -> None:
+    # the same data: t = 4.0621 on 9 degrees of freedom, p = .00283
+    assert p_value([1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4]) == pytest.approx(0.00283, abs=1e-5)
+    assert (p_value([2.0]), p_value([0.0, 0.0]), p_value([0.2, 0.2])) == (1.0, 1.0, 0.0)
+    # Holm's procedure by hand: .005 * 4, .01 * 3, .03 * 2, then never below the one before
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
 
 
 def test_what_is_not_finite_is_found_and_has_no_verdict() -> None:
@@ -165,6 +189,15 @@ def test_measures_are_found_where_they_stand() -> None:
     assert spent_to_reach(run, "sampled_reward_costed", 0.25, "seconds") == pytest.approx(25)
     assert spent_to_reach(run, "sampled_reward_costed", 0.2, "seconds") == 0
     assert spent_to_reach(run, "sampled_reward_costed", 0.31, "seconds") is None
+    assert spent_to_reach(run, "sampled_reward_costed", 0.25, "forwards") == pytest.approx(230)  # half of 60 + 400
+
+
+def test_two_runs_are_compared_where_both_had_spent_the_same() -> None:
+    slow, fast = result("slow", 0, 0.1), result("fast", 0, 0.1)
+    fast["validation"][1]["seconds"] = 25.0  # it gets as far in half of the time
+    values = at_equal(slow, fast, "sampled_reward_costed at equal seconds")
+    assert values == pytest.approx((0.25, 0.3))
+    assert at_equal(slow, {}, "sampled_reward_costed at equal seconds") == (None, None)
 
 
 def test_differences_are_paired_by_seed() -> None:
@@ -186,6 +219,9 @@ def test_saving_is_measured_at_equal_accuracy() -> None:
     assert saving(base, {"accuracy": 0.3, "nfe": 2.0}) == pytest.approx(1 - 2 / math.sqrt(8))
     assert saving(base, {"accuracy": 0.9, "nfe": 3.0}) == pytest.approx(0.25)  # beyond all of the base's
     assert saving(base, {"accuracy": 0.1, "nfe": 3.0}) == pytest.approx(-0.5)
+    dips = [{"rule": "entropy_bound", "nfe": n, "accuracy": a} for n, a in ((2.0, 0.3), (4.0, 0.2), (8.0, 0.4))]
+    assert saving(dips, {"accuracy": 0.3, "nfe": 1.5}) == pytest.approx(0.25)  # what costs more for less is not used
+    assert lookup({"test": {"before": {"frontier": dips}, "after": {"operating": dips[0]}}}, "test.after.saving") == 0
 
 
 def point(gamma: np.ndarray, nfe: np.ndarray, correct: np.ndarray, rule: str = "entropy_bound") -> Point:
@@ -222,8 +258,8 @@ def test_the_report_says_what_the_runs_say(tmp_path: Path) -> None:
     done = {run.name: result(run.arm, run.seed, {"one": 0.3, "other": 0.1}[run.arm] + run.seed / 100) for run in runs}
     path = write_report("name", study(), runs, done, tmp_path)
     text = path.read_text()
-    assert "| it learns | one - before, `test.after.area` | 0.305 ± 0.064 | 2 | holds |" in text
-    assert "| one beats other | one - other, `test.after.area` | 0.200 ± 0.000 | 2 | holds |" in text
+    assert "| it learns | one - before, `test.after.area` | 0.305 ± 0.064 | 2 | holds | 0.010 | 0.010 |" in text
+    assert "| one beats other | one - other, `test.after.area` | 0.200 ± 0.000 | 2 | holds | 0.000 |" in text
     assert "4 of 4 runs" in text
     assert "What we learned" not in text
     told = write_report("told", study(findings="Nothing at all."), runs, done, tmp_path).read_text()
@@ -240,10 +276,10 @@ def test_the_report_names_what_is_missing_and_shows_what_there_is(tmp_path: Path
     runs = plan(given)
     done = {run.name: result("one", run.seed, (0.3, 0.0)[run.seed], jobs=2, cpus=8) for run in runs if run.arm == "one"}
     text = write_report("name", given, runs, done, tmp_path).read_text()
-    assert "| mistyped | one - before, `test.after.aera` | - | 0 | not measured |" in text
+    assert "| mistyped | one - before, `test.after.aera` | - | 0 | not measured | - | - |" in text
     assert "| later |" not in text  # its arm has not begun
     assert "2 at once on 8 CPUs" in text
-    assert "1 of 2 (not seed 1)" in text
+    assert "| `one` | 2 of 2 | 25 (0 to 50) | 15 (0 to 30) | 12 (0 to 25) | 115 (0 to 230) |" in text
     assert "| 60 ± 0 |" in text  # rows forwarded
     bare = {name: {key: found[key] for key in ("arm", "seed")} for name, found in done.items()}
     assert "2 of 4 runs" in write_report("name", given, runs, bare, tmp_path).read_text()

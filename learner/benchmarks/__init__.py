@@ -14,6 +14,7 @@ from rich.console import Console
 from common.errors import UserError
 
 BENCHMARKS = {
+    "async": "learner.benchmarks.asynchrony",
     "engine": "learner.benchmarks.engine",
     "learner": "learner.benchmarks.learner",
     "main": "learner.benchmarks.main_job",

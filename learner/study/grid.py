@@ -50,9 +50,10 @@ class Comparison(Section):
     """Another arm; `before`, the same run's warm start; null compares the measure with 0."""
     measure: str
     """Where the number stands in a run's JSON, e.g. `test.after.area`; `last.NAME` is a validation measure at the last
-    step, `NAME at PASSES` one where the learner had spent so many forward passes."""
-    expected: Literal["positive", "negative", "none"] = "positive"
-    """Which sign the claim says; none claims that there is no difference."""
+    step, `NAME at PASSES` one where the learner had spent so many forward passes, `NAME at equal AXIS` one where both
+    had spent the same (passes, rows_forwarded, seconds, or forwards: the rows of rollout and learner)."""
+    expected: Literal["positive", "negative", "any", "none"] = "positive"
+    """Which sign the claim says; any: that there is a difference; none: that there is none."""
 
 
 class Study(Section):

@@ -2,9 +2,21 @@
 
 import math
 from pathlib import Path
+from statistics import median
 
 from learner.study.grid import BEFORE, Comparison, Planned, Study
-from learner.study.measures import Result, before, interval, lookup, spent_to_reach, verdict
+from learner.study.measures import (
+    EQUAL,
+    Result,
+    at_equal,
+    before,
+    holm,
+    interval,
+    lookup,
+    p_value,
+    spent_to_reach,
+    verdict,
+)
 from learner.study.plots import draw
 
 Done = dict[str, Result]
@@ -50,17 +62,18 @@ def write_report(name: str, study: Study, runs: list[Planned], done: Done, out: 
     commits = sorted({str(result.get("commit", "")) for result in done.values()} - {""})
     lines += [
         f"Made by `diffpo study {name}`: {len(done)} of {len(runs)} runs, one thread each{_machines(done)}; "
-        f"commits {', '.join(commits) or 'unknown'}. Figures are means over seeds ± half the 95 % t-interval; "
-        "differences are paired by seed. `area` is the mean greedy exact-solve accuracy over log2(NFE) "
-        "(`actors/frontier.py`); `reward` has the cost of forward passes taken off.",
+        f"commits {', '.join(commits) or 'unknown'}. Figures are means over seeds ± half the 95 % t-interval, which "
+        "covers seeds of training on one set of prompts, not the choice of prompts; differences are paired by seed. "
+        "`area` is the mean greedy exact-solve accuracy over log2(NFE) (`actors/frontier.py`); `reward` "
+        f"{_reward(runs)}. Seconds are indicative: of training without validation, on shared cores.",
         "",
     ]
     lines += _claims(study, by_arm)
     if study.findings:
         lines += ["## What we learned", "", study.findings.strip(), ""]
-    lines += _arms(study, by_arm)
+    lines += _arms(study, by_arm, runs)
     lines += _adaptation(by_arm)
-    lines += _spent(by_arm)
+    lines += _spent(by_arm, runs)
     lines += _diagnostics(by_arm)
     if by_arm:
         lines += [f"![{title}]({path.relative_to(out)})\n" for title, path in draw(by_arm, out / name)]
@@ -73,6 +86,20 @@ def _machines(done: Done) -> str:
     """On what the runs were made: their seconds depend on it."""
     used = sorted({(result["jobs"], result["cpus"]) for result in done.values() if {"jobs", "cpus"} <= set(result)})
     return "".join(f", {jobs} at once on {cpus} CPUs" for jobs, cpus in used)
+
+
+def _cost(run: Planned) -> tuple[str, float]:
+    learner = run.config.learner
+    return learner.cost, learner.speed_weight if learner.cost != "off" else 0.0
+
+
+def _reward(runs: list[Planned]) -> str:
+    """What the word means in a study."""
+    costs = {_cost(run) for run in runs}
+    if costs == {("off", 0.0)}:
+        return "has no cost of forward passes here"
+    more = "" if len(costs) == 1 else "; arms with another cost have another reward"
+    return f"is what remains after deducting the cost of forward passes{more}"
 
 
 def number(mean: float, half: float = math.inf, digits: int = 3) -> str:
@@ -94,41 +121,44 @@ def differences(comparison: Comparison, by_arm: dict[str, list[Result]]) -> list
     others = {} if comparison.baseline in (BEFORE, None) else by_arm.get(str(comparison.baseline), [])
     baseline = {result["seed"]: result for result in others}
     for result in by_arm.get(comparison.arm, []):
-        value = lookup(result, comparison.measure)
-        if comparison.baseline is None:
-            other: float | None = 0.0
-        elif comparison.baseline == BEFORE:
-            other = lookup(result, before(comparison.measure))
+        other_result = baseline.get(result["seed"], {})
+        if EQUAL in comparison.measure:
+            value, other = at_equal(result, other_result, comparison.measure)
         else:
-            other = lookup(baseline.get(result["seed"], {}), comparison.measure)
+            value = lookup(result, comparison.measure)
+            if comparison.baseline is None:
+                other = 0.0
+            elif comparison.baseline == BEFORE:
+                other = lookup(result, before(comparison.measure))
+            else:
+                other = lookup(other_result, comparison.measure)
         if value is not None and other is not None:
             found.append(value - other)
     return found
 
 
 def _claims(study: Study, by_arm: dict[str, list[Result]]) -> list[str]:
+    shown = [
+        comparison
+        for comparison in study.comparisons
+        if all(name in by_arm for name in (comparison.arm, comparison.baseline) if name not in (BEFORE, None))
+    ]
+    found = [differences(comparison, by_arm) for comparison in shown]
+    adjusted = iter(holm([p_value(values) for values in found if values]))
     rows = []
-    for comparison in study.comparisons:
-        values = differences(comparison, by_arm)
-        sides = [name for name in (comparison.arm, comparison.baseline) if name not in (BEFORE, None)]
-        if not all(side in by_arm for side in sides):
-            continue
+    for comparison, values in zip(shown, found, strict=True):
         against = "" if comparison.baseline is None else f" - {comparison.baseline}"
+        what = f"{comparison.arm}{against}, `{comparison.measure}`"
         if not values:
-            what = f"{comparison.arm}{against}, `{comparison.measure}`"
-            rows.append([comparison.claim, what, "-", "0", "not measured"])
+            rows.append([comparison.claim, what, "-", "0", "not measured", "-", "-"])
             continue
         mean, half = interval(values)
-        rows.append(
-            [
-                comparison.claim,
-                f"{comparison.arm}{against}, `{comparison.measure}`",
-                number(mean, half),
-                str(len(values)),
-                verdict(mean, half, comparison.expected),
-            ]
-        )
-    return _table(["claim", "difference of", "value", "seeds", "verdict"], rows, "Claims")
+        said = [number(mean, half), str(len(values)), verdict(mean, half, comparison.expected)]
+        rows.append([comparison.claim, what, *said, f"{p_value(values):.3f}", f"{next(adjusted):.3f}"])
+    head = ["claim", "difference of", "value", "seeds", "verdict", "p", "p, Holm"]
+    lines = _table(head, rows, "Claims")
+    note = f"A verdict goes by its own interval; the last column adjusts p for the {len(rows)} claims of this table."
+    return [*lines, note, ""] if lines else []
 
 
 def _means(results: list[Result], path: str, digits: int = 3) -> str:
@@ -138,16 +168,20 @@ def _means(results: list[Result], path: str, digits: int = 3) -> str:
     return number(*interval(values), digits=digits) if values else "-"
 
 
-def _arms(study: Study, by_arm: dict[str, list[Result]]) -> list[str]:
+def _arms(study: Study, by_arm: dict[str, list[Result]], runs: list[Planned]) -> list[str]:
     rows = []
     for arm, results in by_arm.items():
         cells = [_means(results, path, digits=DIGITS.get(path, 3)) for path in COLUMNS.values()]
         rows.append([f"`{arm}`", str(len(results)), *cells])
-    if by_arm:
-        first = next(iter(by_arm.values()))
-        paths = [before(path) if path.startswith("test") else "" for path in COLUMNS.values()]
-        cells = [_means(first, path) if path else "-" for path in paths]
-        rows.insert(0, ["warm start", str(len(first)), *cells])
+    paths = [before(path) if path.startswith("test") else "" for path in COLUMNS.values()]
+    starts: dict[object, list[str]] = {}  # one for each way to sample and reward; it has the seeds of its first arm
+    for run in runs:
+        results = by_arm.get(run.arm)
+        key = (_cost(run), run.config.sampler.rule)
+        if results and key not in starts:
+            cells = [_means(results, path) if path else "-" for path in paths]
+            starts[key] = [f"warm start{f', as `{run.arm}`' if starts else ''}", str(len(results)), *cells]
+    rows = [*starts.values(), *rows]
     lines = _table(["arm", "seeds", *COLUMNS], rows, "Arms, on test prompts")
     if lines:
         lines += [*(f"- `{name}`: {arm.about}" for name, arm in study.arms.items() if name in by_arm), ""]
@@ -163,30 +197,40 @@ def _adaptation(by_arm: dict[str, list[Result]]) -> list[str]:
     return _table(["arm", *ADAPTATION], rows, "Does the threshold adapt to the prompt?")
 
 
-def _spent(by_arm: dict[str, list[Result]]) -> list[str]:
-    """What each arm spends until its sampled validation reward is half way to the best arm's last."""
+def _spent(by_arm: dict[str, list[Result]], runs: list[Planned]) -> list[str]:
+    """What each arm spends until its sampled validation reward is half way to its seed's best arm's last.
+
+    Arms whose reward is another one are left out.
+    """
     name = "sampled_reward_costed"
-    found = [lookup(result, f"first.{name}") for results in by_arm.values() for result in results]
-    starts = [value for value in found if value is not None]
-    if not starts:
-        return []
-    start = sum(starts) / len(starts)
-    lasts = [[v for r in results if (v := lookup(r, f"last.{name}")) is not None] for results in by_arm.values()]
-    best = max(sum(values) / len(values) for values in lasts if values)
-    level = start + LEVEL_SHARE * (best - start)
-    axes = {"passes": "forward passes by the paper's count", "rows_forwarded": "rows forwarded", "seconds": "seconds"}
+    cost = _cost(runs[0])
+    arms = {run.arm: by_arm[run.arm] for run in runs if run.arm in by_arm and _cost(run) == cost}
+    first, last = ({} for _ in range(2))
+    for result in (result for results in arms.values() for result in results):
+        start, end = lookup(result, f"first.{name}"), lookup(result, f"last.{name}")
+        if start is not None and end is not None:
+            first[result["seed"]] = start
+            last[result["seed"]] = max(end, last.get(result["seed"], end))
+    level = {seed: start + LEVEL_SHARE * (last[seed] - start) for seed, start in first.items()}
+    axes = {"passes": "learner passes by the paper's count", "rows_forwarded": "learner rows", "seconds": "seconds"}
+    axes["forwards"] = "rows of rollout and learner"
     rows = []
-    for arm, results in by_arm.items():
-        cells = []
+    for arm, results in arms.items():
+        measured = [result for result in results if result["seed"] in level]
+        if not measured:
+            continue
+        cells, reached = [], 0
         for axis in axes:
-            reached = [spent_to_reach(result, name, level, axis) for result in results]
-            values = [value for value in reached if value is not None]
-            cells.append(number(*interval(values), digits=0) if values else "-")
-        never = [str(r.get("seed", "?")) for r in results if spent_to_reach(r, name, level, "passes") is None]
-        count = f"{len(results) - len(never)} of {len(results)}" + (f" (not seed {', '.join(never)})" if never else "")
-        rows.append([f"`{arm}`", count, *cells])
+            spent = [spent_to_reach(r, name, level[r["seed"]], axis) for r in measured]
+            reached = sum(value is not None for value in spent)
+            values = sorted(math.inf if value is None else value for value in spent)
+            middle = median(values)
+            cells.append(f"{middle:.0f} ({values[0]:.0f} to {values[-1]:.0f})" if math.isfinite(middle) else "-")
+        rows.append([f"`{arm}`", f"{reached} of {len(measured)}", *cells])
     return _table(
-        ["arm", "runs that reach it", *axes.values()], rows, f"Spent until the sampled validation reward is {level:.3f}"
+        ["arm", "runs that reach it", *axes.values()],
+        rows,
+        "Spent, median (range), until the sampled validation reward is half way to its seed's best arm's last",
     )
 
 

@@ -12,29 +12,23 @@ it to that), so arms that share a seed see the same prompts and the same draws u
 
 import time
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from actors.engine import DenoisingEngine
 from actors.evaluation import Evaluator, Point, Setting, standard_settings
 from actors.frontier import area, frontier_area
-from actors.group import finished_group, group_requests, rollout_threshold
-from actors.reward_pool import score
+from actors.group import rollout_threshold
 from common.config import Config
-from common.errors import RunError
 from common.policy import Policy, open_policy
 from common.tasks import Task, build_task
-from common.trajectory import decode_group
 from common.weights import load_flat, to_flat
-from learner.batch import Batch, build_batch
 from learner.learner import Learner
+from learner.synchronous_rollout import SynchronousRollout
 from learner.warm_start import warm_start as supervise
 
-SPREAD_ROUNDS = 50  # rounds of replacement for groups without spread before a batch is given up
 CURVE_POINTS = 20
 LEARNED_SCALES = (1 / 27, 1 / 9, 1 / 3, 1.0, 3.0, 9.0, 27.0)
 RESAMPLES = 1000
@@ -71,22 +65,13 @@ class SingleRun:
         self.config = config
         self._task: Task = build_task(config.task)
         self._policy = self._open(warm_start)
-        self._rollout = self._open(warm_start).for_rollout(config.rollout)
-        self._engine = DenoisingEngine.of(
-            self._rollout,
-            config,
-            rule=config.sampler.rule,
-            slots=config.rollout.slots,
-            fixed_padding=config.deterministic,
-        )
+        self._rollout = SynchronousRollout(config, self._task, self._open(warm_start))
         self._start = to_flat(self._policy)
         if config.deterministic:
             torch.use_deterministic_algorithms(True)
         self.learner = Learner(self._policy, config.learner)
-        self._cursor = 0
         self._seconds = {"rollout": 0.0, "learner": 0.0}
         self._passes = self._rows = 0.0
-        self._discarded = 0
         self._curve: list[dict[str, float]] = []
         self._validation: list[dict[str, float]] = []
         self._labelled: dict[str, list[float]] = {}
@@ -105,12 +90,12 @@ class SingleRun:
         sums: dict[str, list[float]] = {}
         for step in range(1, config.learner.steps + 1):
             clock = time.monotonic()
-            batch = self._generate()
+            batch = self._rollout.batch()
             self._seconds["rollout"] += time.monotonic() - clock
             clock = time.monotonic()
             metrics = self.learner.step(batch, version=step - 1)
             self._seconds["learner"] += time.monotonic() - clock
-            self._engine.adopt(to_flat(self._policy), step)
+            self._rollout.adopt(to_flat(self._policy), step)
             self._count(metrics)
             for name, value in metrics.items():
                 sums.setdefault(name, []).append(value)
@@ -125,7 +110,6 @@ class SingleRun:
         trained = self._seconds["rollout"] + self._seconds["learner"]
         before, _ = self._test(self._start)
         after, adaptation = self._test(weights)
-        after["saving"] = saving(before["frontier"], after["operating"])
         return {
             "curve": self._curve,
             "validation": self._validation,
@@ -134,52 +118,11 @@ class SingleRun:
             "adaptation": adaptation,
             "diagnostics": self._diagnostics(),
             "train_seconds": trained,
-            "discarded_groups": self._discarded,
+            "discarded_groups": self._rollout.discarded,
             "seconds": time.monotonic() - started,
         }
 
-    # -- one step -----------------------------------------------------------------------------------------------
-
-    def _generate(self) -> Batch:
-        """The next groups with the newest weights; those without spread are replaced, as the replay buffer does."""
-        config, tables = self.config, []
-        for _ in range(SPREAD_ROUNDS):
-            missing = config.learner.groups_per_step - len(tables)
-            if not missing:
-                break
-            for group in self._groups(missing):
-                if group.spread > 0 or not config.replay.drop_no_spread:
-                    tables.append(decode_group(group.payload))
-                else:
-                    self._discarded += 1
-        else:
-            raise RunError(
-                f"{SPREAD_ROUNDS} rounds did not fill a batch of {config.learner.groups_per_step} groups with spread "
-                "in their rewards; train the warm start longer, or set replay.drop_no_spread=false"
-            )
-        width = config.sampler.max_prompt_tokens if config.deterministic else None
-        return build_batch(tables, self._policy.vocabulary, width=width, device=self._policy.device)
-
-    def _groups(self, count: int) -> list[Any]:
-        config, size = self.config, self.config.learner.group_size
-        cursors = range(self._cursor, self._cursor + count)
-        self._cursor += count
-        examples = [self._task.example("train", cursor) for cursor in cursors]
-        requests = []
-        for cursor, example in zip(cursors, examples, strict=True):
-            ids = tuple(self._policy.encode(example.prompt))
-            requests += group_requests(config, ids, cursor=cursor, number=cursor)
-        completions = self._engine.generate(requests)
-        found = []
-        for place, (cursor, example) in enumerate(zip(cursors, examples, strict=True)):
-            own = completions[place * size : (place + 1) * size]
-            scores = score(self._task, example, [self._policy.decode(c.completion_ids.tolist()) for c in own])
-            found.append(
-                finished_group(
-                    config, own, scores, number=cursor, cursor=cursor, attempt=1, worker="study", model_digest=""
-                )
-            )
-        return found
+    # -- what is kept -------------------------------------------------------------------------------------------
 
     def _count(self, metrics: dict[str, float]) -> None:
         learner = self.config.learner
@@ -187,8 +130,6 @@ class SingleRun:
         passes = passes if learner.train != "threshold" else 1
         self._passes += learner.inner_updates * learner.groups_per_step * learner.group_size * passes
         self._rows += metrics.get("learner_rows_forwarded", 0.0) * learner.inner_updates
-
-    # -- what is kept -------------------------------------------------------------------------------------------
 
     def _axes(self, step: int) -> dict[str, float]:
         return {
@@ -214,7 +155,7 @@ class SingleRun:
             "clip_fraction": "learner_clip_fraction",
             "gradient_norm": "learner_gradient_norm",
         }
-        point = self._axes(step) | {"rollout_forwards": float(self._engine.cost.row_forwards)}
+        point = self._axes(step) | {"rollout_forwards": float(self._rollout.engine.cost.row_forwards)}
         return point | {short: mean(name) for short, name in names.items() if name in sums}
 
     def _diagnostics(self) -> dict[str, float]:
@@ -233,9 +174,9 @@ class SingleRun:
         """Operating point, greedy and sampled, and initial gamma on validation prompts; keeps the best weights."""
         config = self.config
         flat = to_flat(self._policy)
-        load_flat(self._rollout, flat)
+        load_flat(self._rollout.policy, flat)
         evaluator = Evaluator(
-            self._rollout, self._task, config, prompts=config.evaluation.drift_prompts, split="validation"
+            self._rollout.policy, self._task, config, prompts=config.evaluation.drift_prompts, split="validation"
         )
         point = evaluator.measure(self._operating())
         sampled = evaluator.measure(self._sampled())
@@ -261,9 +202,9 @@ class SingleRun:
 
     def _test(self, flat: np.ndarray) -> tuple[dict[str, Any], dict[str, float] | None]:
         config = self.config
-        load_flat(self._rollout, flat)
+        load_flat(self._rollout.policy, flat)
         evaluator = Evaluator(
-            self._rollout, self._task, config, prompts=config.evaluation.prompts, split=config.evaluation.split
+            self._rollout.policy, self._task, config, prompts=config.evaluation.prompts, split=config.evaluation.split
         )
         operating = evaluator.measure(self._operating())
         sampled = evaluator.measure(self._sampled())
@@ -295,28 +236,6 @@ class SingleRun:
         return found, adaptation(operating, learned, points, difficulty, config.evaluation.nfe_range)
 
 
-def saving(base: list[dict[str, Any]], operating: dict[str, float]) -> float:
-    """Share of forward passes that an operating point saves against the cheapest point of equal accuracy of the warm
-    start's frontier of fixed gammas; where that never gets so far, against its most accurate one. *(ours)*
-
-    Args:
-        base: rows with `rule`, `nfe` and `accuracy`; joined over log2(NFE).
-        operating: with `nfe` and `accuracy`.
-    """
-    points = sorted((row["nfe"], row["accuracy"]) for row in base if row["rule"] == "entropy_bound")
-    wanted = min(operating["accuracy"], max(accuracy for _, accuracy in points))
-    cost = points[0][0]
-    for (low, worse), (high, better) in pairwise(points):
-        if worse >= wanted:
-            break
-        cost = high
-        if better >= wanted:
-            share = (wanted - worse) / (better - worse)
-            cost = low * (high / low) ** share
-            break
-    return 1 - operating["nfe"] / cost
-
-
 def adaptation(
     operating: Point,
     learned: list[Point],
@@ -326,10 +245,10 @@ def adaptation(
 ) -> dict[str, float]:
     """Whether thresholds differ between prompts, follow their difficulty, and are worth it. *(ours)*
 
-    `slack` is what choosing a constant gamma for each difficulty, and not one for all, would add to the greedy reward:
-    what there is to be had. `learned_minus_constant` is the area under the frontier of the learned per-prompt gammas
-    times common factors, less
-    that of constant gammas under the same weights, with a bootstrap interval paired over prompts.
+    `slack` is a lower bound on what choosing a constant gamma by difficulty label, not one for all, would add to the
+    greedy reward. `learned_minus_constant` is the area under the frontier of the learned per-prompt gammas times
+    common factors, less that of constant gammas under the same weights, with a bootstrap interval paired over prompts;
+    the two have other nodes, so read it beside that of a prompt-blind head, whose true difference is 0.
     """
     fixed = [point for point in constant if point.setting.rule == "entropy_bound"]
     generator = np.random.default_rng(0)

@@ -1,0 +1,68 @@
+"""Remote control: another process reaches the controller of a run that is going, through what the run's folder says.
+
+- `RUN/controller.json` names the Ray cluster and the namespace; the driver writes it.
+- Ray's token is taken from where Ray keeps it, if `RAY_AUTH_MODE=token` was set before Ray was imported.
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from common.errors import RunError, UserError, one_line
+from learner.driver import CONTROLLER, CONTROLLER_FILE, probe
+
+ROOT = Path("runs")
+
+
+@contextmanager
+def controller_of(run: str) -> Iterator[Any]:
+    """The controller of a run, by the run's folder or its name below `runs/`.
+
+    Raises:
+        UserError: when there is no such run, or it is not going; errors of the controller as they are.
+    """
+    folder = _folder(run)
+    try:
+        found = json.loads((folder / CONTROLLER_FILE).read_text())
+        address, namespace = found["ray_address"], found["namespace"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{folder / CONTROLLER_FILE}: {one_line(error)}; a run that has started training has it"
+        ) from error
+    try:
+        probe(address)
+        ray.init(
+            address=address,
+            namespace=namespace,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            configure_logging=False,
+        )
+        controller = ray.get_actor(CONTROLLER)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        ray.shutdown()
+        raise UserError(f"run {run} is not going: its Ray at {address} does not know it ({one_line(error)})") from error
+    try:
+        yield controller
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError | RunError):
+            raise error.cause from error
+        raise
+    except RayActorError as error:
+        raise RunError(f"run {run} ended meanwhile: {one_line(error)}") from error
+    finally:
+        ray.shutdown()
+
+
+def _folder(run: str) -> Path:
+    for folder in (Path(run), ROOT / run):
+        if folder.is_dir():
+            return folder
+    known = sorted(path.parent.name for path in ROOT.glob(f"*/{CONTROLLER_FILE}"))
+    raise UserError(f"run {run!r}: no folder of that name, nor {ROOT / run}; runs: {', '.join(known) or 'none'}")
