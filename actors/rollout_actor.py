@@ -8,7 +8,8 @@ one queue. While the producer has work the queue is emptied between two steps; w
   Weights that arrive damaged are counted and fetched again; the actor keeps its old ones, and gives leases that need
   newer ones back.
 - What the producer says is the data's fault is reported as that, and the loop goes on.
-- A reply that is marked closed brought the last leases: the actor finishes what it has and ends.
+- A reply that is marked closed brought the last leases: the actor finishes what it has and ends, once the buffer has
+  answered for every group: an actor that is gone loses its leases, those of groups under way to their file too.
 """
 
 import logging
@@ -39,6 +40,7 @@ class RolloutActor:
         self._events: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._producer = make(name, lambda: self._events.put(lambda: None))
         self._leases: dict[tuple[int, int], Lease] = {}
+        self._unanswered: set[tuple[int, int]] = set()  # handed in, and maybe not in a file yet
         self._asking = False
         self._ending = False
         self._renewed = self._patient_until = time.monotonic()
@@ -48,7 +50,7 @@ class RolloutActor:
     def run(self) -> None:
         """Called once by the fleet: the whole life of the actor."""
         try:
-            while not (self._ending and not self._leases):
+            while not self._done():
                 self._ask_for_leases()
                 self._handle_events()
                 self._hand_in(self._producer.step())
@@ -72,6 +74,10 @@ class RolloutActor:
     def _abandon(self) -> None:
         self._ending = True
         self._leases.clear()
+        self._unanswered.clear()
+
+    def _done(self) -> bool:
+        return self._ending and not self._leases and not self._unanswered
 
     def _handle_events(self) -> None:
         """All that has arrived; sleeps only while there is nothing to do, and never past a renewal."""
@@ -85,7 +91,7 @@ class RolloutActor:
 
     def _wait(self) -> float | None:
         """Seconds for which only an event can bring work; None is for ever."""
-        if self._ending and not self._leases:
+        if self._done():
             return 0.0
         now, waits = time.monotonic(), [self._producer.rest()]
         if self._leases:
@@ -179,7 +185,10 @@ class RolloutActor:
             else:
                 finished.append(outcome)
         if finished:
-            self._call(self._buffer.submit.remote(self.name, finished), self._submitted)
+            keys = {(group.number, group.attempt) for group in finished}
+            self._unanswered |= keys
+            self._call(self._buffer.submit.remote(self.name, finished), lambda reply: self._submitted(keys, reply))
 
-    def _submitted(self, reply: SubmitReply) -> None:
+    def _submitted(self, keys: set[tuple[int, int]], reply: SubmitReply) -> None:
+        self._unanswered -= keys
         self._adopt(reply.snapshot)
