@@ -29,8 +29,10 @@ what the same policy gives for the same draws where messages cost nothing.
 
 import asyncio
 import logging
+import tempfile
 import time
 from dataclasses import replace
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -61,7 +63,8 @@ def run(options: Options) -> dict[str, Any]:
         raise UserError("bench async simulates generation and learner: it takes no configuration; leave it out")
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
     try:
-        return _Measurements(options).all()
+        with tempfile.TemporaryDirectory() as folder:
+            return _Measurements(options, Path(folder)).all()
     finally:
         ray.shutdown()
 
@@ -69,8 +72,8 @@ def run(options: Options) -> dict[str, Any]:
 class _Measurements:
     """One call of the benchmark."""
 
-    def __init__(self, options: Options) -> None:
-        self._quick, self._console = options.quick, options.console
+    def __init__(self, options: Options, folder: Path) -> None:
+        self._quick, self._console, self._folder = options.quick, options.console, folder
         self._result: dict[str, Any] = {}
         self._windowed: list[Outcome] = []
 
@@ -99,7 +102,7 @@ class _Measurements:
 
     def _outcomes(self, workload: Workload, eta: int) -> tuple[Outcome, Outcome]:
         """Real and modelled, of windowed FIFO."""
-        with simulated_run(workload, max_staleness=eta) as going:
+        with simulated_run(workload, self._folder, max_staleness=eta) as going:
             ray.get(going.learner.run.remote(workload.steps))
             real = going.outcome()
         self._windowed.append(real)
@@ -143,7 +146,9 @@ class _Measurements:
             workload = Workload(
                 groups_per_step=8, slots=32, generation_seconds=0.02, cv=2.0, train_seconds=0.005, steps=steps
             )
-            with simulated_run(workload, max_staleness=eta, admission=policy, payload_bytes=1000) as going:
+            with simulated_run(
+                workload, self._folder, max_staleness=eta, admission=policy, payload_bytes=1000
+            ) as going:
                 ray.get(going.learner.run.remote(steps))
                 outcome = going.outcome()
                 broken += sum(age > eta for age in outcome.staleness) + int(going.gauges()["violations"])
@@ -156,7 +161,7 @@ class _Measurements:
 
     def wakeup(self) -> float:
         """Milliseconds, median."""
-        buffer = make_buffer(groups_per_step=1, max_staleness=0)
+        buffer = make_buffer(self._folder, groups_per_step=1, max_staleness=0)
         learner: Any = ray.remote(SimulatedLearner).options(**FREE).remote(buffer=buffer, train_seconds=0, weights=1)
         ray.get(learner.publish.remote([]))
         taken = []
@@ -174,7 +179,7 @@ class _Measurements:
     def buffer_vs_queue(self) -> float:
         """128 groups a call; both have passed something before their time is taken."""
         steps, size = 10 if self._quick else 40, 128
-        buffer = make_buffer(groups_per_step=size, max_staleness=1)
+        buffer = make_buffer(self._folder, groups_per_step=size, max_staleness=1)
         learner: Any = ray.remote(SimulatedLearner).options(**FREE).remote(buffer=buffer, train_seconds=0, weights=1)
 
         def through_buffer(steps: int) -> float:
@@ -212,7 +217,7 @@ class _Measurements:
             workload = Workload(
                 groups_per_step=6 * actors, slots=actors, generation_seconds=0.05, cv=0.5, train_seconds=0.3, steps=24
             )
-            with simulated_run(workload, max_staleness=4, actors=actors) as going:
+            with simulated_run(workload, self._folder, max_staleness=4, actors=actors) as going:
                 ray.get(going.learner.run.remote(workload.steps))
                 published = going.report()["published"]
                 seen: list[Any] = ray.get([actor.gauges.remote() for actor in going.actors])
@@ -244,7 +249,7 @@ class _Measurements:
         workload = Workload(
             groups_per_step=size, slots=1, generation_seconds=2.0, cv=0.0, train_seconds=0.5, steps=2 * cycles
         )
-        buffer = make_buffer(groups_per_step=size, max_staleness=4)
+        buffer = make_buffer(self._folder, groups_per_step=size, max_staleness=4)
         learner: Any = ray.remote(SimulatedLearner).options(**FREE).remote(buffer=buffer, train_seconds=0.5)
         make = MakeSimulated(workload=workload, slots=1)
         parts: list[Any] = [
@@ -273,7 +278,7 @@ class _Measurements:
         """A fleet of 2 that limits the run, then of 3."""
         steps = 12 if self._quick else 30
         workload = Workload(groups_per_step=8, slots=8, generation_seconds=1.0, cv=0.5, train_seconds=0.02, steps=steps)
-        buffer = make_buffer(groups_per_step=8, max_staleness=8)
+        buffer = make_buffer(self._folder, groups_per_step=8, max_staleness=8)
         learner: Any = ray.remote(SimulatedLearner).options(**FREE).remote(buffer=buffer, train_seconds=0.02)
         make = MakeSimulated(workload=workload, slots=8)
         fleet = Fleet(

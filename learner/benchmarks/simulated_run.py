@@ -1,12 +1,11 @@
 """SimulatedRun: real Ray, buffer, rollout actors and weights; generations and learner steps only take their time."""
 
-import atexit
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -106,12 +105,8 @@ class SimulatedRun:
         )
 
 
-def make_buffer(
-    *, groups_per_step: int, max_staleness: int, admission: str = "windowed_fifo", lease_seconds: float = 60.0
-) -> Any:
-    """A buffer actor as the controller makes it, without a limit of groups; its folder goes with this process."""
-    folder = tempfile.mkdtemp(prefix="diffpo-segments-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+def make_buffer(folder: Path, *, groups_per_step: int, max_staleness: int, admission: str = "windowed_fifo") -> Any:
+    """A buffer actor as the controller makes it, without a limit of groups; its segment files lie below a folder."""
     return (
         ray.remote(MeasuredBuffer)
         .options(max_concurrency=1000, **FREE)
@@ -119,28 +114,35 @@ def make_buffer(
             groups_per_step=groups_per_step,
             max_staleness=max_staleness,
             admission=admission,
-            lease_seconds=lease_seconds,
+            lease_seconds=60.0,
             drop_no_spread=False,
-            store=SegmentStore(folder, memory_bytes=256 * 2**20),
+            store=SegmentStore(tempfile.mkdtemp(dir=folder), memory_bytes=1 << 28),
         )
     )
 
 
 @contextmanager
 def simulated_run(
-    workload: Workload, *, max_staleness: int, admission: str = "windowed_fifo", actors: int = 4, **make: Any
+    workload: Workload,
+    folder: Path,
+    *,
+    max_staleness: int,
+    admission: str = "windowed_fifo",
+    actors: int = 4,
+    **make: Any,
 ) -> Iterator[SimulatedRun]:
     """Buffer, learner and actors, waiting for the first weights; all are ended at the end.
 
     Args:
         workload: what is generated and trained; its slots are dealt out to the actors.
+        folder: where the buffer may keep its segment files.
         max_staleness: eta of the policy.
         admission: name of the policy.
         actors: rollout actors, each a process.
         make: more for `MakeSimulated`.
     """
     buffer: Any = make_buffer(
-        groups_per_step=workload.groups_per_step, max_staleness=max_staleness, admission=admission
+        folder, groups_per_step=workload.groups_per_step, max_staleness=max_staleness, admission=admission
     )
     learner: Any = (
         ray.remote(SimulatedLearner)
