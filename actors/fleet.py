@@ -170,6 +170,7 @@ class Fleet:
             "rollout_cache_drift": total["probed_kl"] / probed,
             "rollout_cache_flips": total["probed_flips"] / probed,
             "weights_adopted_version": min((reply["version"] for reply in alive), default=-1.0),
+            "rollout_longest_group_seconds": max((reply["longest_group_seconds"] for reply in alive), default=0.0),
             "weights_damaged": total["damaged_weights"],
             "weights_adoptions": total["adoptions"],
             "weights_adopt_seconds": total["adopt_seconds"],

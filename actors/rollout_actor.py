@@ -40,7 +40,9 @@ class RolloutActor:
         self._events: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._producer = make(name, lambda: self._events.put(lambda: None))
         self._leases: dict[tuple[int, int], Lease] = {}
-        self._unanswered: set[tuple[int, int]] = set()  # handed in, and maybe not in a file yet
+        self._unanswered: dict[tuple[int, int], Lease] = {}  # handed in, and maybe not in a file yet
+        self._since: dict[tuple[int, int], float] = {}
+        self._longest = 0.0
         self._asking = False
         self._ending = False
         self._renewed = self._patient_until = time.monotonic()
@@ -69,12 +71,13 @@ class RolloutActor:
             "damaged_weights": float(self._damaged),
             "adoptions": float(self._adoptions),
             "adopt_seconds": self._adopt_seconds,
+            "longest_group_seconds": self._longest,
         }
 
     def _abandon(self) -> None:
         self._ending = True
-        self._leases.clear()
-        self._unanswered.clear()
+        for held in (self._leases, self._since, self._unanswered):
+            held.clear()
 
     def _done(self) -> bool:
         return self._ending and not self._leases and not self._unanswered
@@ -94,7 +97,7 @@ class RolloutActor:
         if self._done():
             return 0.0
         now, waits = time.monotonic(), [self._producer.rest()]
-        if self._leases:
+        if self._leases or self._unanswered:
             waits.append(max(0.0, self._renewed + self._renewal_seconds() - now))
         if self._patient_until > now:
             waits.append(self._patient_until - now)
@@ -125,24 +128,32 @@ class RolloutActor:
             if lease.version > self._producer.version:
                 self._give_back(lease, f"weights of version {lease.version} arrived damaged", data=False)
                 continue
+            now = time.monotonic()
             if not self._leases:
-                self._renewed = time.monotonic()
+                self._renewed = now
             self._leases[lease.number, lease.attempt] = lease
+            self._since[lease.number, lease.attempt] = now
             self._producer.start(lease)
 
     def _renewal_seconds(self) -> float:
-        return min(lease.seconds for lease in self._leases.values()) / RENEWALS_PER_LEASE
+        leases = (self._leases | self._unanswered).values()
+        return min(lease.seconds for lease in leases) / RENEWALS_PER_LEASE
 
     def _renew(self) -> None:
-        now = time.monotonic()
-        if self._leases and now - self._renewed >= self._renewal_seconds():
+        now, held = time.monotonic(), [number for number, _ in (*self._leases, *self._unanswered)]
+        if held and now - self._renewed >= self._renewal_seconds():
             self._renewed = now
-            self._call(self._buffer.renew.remote(self.name, [number for number, _ in self._leases]), self._renewal)
+            self._call(self._buffer.renew.remote(self.name, held), self._renewal)
 
     def _renewal(self, reply: RenewReply) -> None:
         self._adopt(reply.snapshot)
         for key in [key for key in self._leases if key[0] in reply.lost]:
-            self._producer.drop(self._leases.pop(key))
+            self._producer.drop(self._end(key))
+
+    def _end(self, key: tuple[int, int]) -> Lease:
+        """Take a lease off the list, and the time that its group took."""
+        self._longest = max(self._longest, time.monotonic() - self._since.pop(key))
+        return self._leases.pop(key)
 
     def _give_back(self, lease: Lease | Fault, reason: str, *, data: bool) -> None:
         call = self._buffer.fail.remote(self.name, lease.number, lease.attempt, reason, data)
@@ -176,19 +187,21 @@ class RolloutActor:
 
     def _hand_in(self, ended: list[FinishedGroup | Fault]) -> None:
         """Report what ended, unless its lease was lost meanwhile."""
-        finished = []
+        finished: dict[tuple[int, int], FinishedGroup] = {}
         for outcome in ended:
-            if self._leases.pop((outcome.number, outcome.attempt), None) is None:
+            key = (outcome.number, outcome.attempt)
+            if key not in self._leases:
                 continue
+            lease = self._end(key)
             if isinstance(outcome, Fault):
                 self._give_back(outcome, outcome.reason, data=True)
             else:
-                finished.append(outcome)
+                finished[key], self._unanswered[key] = outcome, lease
         if finished:
-            keys = {(group.number, group.attempt) for group in finished}
-            self._unanswered |= keys
-            self._call(self._buffer.submit.remote(self.name, finished), lambda reply: self._submitted(keys, reply))
+            call = self._buffer.submit.remote(self.name, list(finished.values()))
+            self._call(call, lambda reply: self._submitted(list(finished), reply))
 
-    def _submitted(self, keys: set[tuple[int, int]], reply: SubmitReply) -> None:
-        self._unanswered -= keys
+    def _submitted(self, keys: list[tuple[int, int]], reply: SubmitReply) -> None:
+        for key in keys:
+            self._unanswered.pop(key, None)
         self._adopt(reply.snapshot)

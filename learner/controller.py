@@ -87,6 +87,7 @@ class Controller:
         self._progress_mark: tuple[float, ...] = ()
         self._quarantined = 0.0
         self._untrainable = ""
+        self._warned = False
 
     # -- called from outside ------------------------------------------------------------------------------------
 
@@ -320,6 +321,10 @@ class Controller:
         if gauges["groups_quarantined"] > self._quarantined:
             self._quarantined = gauges["groups_quarantined"]
             await self._report_quarantine()
+        longest = fleet["rollout_longest_group_seconds"]
+        if gauges["expired_leases"] > 0 and longest > self.config.replay.lease_seconds and not self._warned:
+            self._warned = True
+            await self._tell("warning", {"text": _short_deadline(gauges["expired_leases"], longest, self.config)})
         if gauges["groups_discarded"] + gauges["groups_quarantined"] > 0:
             self._untrainable = (
                 f": {gauges['no_spread_discards']:.0f} groups were discarded for equal rewards (a longer warm start, "
@@ -334,3 +339,10 @@ class Controller:
         self._exporter.update({"run_seconds": now - self._started, "run_idle_seconds": now - self._progressed})
         states = {key.removeprefix("groups_"): gauges[key] for key in gauges if key.startswith("groups_")}
         self._exporter.replace("replay_groups", states)
+
+
+def _short_deadline(expired: float, longest: float, config: Config) -> str:
+    return (
+        f"{expired:.0f} leases ran out: a group took up to {longest:.1f} s, replay.lease_seconds is "
+        f"{config.replay.lease_seconds:g}; raise it, what is handed in late is lost"
+    )

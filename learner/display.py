@@ -44,6 +44,8 @@ class Display:
             self.console.print(f"metrics: http://{values['address']}/metrics")
         elif kind == "signal":
             self.console.print(f"{values['name']}: stopping; in training, after the step in hand and a checkpoint")
+        elif kind == "warning":
+            self.console.print(f"warning: {values['text']}")
         elif kind == "scale":
             self.console.print(f"rollout actors: {values['was']} -> {values['actors']}")
         elif kind == "quarantine":

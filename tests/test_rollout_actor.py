@@ -207,6 +207,15 @@ def test_lost_leases_are_dropped_at_the_next_renewal() -> None:
         acting.buffer.call("return_worker", "a")
         until(lambda: len(made[0].dropped) >= 2)
         assert made[0].dropped[:2] == [0, 1]
+        assert 0 < acting.actor.gauges()["longest_group_seconds"] < PATIENCE
+
+
+def test_a_group_longer_than_its_lease_is_renewed_until_its_hand_in_is_answered() -> None:
+    with scene(simulated(1.0), lease_seconds=0.3) as acting:
+        assert acting.train().numbers == [0, 1]
+        gauges = acting.gauges()
+        assert (gauges["expired_leases"], gauges["late_results"]) == (0, 0)
+        assert acting.actor.gauges()["longest_group_seconds"] > 0.3
 
 
 def test_the_loop_sleeps_while_it_has_nothing_to_do() -> None:
