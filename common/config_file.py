@@ -36,7 +36,8 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
                 raise UserError(f"config {path}: no such file; in that folder: {', '.join(known) or 'no YAML files'}")
             tree = _read(path)
         for item in overrides or []:
-            if "=" not in item or item.startswith(("=", "-")):
+            key = item.partition("=")[0]
+            if "=" not in item or item.startswith("-") or not all(key.split(".")):
                 raise UserError(f"override {item!r} is not of the form key.sub=value, e.g. learner.steps=20")
         tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides or [])))
         data = OmegaConf.to_container(tree, resolve=True)

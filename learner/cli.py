@@ -223,7 +223,7 @@ def study(
     from learner.study.runner import Runner
 
     console = Console(soft_wrap=True, highlight=False)
-    short, loaded = load_study(name)
+    short, loaded = load_study(name, out=out)
     runner = Runner(short, loaded, out=out, console=console, seeds=seeds)
     path = runner.report(runner.finished()) if report else runner.run(jobs=jobs)
     console.print(f"report: {path}")

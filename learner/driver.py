@@ -6,10 +6,7 @@
 - The exit code says how the run ended (`EXIT`); a run that did not train all its steps never exits with 0.
 """
 
-import logging
-import os
 import signal
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,13 +19,11 @@ from common.errors import RunError, UserError, one_line
 from learner.controller import Controller
 from learner.exporter import check_port
 from learner.preflight import preflight
+from learner.ray_connection import LOCAL, chosen_address, connect
 from learner.run_directory import RunDirectory
-
-log = logging.getLogger(__name__)
 
 CONTROLLER = "controller"
 CONTROLLER_FILE = "controller.json"  # in the run directory: where another process finds the controller
-PROBE_SECONDS = 5.0
 
 
 def train(config: Config, show: Callable[[str, dict[str, Any]], None]) -> dict[str, Any]:
@@ -59,38 +54,17 @@ def train(config: Config, show: Callable[[str, dict[str, Any]], None]) -> dict[s
 
 
 def _connect(config: Config) -> None:
-    address = config.run.ray_address or os.environ.get("RAY_ADDRESS") or "local"
-    local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-    try:
-        probe(address)
-        ray.init(
-            address=address,
-            namespace=config.run.name,
-            logging_level=logging.WARNING,
-            log_to_driver=False,
-            configure_logging=False,
-            **local,
-        )
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise UserError(
-            f"Ray at {address!r} cannot be reached ({one_line(error)}); "
-            "start it (`ray start --head`), correct run.ray_address, or leave it out for a local one"
-        ) from error
+    address = chosen_address(config.run.ray_address)
+    way_out = "start it (`ray start --head`), correct run.ray_address, or leave it out for a local one"
+    connect(address, namespace=config.run.name, way_out=way_out)
     wanted = config.rollout.actors * config.rollout.cpus + config.learner.cpus
     available = ray.cluster_resources().get("CPU", 0.0)
-    if wanted > available and address == "local":
+    if wanted > available and address == LOCAL:
         ray.shutdown()
         raise UserError(
             f"rollout.actors={config.rollout.actors} x {config.rollout.cpus:g} CPUs + learner {config.learner.cpus:g} "
             f"exceed this machine's {available:g} CPUs; lower rollout.actors, or rollout.cpus to share cores"
         )
-
-
-def probe(address: str) -> None:
-    """Open a connection to `host:port`: Ray itself tries for minutes where nothing listens (measured)."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=PROBE_SECONDS).close()
 
 
 def _follow(config: Config, directory: Path, show: Callable[[str, dict[str, Any]], None]) -> dict[str, Any]:

@@ -15,7 +15,8 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from common.errors import RunError, UserError, one_line
-from learner.driver import CONTROLLER, CONTROLLER_FILE, probe
+from learner.driver import CONTROLLER, CONTROLLER_FILE
+from learner.ray_connection import connect
 
 ROOT = Path("runs")
 
@@ -35,17 +36,10 @@ def controller_of(run: str) -> Iterator[Any]:
         raise UserError(
             f"{folder / CONTROLLER_FILE}: {one_line(error)}; a run that has started training has it"
         ) from error
+    connect(address, namespace=namespace, logging_level=logging.ERROR, way_out=f"run {run} is not going any more")
     try:
-        probe(address)
-        ray.init(
-            address=address,
-            namespace=namespace,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            configure_logging=False,
-        )
         controller = ray.get_actor(CONTROLLER)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         ray.shutdown()
         raise UserError(f"run {run} is not going: its Ray at {address} does not know it ({one_line(error)})") from error
     try:

@@ -81,11 +81,7 @@ class RunDirectory:
 
     def write_json(self, name: str, value: Any, *, indent: int | None = 1) -> Path:
         """Write a file as a whole or not at all."""
-        target = self.path / name
-        partial = target.with_name(target.name + ".partial")
-        partial.write_text(json.dumps(value, indent=indent) + "\n")
-        os.replace(partial, target)
-        return target
+        return write_whole(self.path / name, json.dumps(value, indent=indent) + "\n")
 
     def read_json(self, name: str) -> Any:
         return json.loads((self.path / name).read_text())
@@ -102,6 +98,17 @@ class RunDirectory:
         """Remove all but the newest `keep`."""
         for path in self.checkpoints()[:-keep]:
             shutil.rmtree(path)
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Write a file as a whole or not at all; of two processes that write it at once, one wins."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
 
 
 def _next_name(path: Path) -> str:

@@ -1,6 +1,7 @@
 """RunDirectory and checkpoints: nothing is overwritten, and a reader never sees half of one."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,29 @@ def test_json_is_written_as_a_whole(directory: RunDirectory) -> None:
         directory.write_json("some.json", {"c": object()})
     assert directory.read_json("some.json") == {"b": None}
     assert sorted(p.name for p in directory.path.iterdir()) == ["config.yaml", "some.json"]
+
+
+def test_two_processes_that_write_one_file_do_not_share_a_partial_one(
+    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, replace = set(), os.replace
+
+    def seen(partial: Path, target: Path) -> None:
+        written.add(partial)
+        replace(partial, target)
+
+    monkeypatch.setattr(os, "replace", seen)
+    for process in (1, 2):
+        monkeypatch.setattr(os, "getpid", lambda process=process: process)
+        directory.write_json("some.json", process)
+    assert len(written) == 2
+
+
+def test_what_cannot_be_written_leaves_nothing(directory: RunDirectory) -> None:
+    (directory.path / "some.json").mkdir()
+    with pytest.raises(OSError, match=r"some\.json"):
+        directory.write_json("some.json", 1)
+    assert not list(directory.path.glob("*.partial"))
 
 
 def fake_checkpoint(directory: RunDirectory, step: int, *, complete: bool = True) -> Path:

@@ -1,25 +1,18 @@
-"""Studies: what a grid may say, what is run again, what the numbers mean, and one real study on a small cluster."""
+"""Studies: what a grid may say, what the numbers mean, and what the report says of them."""
 
-import contextlib
 import json
 import math
-import socket
-import sys
-import time
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import ray
-from ray import cloudpickle
-from rich.console import Console
+from study_fixtures import ROOT, STUDY, claim, result, study
 
 from actors.evaluation import Point, Setting
-from common.config import Config
-from common.errors import RunError, UserError
-from learner.cli import main
-from learner.study.grid import Study, load_study, plan
+from common.errors import UserError
+from learner.study.grid import load_study, plan
 from learner.study.measures import (
     at_equal,
     at_passes,
@@ -33,47 +26,7 @@ from learner.study.measures import (
     verdict,
 )
 from learner.study.report import differences, write_report
-from learner.study.runner import Runner
 from learner.study.single_run import adaptation, slack
-
-ROOT = Path(__file__).parent.parent
-STUDY: dict[str, Any] = {
-    "title": "A title",
-    "question": "A question?",
-    "config": str(ROOT / "deploy/configs/sudoku.yaml"),
-    "seeds": 2,
-    "arms": {
-        "one": {"about": "the first"},
-        "other": {"about": "the second", "overrides": ["learner.learning_rate=1e-3"]},
-    },
-    "comparisons": [
-        {"claim": "it learns", "arm": "one", "baseline": "before", "measure": "test.after.area"},
-        {"claim": "one beats other", "arm": "one", "baseline": "other", "measure": "test.after.area"},
-    ],
-}
-
-
-def study(**changes: Any) -> Study:
-    return Study.model_validate(STUDY | changes)
-
-
-def result(arm: str, seed: int, area: float, **changes: Any) -> dict[str, Any]:
-    """What a run leaves, as small as the report allows."""
-    point = {"step": 0, "seconds": 0.0, "passes": 0.0, "rows_forwarded": 0.0, "accuracy": 0.3, "nfe": 4.0}
-    point |= {"sampled_reward_costed": 0.2, "drift_nfe": 4.0, "drift_accuracy": 0.3}
-    later = point | {"step": 20, "seconds": 50.0, "passes": 100.0, "rows_forwarded": 60.0}
-    later |= {"sampled_reward_costed": 0.2 + area, "accuracy": 0.3 + area}
-    frontier = [{"rule": "entropy_bound", "nfe": nfe, "accuracy": 0.1 * nfe} for nfe in (1.0, 2.0, 4.0)]
-    test = {"area": 0.2, "operating": {"accuracy": 0.3, "nfe": 3.0}, "frontier": frontier}
-    return {
-        "arm": arm,
-        "seed": seed,
-        "validation": [point, later],
-        "curve": [{"step": 10, "rollout_forwards": 300.0}, {"step": 20, "rollout_forwards": 400.0}],
-        "test": {"before": test, "after": test | {"area": 0.2 + area}},
-        "commit": "abc",
-    } | changes
-
 
 # -- the grid --------------------------------------------------------------------------------------------------------
 
@@ -103,8 +56,27 @@ def test_runs_go_seed_by_seed_and_arms_may_have_fewer() -> None:
         ({"arms": {}}, "arms"),
         ({"arms": {"before": {"about": ""}}}, "arm 'before': use small letters"),
         ({"arms": {"A b": {"about": ""}}}, "arm 'A b': use small letters"),
-        ({"seeds": 0}, "seeds"),
-        ({"comparisons": [{"claim": "c", "arm": "none", "measure": "m"}]}, "no arm 'none'; arms: one, other"),
+        ({"seeds": 0}, "seeds: Input should be greater than or equal to 1 (given 0)"),
+        ({"seeds": True}, "seeds: Input should be a valid integer (given True)"),
+        ({"title": "???"}, "Missing mandatory value: title"),
+        ({"": 3}, "unknown key ''; valid keys: title"),
+        ({"comparisons": [claim(arm="none")]}, "no arm 'none'; arms: one, other"),
+        ({"comparisons": [claim(baseline="one")]}, "arm and baseline are both 'one'"),
+        ({"comparisons": [claim(measure="nfe at lots")]}, "'lots' is no number of forward passes; e.g. nfe at 3000"),
+        ({"comparisons": [claim(measure="nfe at nan")]}, "'nan' is no number"),
+        ({"comparisons": [claim(measure="nef at 30")]}, "no run has 'nef'; did you mean nfe?"),
+        ({"comparisons": [claim(measure="nfe at equal row")]}, "no axis 'row'; one of seconds, passes"),
+        ({"comparisons": [claim(measure="nfe at equal seconds")]}, "compares two arms; give one as baseline"),
+        ({"comparisons": [claim(measure="nonsense.x")]}, "no run has 'nonsense.x'; they begin with test, selected"),
+        ({"comparisons": [claim(measure="test.after.frontier")]}, "no run has 'test.after.frontier'"),
+        ({"comparisons": [claim(measure="test.after.aera")]}, "did you mean test.after.area?"),
+        ({"comparisons": [claim(measure="test.after.saving", baseline="before")]}, "no run has 'test.before.saving'"),
+        ({"overrides": ["run.seed=77"]}, "run.seed=77: a study sets it"),
+        ({"overrides": ["run={name: mine}"]}, "run.name=mine: a study sets it"),
+        ({"overrides": [".steps=2"]}, "override '.steps=2' is not of the form"),
+        ({"overrides": ["replay.max_staleness=4"]}, "set replay.max_staleness=2 among the overrides"),
+        ({"overrides": ["replay.admission=strict_fifo"]}, "replay.admission=strict_fifo: a study's runs are synch"),
+        ({"overrides": ["rollout.actors=2"]}, "rollout.actors=2: a study's runs are synchronous and in one process"),
         ({"seed": 3}, "unknown key seed; did you mean seeds"),
         ({"arms": {"one": {"about": "", "override": []}}}, "unknown key arms.one.override; did you mean overrides"),
         ({"arms": {"one": {"about": "", "overrides": ["learner.step=3"]}}}, "arm one: unknown key learner.step; did"),
@@ -121,7 +93,7 @@ def test_a_malformed_study_is_refused_before_anything_starts(
 ) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(json.dumps(STUDY | {"comparisons": []} | changes))  # JSON is YAML
-    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+    with pytest.raises(UserError, match=re.escape(message)):
         plan(load_study(str(path))[1])
 
 
@@ -129,6 +101,27 @@ def test_an_unknown_study_names_the_known_ones(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=r"study 'sudko'.*known studies: .*quick.*sudoku"):
         load_study("sudko")
+
+
+def test_digests_stay_and_see_what_files_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    quick = plan(load_study("quick")[1])[0]
+    # another digest throws away every finished run, another warm-start digest every kept warm start
+    assert (quick.digest, quick.warm_start_digest) == ("1d8b398fcac256eb", "46b1b243691e33c2")
+    rows, folder = tmp_path / "rows", tmp_path / "model"
+    folder.mkdir()
+    for override, file in ((f"task.file={rows}", rows), (f"warm_start.file={rows}", rows)):
+        seen = set()
+        for content in ("one", "two", "one"):
+            file.write_text(content)
+            run = plan(study(overrides=[override]))[0]
+            seen.add((run.digest, run.warm_start_digest))
+        assert len(seen) == len({digest for digest, _ in seen}) == len({start for _, start in seen}) == 2
+    digests = [plan(study(overrides=[f"model.path={folder}"]))[0].digest]
+    for name, content in (("a", "one"), ("b", ""), ("a", "two")):
+        (folder / name).write_text(content)
+        digests.append(plan(study(overrides=[f"model.path={folder}"]))[0].digest)
+    assert len(set(digests)) == 4
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------
@@ -251,6 +244,7 @@ def test_slack_is_what_a_setting_per_difficulty_would_earn_and_noise_earns_nothi
     assert slack(np.stack([one, 0.9 * one]), difficulty) == 0
     noise = np.random.default_rng(0).random((9, 400))
     assert abs(slack(noise, difficulty)) < 0.05
+    assert slack(noise[:, :1], difficulty[:1]) == 0  # one prompt cannot be parted into halves
 
 
 def test_the_report_says_what_the_runs_say(tmp_path: Path) -> None:
@@ -271,109 +265,15 @@ def test_the_report_says_what_the_runs_say(tmp_path: Path) -> None:
 
 
 def test_the_report_names_what_is_missing_and_shows_what_there_is(tmp_path: Path) -> None:
-    claims = [{"claim": "mistyped", "arm": "one", "baseline": "before", "measure": "test.after.aera"}]
+    claims = [{"claim": "absent", "arm": "one", "measure": "adaptation.slack"}]
     given = study(comparisons=[*claims, {"claim": "later", "arm": "other", "measure": "test.after.area"}])
     runs = plan(given)
     done = {run.name: result("one", run.seed, (0.3, 0.0)[run.seed], jobs=2, cpus=8) for run in runs if run.arm == "one"}
     text = write_report("name", given, runs, done, tmp_path).read_text()
-    assert "| mistyped | one - before, `test.after.aera` | - | 0 | not measured | - | - |" in text
+    assert "| absent | one, `adaptation.slack` | - | 0 | not measured | - | - |" in text
     assert "| later |" not in text  # its arm has not begun
     assert "2 at once on 8 CPUs" in text
     assert "| `one` | 2 of 2 | 25 (0 to 50) | 15 (0 to 30) | 12 (0 to 25) | 115 (0 to 230) |" in text
     assert "| 60 ± 0 |" in text  # rows forwarded
     bare = {name: {key: found[key] for key in ("arm", "seed")} for name, found in done.items()}
     assert "2 of 4 runs" in write_report("name", given, runs, bare, tmp_path).read_text()
-
-
-# -- the runner ------------------------------------------------------------------------------------------------------
-
-
-def fake_warm(config: Config) -> np.ndarray:
-    return np.full(3, float(config.run.seed))
-
-
-def fake_train(config: Config, start: np.ndarray) -> dict[str, Any]:
-    if config.run.seed == 1 and config.learner.learning_rate == 1e-3:
-        raise ValueError("no such luck")
-    if config.run.seed == 1:
-        return result("", 0, math.nan)
-    return result("", 0, float(start.sum()) / 100)
-
-
-def healed_train(config: Config, start: np.ndarray) -> dict[str, Any]:
-    return result("", 0, 0.5)
-
-
-def hanging_train(config: Config, start: np.ndarray) -> dict[str, Any]:
-    while config.run.seed == 1 and config.learner.learning_rate == 1e-3:
-        with contextlib.suppress(ValueError):
-            time.sleep(60)
-    return result("", 0, 0.5)
-
-
-def test_a_failed_run_is_named_the_others_go_on_and_only_it_is_run_again(tmp_path: Path, capsys) -> None:
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not have the tests on their path
-    console = Console(width=200)
-
-    def runner(train: Any, given: Study) -> Runner:
-        return Runner(
-            "s", given, out=tmp_path / "out", work=tmp_path / "work", console=console, train=train, warm=fake_warm
-        )
-
-    with pytest.raises(RunError, match=r"2 of 4 runs failed") as failed:
-        runner(fake_train, study()).run(jobs=2)
-    assert "other-seed1: no such luck" in str(failed.value)
-    assert "one-seed1: validation.1.accuracy of its result is not finite" in str(failed.value)
-    assert "2 of 4 runs" in (tmp_path / "out" / "s.md").read_text()
-    assert not list((tmp_path / "work").glob("partial*"))
-    kept = json.loads((tmp_path / "out/s/other-seed0.json").read_text())
-    assert (kept["jobs"], kept["overrides"][0]) == (2, "learner.learning_rate=1e-3")
-    assert runner(healed_train, study()).run(jobs=2) == tmp_path / "out" / "s.md"
-    areas = {name: found["test"]["after"]["area"] for name, found in runner(healed_train, study()).finished().items()}
-    assert areas == pytest.approx({"one-seed0": 0.2, "other-seed0": 0.2, "one-seed1": 0.7, "other-seed1": 0.7})
-    assert len(list((tmp_path / "work").glob("warm_start-*.npy"))) == 2
-    with pytest.raises(RunError, match=r"1 of 4 runs failed.*other-seed1: took longer than run_minutes=0.05"):
-        runner(hanging_train, study(run_minutes=0.05, overrides=["learner.steps=9"])).run(jobs=2)
-    capsys.readouterr()
-    changed = runner(healed_train, study(overrides=["learner.steps=7"]))
-    assert changed.finished() == {}
-    assert "its configuration has changed" in capsys.readouterr().out
-
-
-def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Exit code of `diffpo study` with some arguments."""
-    monkeypatch.setattr(sys, "argv", ["diffpo", "study", *arguments])
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
-    try:
-        main()
-    except SystemExit as stopped:
-        return int(stopped.code or 0)
-    return 0
-
-
-def test_the_command_reports_without_ray_and_refuses_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("mine.yaml").write_text(json.dumps(STUDY))
-    assert command(monkeypatch, "mine.yaml", "--report", "--seeds", "1", "--out", "there") == 0
-    assert "0 of 2 runs" in Path("there/mine.md").read_text()
-    capsys.readouterr()
-    assert command(monkeypatch, "nowhere") == 2
-    refused = capsys.readouterr().err
-    assert refused.startswith("error: study 'nowhere': no file")
-    assert refused.count("\n") == 1
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))  # bound and not listening: nothing answers there
-        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{closed.getsockname()[1]}")
-        assert command(monkeypatch, "mine.yaml") == 2
-    assert "cannot be reached" in capsys.readouterr().err
-    assert not ray.is_initialized()
-
-
-def test_a_broken_result_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    runner = Runner("s", study(), out=tmp_path, work=tmp_path, console=Console())
-    (tmp_path / "s" / "one-seed0.json").write_text("{")
-    with pytest.raises(UserError, match=r"one-seed0.json: not JSON.*remove it"):
-        runner.finished()

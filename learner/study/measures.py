@@ -1,16 +1,69 @@
 """Measures: numbers out of a run's JSON, and what several seeds say about them."""
 
+import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 from scipy.stats import t as student
 
+from learner.study.result import Spent, Trained, ValidationPoint
+
 Result = dict[str, Any]
+AT = " at "  # NAME at PASSES
 EQUAL = " at equal "  # NAME at equal AXIS: where both sides of a pair had spent as much as the one that spent less
 FORWARDS = "forwards"  # rows forwarded by rollout and learner
+SAVING = "test.after.saving"
+
+
+def _numbers(kind: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted paths of the numbers in a type of `result`; lists and free names are none."""
+    for name, hint in get_type_hints(kind).items():
+        part = next((arm for arm in get_args(hint) if arm is not type(None)), hint)
+        if get_origin(hint) in (list, dict):
+            continue
+        if part in (int, float):
+            yield prefix + name
+        elif hasattr(part, "__required_keys__"):
+            yield from _numbers(part, f"{prefix}{name}.")
+
+
+POINTS = tuple(_numbers(ValidationPoint))
+AXES = (*(axis for axis in _numbers(Spent) if axis != "step"), FORWARDS)
+MEASURES = (SAVING, *_numbers(Trained), *(f"{when}.{name}" for when in ("first", "last") for name in POINTS))
+
+
+def check_measure(measure: str) -> None:
+    """Refuse a measure that no run will ever have.
+
+    Raises:
+        ValueError: naming what there is.
+    """
+    name, at, amount = measure.partition(AT)
+    names = POINTS if at else MEASURES
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        heads = dict.fromkeys(known.partition(".")[0] for known in names)
+        way = f"did you mean {near[0]}?" if near else f"they begin with {', '.join(heads)}, e.g. {names[0]}"
+        raise ValueError(f"measure {measure!r}: no run has {name!r}; {way}")
+    if EQUAL in measure:
+        axis = measure.partition(EQUAL)[2]
+        if axis not in AXES:
+            raise ValueError(f"measure {measure!r}: no axis {axis!r}; one of {', '.join(AXES)}")
+    elif at and not _positive(amount):
+        raise ValueError(
+            f"measure {measure!r}: {amount!r} is no number of forward passes; e.g. {name} at 3000, or {name} at equal "
+            "seconds"
+        )
+
+
+def _positive(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
 
 
 def lookup(result: Result, path: str) -> float | None:
@@ -19,12 +72,12 @@ def lookup(result: Result, path: str) -> float | None:
     `last.NAME` and `first.NAME` are validation measures at the last and first step, `NAME at PASSES` one in between;
     `test.after.saving` is worked out from the frontier of the warm start.
     """
-    if path == "test.after.saving":
+    if path == SAVING:
         test = result.get("test", {})
-        rows, point = test.get("before", {}).get("frontier"), test.get("after", {}).get("operating")
-        return saving(rows, point) if rows and point else None
-    if " at " in path:
-        name, _, passes = path.partition(" at ")
+        rows, point = test.get("before", {}).get("frontier", []), test.get("after", {}).get("operating")
+        return saving(rows, point) if point and any(row["rule"] == "entropy_bound" for row in rows) else None
+    if AT in path:
+        name, _, passes = path.partition(AT)
         return at_passes(result, name, float(passes))
     curve = result.get("validation") or [{}]
     value: Any = {**result, "last": curve[-1], "first": curve[0]}

@@ -1,19 +1,20 @@
 """Runner: the runs of a study as Ray tasks, side by side, and what has been finished is not run again.
 
 - One warm start for all arms with a seed, kept as `.npy` in `runs/studies`, also for other studies.
+- Everything is checked before Ray starts: the folders can be written, every arm could train.
 - A finished run is one small JSON in the report's folder, written as a whole; it names the digest of its
   configuration, and a run whose configuration has changed since is done again.
 - A run that fails, or hangs for longer than `run_minutes`, is named with its cause; the others go on, and the next call
-  tries it again.
+  tries it again. A signal ends the call; what is finished stays.
 """
 
 import json
-import logging
-import os
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile, mkdtemp
 from typing import Any
 
 import numpy as np
@@ -22,14 +23,17 @@ from ray.exceptions import RayError
 from rich.console import Console
 
 from common.config import Config
-from common.errors import RunError, UserError, one_line
+from common.errors import RunError, Stopped, UserError, one_line
 from learner.controller import PATIENT_THREADS
-from learner.driver import probe
+from learner.preflight import preflight
+from learner.ray_connection import chosen_address, connect
 from learner.run_directory import RunDirectory
 from learner.study.grid import Planned, Study, plan
 from learner.study.measures import not_finite
 from learner.study.report import write_report
+from learner.study.result import read_result
 from learner.study.single_run import make_warm_start, run_arm
+from learner.study.warm_starts import WarmStarts
 
 WORK = Path("runs/studies")
 DECIMALS = 5  # kept of a result's numbers
@@ -58,6 +62,7 @@ class Runner:
         self.runs = plan(study, seeds=seeds)
         self._out, self._folder, self._work = out, out / name, work
         self._console = console
+        self._starts = WarmStarts(work, console)
         self._train, self._warm = train, warm
         self._failed: dict[str, str] = {}
         self._made_by: dict[str, Any] = {}
@@ -66,6 +71,18 @@ class Runner:
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{error}; choose another --out, or make room") from error
+        if seeds is not None:
+            self._refuse_to_leave_out(seeds)
+
+    def _refuse_to_leave_out(self, seeds: int) -> None:
+        """Fewer seeds than are finished would write over the fuller report."""
+        names = {run.name for run in self.runs}
+        left = [r.name for r in plan(self.study) if r.name not in names and (self._folder / f"{r.name}.json").is_file()]
+        if left:
+            raise UserError(
+                f"--seeds {seeds} would leave {len(left)} finished runs ({left[0]}, ...) out of the report in "
+                f"{self._out}; leave --seeds out, or choose another --out"
+            )
 
     def finished(self) -> dict[str, dict[str, Any]]:
         """Results by run name, of runs whose configuration is still the study's."""
@@ -74,19 +91,26 @@ class Runner:
             path = self._folder / f"{run.name}.json"
             if not path.is_file():
                 continue
-            try:
-                result = json.loads(path.read_text())
-            except ValueError as error:
-                raise UserError(f"{path}: not JSON ({error}); remove it, and the run is done again") from error
-            if result.get("digest") == run.digest:
+            result = read_result(path, arm=run.arm, seed=run.seed, digest=run.digest)
+            if result is not None:
                 found[run.name] = result
             else:
                 self._console.print(f"{run.name}: its configuration has changed since {path} was made; runs again")
         return found
 
     def report(self, done: dict[str, dict[str, Any]]) -> Path:
-        """Write the report of what is finished."""
-        return write_report(self.name, self.study, self.runs, done, self._out)
+        """Write the report of what is finished.
+
+        Raises:
+            RunError: when it cannot be written.
+        """
+        try:
+            return write_report(self.name, self.study, self.runs, done, self._out)
+        except OSError as error:
+            raise RunError(
+                f"the report in {self._out} cannot be written ({error.strerror or error}); make room, and `--report` "
+                "makes it again"
+            ) from error
 
     def run(self, *, jobs: int | None = None) -> Path:
         """Do what is missing; the path of the report.
@@ -97,37 +121,49 @@ class Runner:
         Raises:
             RunError: naming the runs that failed, after all others are done.
         """
+        self._failed = {}
         done = self.finished()
         missing = [run for run in self.runs if run.name not in done]
         self._console.print(f"study {self.name}: {len(done)} of {len(self.runs)} runs are finished")
         if missing:
-            self._connect()
+            self._check(missing)
+            connect(chosen_address(), way_out="start it, or unset RAY_ADDRESS for a local one")
             try:
                 cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
                 at_once = jobs or cpus
                 self._made_by = {"commit": commit(), "cpus": cpus, "jobs": at_once}  # now: a later edit is not in them
-                self._all(missing, done, at_once)
+                with ended_by_signals():  # once Ray has set its own handlers
+                    self._all(missing, done, at_once)
+            except Stopped as stop:
+                self._console.print(
+                    f"stopped by {stop}: {len(done)} of {len(self.runs)} runs are finished; the same command goes on"
+                )
+                raise
             finally:
                 ray.shutdown()
-        path = self.report(done)
-        if self._failed:
-            causes = "; ".join(f"{name}: {cause}" for name, cause in self._failed.items())
-            raise RunError(f"{len(self._failed)} of {len(self.runs)} runs failed, the others are in {path}: {causes}")
+        causes = "; ".join(f"{name}: {cause}" for name, cause in self._failed.items())
+        failed = f"{len(self._failed)} of {len(self.runs)} runs failed: {causes}" if causes else ""
+        try:
+            path = self.report(done)
+        except RunError as error:
+            raise RunError("; ".join(filter(None, (failed, str(error))))) from error
+        if failed:
+            raise RunError(f"{failed}; the others are in {path}")
         return path
 
-    def _connect(self) -> None:
-        address = os.environ.get("RAY_ADDRESS") or "local"
-        local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-        try:
-            probe(address)
-            ray.init(
-                address=address, logging_level=logging.WARNING, log_to_driver=False, configure_logging=False, **local
-            )
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            raise UserError(
-                f"Ray at {address!r} cannot be reached ({one_line(error)}); start it, or unset RAY_ADDRESS for a local "
-                "one"
-            ) from error
+    def _check(self, missing: list[Planned]) -> None:
+        """Refuse folders that cannot be written, and arms that could not train; an arm's seeds differ in nothing."""
+        for folder in (self._out, self._folder, self._work):
+            try:
+                with TemporaryFile(dir=folder) as file:
+                    file.write(b"0" * 4096)
+            except OSError as error:
+                raise UserError(f"{folder} cannot be written ({error}); choose another --out, or make room") from error
+        for arm, config in {run.arm: run.config for run in missing}.items():
+            try:
+                preflight(config)
+            except UserError as error:
+                raise UserError(f"arm {arm}: {error}") from error
 
     def _all(self, missing: list[Planned], done: dict[str, dict[str, Any]], jobs: int) -> None:
         """Keep `jobs` tasks going until nothing is left; a run starts once its warm start is there."""
@@ -143,7 +179,8 @@ class Runner:
                 if len(going) >= jobs:
                     break
                 if key not in starts:
-                    starts[key] = self._kept_start(key)
+                    kept = self._starts.kept(run)
+                    starts[key] = None if kept is None else ray.put(kept)
                 if starts[key] is None and not any(
                     kind == "warm" and r.warm_start_digest == key for kind, r in going.values()
                 ):
@@ -151,53 +188,81 @@ class Runner:
                 elif starts[key] is not None:
                     waiting.remove(run)
                     going[train.remote(run.config, starts[key])] = ("train", run)
+            names = ", ".join(f"{r.name}{' (warm start)' if k == 'warm' else ''}" for k, r in going.values())
+            self._console.print(f"{len(done)} of {len(self.runs)} finished; running: {names}")
             ready, _ = ray.wait(list(going), num_returns=1)
             kind, run = going.pop(ready[0])
-            self._take(kind, run, ready[0], starts, waiting, done)
-            names = ", ".join(f"{r.name}{' (warm start)' if k == 'warm' else ''}" for k, r in going.values())
-            self._console.print(f"{len(done)} of {len(self.runs)} finished; running: {names or 'nothing'}")
-
-    def _kept_start(self, key: str) -> Any:
-        path = self._work / f"warm_start-{key}.npy"
-        return ray.put(np.load(path)) if path.is_file() else None
-
-    def _take(
-        self,
-        kind: str,
-        run: Planned,
-        reference: Any,
-        starts: dict[str, Any],
-        waiting: list[Planned],
-        done: dict[str, dict[str, Any]],
-    ) -> None:
-        try:
-            result: Any = ray.get(reference)
-            wrong = not_finite(result) if kind == "train" else None
-            if wrong is not None:
-                raise RunError(f"{wrong} of its result is not finite")
-        except (RayError, RunError) as error:
-            cause = one_line(getattr(error, "cause", None) or error)
-            concerned = [run]
+            try:
+                result: Any = ray.get(ready[0])
+                wrong = not_finite(result) if kind == "train" else None
+                if wrong is not None:
+                    raise RunError(f"{wrong} of its result is not finite")
+            except (RayError, RunError) as error:
+                self._give_up(kind, run, one_line(getattr(error, "cause", None) or error), waiting)
+                continue
             if kind == "warm":
-                concerned = [other for other in waiting if other.warm_start_digest == run.warm_start_digest]
-            for other in concerned:
-                self._failed[other.name] = cause
-                if other in waiting:
-                    waiting.remove(other)
-            self._console.print(f"{run.name} failed: {cause}")
-            return
+                starts[run.warm_start_digest] = ray.put(result)
+                self._starts.keep(run, result)
+            else:
+                done[run.name] = self._save(run, result)
+                self._report_so_far(done)
+
+    def _give_up(self, kind: str, run: Planned, cause: str, waiting: list[Planned]) -> None:
+        """Name a run that failed; with a warm start, all runs that wait for it."""
+        concerned = [run]
         if kind == "warm":
-            partial = self._work / f"partial-{run.warm_start_digest}-{os.getpid()}.npy"  # studies share the folder
-            np.save(partial, result)
-            os.replace(partial, self._work / f"warm_start-{run.warm_start_digest}.npy")
-            starts[run.warm_start_digest] = ray.put(result)
-            return
+            concerned = [other for other in waiting if other.warm_start_digest == run.warm_start_digest]
+        for other in concerned:
+            self._failed[other.name] = cause
+            if other in waiting:
+                waiting.remove(other)
+        self._console.print(f"{run.name} failed: {cause}")
+
+    def _save(self, run: Planned, result: dict[str, Any]) -> dict[str, Any]:
+        """Write a finished run, in a temporary folder where the report's has no room; what is in the file."""
         result |= {"arm": run.arm, "seed": run.seed, "digest": run.digest, "overrides": list(run.overrides)}
         result |= self._made_by
         result = json.loads(json.dumps(result), parse_float=lambda digits: round(float(digits), DECIMALS))
-        RunDirectory(self._folder).write_json(f"{run.name}.json", result, indent=None)
-        done[run.name] = result
-        self.report(done)
+        name = f"{run.name}.json"
+        try:
+            RunDirectory(self._folder).write_json(name, result, indent=None)
+        except OSError as error:
+            cause = f"finished, but {self._folder / name} cannot be written ({error.strerror}); "
+            try:
+                spare = RunDirectory(Path(mkdtemp(prefix="diffpo-study-"))).write_json(name, result, indent=None)
+                cause += f"make room, and move {spare} there"
+            except OSError:
+                cause += "make room, and it is run again"
+            self._failed[run.name] = cause
+            self._console.print(f"{run.name}: {cause}")
+        return result
+
+    def _report_so_far(self, done: dict[str, dict[str, Any]]) -> None:
+        try:
+            self.report(done)
+        except Exception as error:  # the runs that go on are worth more; the report at the end raises it
+            self._console.print(f"no report yet: {one_line(error)}")
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGINT and SIGTERM end what is inside as `Stopped`; at Ray's own SIGTERM handler the process would abort."""
+    got: list[int] = []
+
+    def on_signal(number: int, _: Any) -> None:
+        got.append(number)
+        raise KeyboardInterrupt  # what Ray's waiting lets through
+
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not got:
+            raise
+        raise Stopped(signal.Signals(got[0]).name) from None
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def bounded(work: Callable[..., Any], minutes: float) -> Callable[..., Any]:

@@ -44,6 +44,13 @@ def make_warm_start(config: Config) -> np.ndarray:
     return to_flat(policy.model)
 
 
+def start_size(config: Config) -> int | None:
+    """How many numbers a warm start has; None where the model is a folder's: its weights would have to be loaded."""
+    if config.model.path is not None:
+        return None
+    return sum(weights.numel() for weights in open_policy(config, build_task(config.task)).model.parameters())
+
+
 def run_arm(config: Config, warm_start: np.ndarray) -> dict[str, Any]:
     """Train and evaluate one arm.
 
@@ -54,7 +61,10 @@ def run_arm(config: Config, warm_start: np.ndarray) -> dict[str, Any]:
     Returns:
         Plain JSON: curve, validation, chosen step, test before and after, adaptation, diagnostics.
     """
-    return SingleRun(config, warm_start).run()
+    try:
+        return SingleRun(config, warm_start).run()
+    finally:
+        torch.use_deterministic_algorithms(False)  # Ray's next task in this process may be of another arm
 
 
 class SingleRun:
@@ -280,12 +290,15 @@ def adaptation(
 def slack(reward: np.ndarray, difficulty: np.ndarray) -> float:
     """Mean reward of the best setting per level of difficulty, less that of the best setting for all. *(ours)*
 
-    Cross-fitted: settings are chosen on one half of the prompts and paid on the other, so that noise earns nothing.
+    Cross-fitted: settings are chosen on one half of the prompts and paid on the other, so that noise earns nothing;
+    a single prompt has no other half, and 0 is what is known of it.
 
     Args:
         reward: `[settings, prompts]`.
         difficulty: `[prompts]`.
     """
+    if reward.shape[1] < 2:
+        return 0.0
     even = np.arange(reward.shape[1]) % 2 == 0
     gains = []
     for choose, pay in ((even, ~even), (~even, even)):

@@ -1,0 +1,56 @@
+"""Ray connection: joins a Ray that is there, or starts a local one; what goes wrong is one line."""
+
+import logging
+import os
+import socket
+
+import ray
+
+from common.errors import UserError, one_line
+
+LOCAL = "local"
+PROBE_SECONDS = 5.0
+
+
+def chosen_address(address: str | None = None) -> str:
+    """The address given, else that of `RAY_ADDRESS`, else `local`: a Ray of this process alone."""
+    return address or os.environ.get("RAY_ADDRESS") or LOCAL
+
+
+def connect(address: str, *, way_out: str, namespace: str | None = None, logging_level: int = logging.WARNING) -> None:
+    """Connect this process to Ray.
+
+    Args:
+        address: from `chosen_address`.
+        way_out: what to do where nothing answers at the address; ends the message.
+        namespace: Ray namespace of named actors.
+        logging_level: of Ray's own messages.
+
+    Raises:
+        UserError: when Ray cannot be reached or started; nothing is left connected.
+    """
+    try:
+        probe(address)
+        ray.init(
+            address=address,
+            namespace=namespace,
+            logging_level=logging_level,
+            log_to_driver=False,
+            configure_logging=False,
+            include_dashboard=False if address == LOCAL else None,
+        )
+    except Exception as error:  # a node that does not start in time is a bare Exception of Ray's
+        ray.shutdown()
+        if address == LOCAL:
+            raise UserError(
+                f"a local Ray does not start ({one_line(error)}); try again when this machine has less to do and more "
+                "free memory, or start one (`ray start --head`) and give its address in RAY_ADDRESS"
+            ) from error
+        raise UserError(f"Ray at {address!r} cannot be reached ({one_line(error)}); {way_out}") from error
+
+
+def probe(address: str) -> None:
+    """Open a connection to `host:port`: Ray itself tries for minutes where nothing listens (measured)."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=PROBE_SECONDS).close()
