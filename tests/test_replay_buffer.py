@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from segment_fixtures import Gate
 
+from common.admission import ADMISSIONS
 from common.errors import RunError, UserError
 from common.ledger import GroupState, Ledger, LedgerError
 from common.replay_buffer import Batch, FinishedGroup, Lease, ReplayBuffer
@@ -142,6 +143,54 @@ def test_late_duplicate_unknown_and_foreign_results_are_counted_and_not_stored()
         assert (reply.accepted, reply.late) == ([], [0, 99])
         gauges = await buffer.gauges()
         assert (gauges["late_results"], gauges["wasted_groups"], gauges["groups_finished"]) == (5, 1, 1)
+
+    asyncio.run(scenario())
+
+
+def test_a_drained_worker_keeps_its_leases_and_is_granted_no_more() -> None:
+    async def scenario() -> None:
+        buffer = await started()
+        (lease,) = await grant(buffer, 1)
+        await buffer.drain("a")
+        reply = await buffer.lease("a", 4)
+        assert (reply.leases, reply.closed) == ([], True)
+        assert (await buffer.renew("a", [lease.number])).lost == []
+        assert (await buffer.submit("a", [result(lease)])).accepted == [0]
+        assert [x.number for x in await grant(buffer, 4, "b")] == [1, 2, 3]
+
+    asyncio.run(scenario())
+
+
+def test_what_has_grown_too_old_is_dropped_its_file_too_and_its_tickets_are_free() -> None:
+    async def scenario() -> None:
+        store = in_memory(2**20)
+        buffer = await started(max_staleness=0, admission="drop_when_stale", store=store)
+        await fill(buffer, 4)  # two steps' worth, of version 0
+        batch = await buffer.sample()
+        await buffer.publish(weights(1), batch.numbers)
+        learner = await blocked(buffer.sample())  # the other two are of version 0: too old
+        gauges = await buffer.gauges()
+        assert (gauges["stale_discards"], gauges["tickets"]) == (2, 0)
+        await fill(buffer, 2)
+        assert (await learner).staleness == [0, 0]
+        await store.settle()
+        assert (await buffer.gauges())["segments"] == 1
+
+    asyncio.run(scenario())
+
+
+def test_aggregate_lead_promises_no_bound_and_lets_a_slow_group_be_overtaken() -> None:
+    async def scenario() -> None:
+        buffer = await started(max_staleness=1, admission="aggregate_lead")
+        slow, *others = await grant(buffer, 4)
+        for version in range(1, 4):
+            await buffer.submit("a", [result(lease) for lease in others[:2]])
+            batch = await buffer.sample()
+            await buffer.publish(weights(version), batch.numbers)
+            others = others[2:] + await grant(buffer, 2)
+        await buffer.submit("a", [result(slow), result(others[0])])
+        assert max((await buffer.sample()).staleness) == 3
+        assert (await buffer.gauges())["staleness_bound"] == -1
 
     asyncio.run(scenario())
 
@@ -751,12 +800,13 @@ class Driver:
         ledger, gauges = self.buffer._ledger, await self.buffer.gauges()
         counts = ledger.counts()
         assert gauges["violations"] == 0
-        assert gauges["batch_staleness_max"] <= gauges["staleness_bound"]
+        bound = gauges["staleness_bound"]
+        assert bound < 0 or gauges["batch_staleness_max"] <= bound
         assert sum(counts.values()) == ledger.next_number
         assert gauges["tickets"] == sum(
             counts[s] for s in GroupState if s in ("queued", "leased", "finished", "sampled")
         )
-        assert gauges["tickets"] <= self.buffer._admission.tickets  # pyright: ignore[reportAttributeAccessIssue]
+        assert gauges["tickets"] == 0 or self.buffer._admission.admit(int(gauges["tickets"]) - 1)  # never above B
         assert sorted(self.buffer._held) == sorted(
             ledger.numbers(GroupState.FINISHED) + ledger.numbers(GroupState.SAMPLED)
         )
@@ -771,15 +821,21 @@ class Driver:
     st.integers(0, 4),
     st.integers(0, 2**32),
     st.sampled_from([0, 16, 2**20]),
+    st.sampled_from(list(ADMISSIONS)),
     st.lists(st.sampled_from(EVENTS), max_size=80),
 )
 def test_random_schedules(
-    groups_per_step: int, max_staleness: int, seed: int, memory_bytes: int, events: list[str]
+    groups_per_step: int, max_staleness: int, seed: int, memory_bytes: int, admission: str, events: list[str]
 ) -> None:
     async def scenario() -> None:
         clock, store = Clock(), in_memory(memory_bytes)
         buffer = await started(
-            groups_per_step=groups_per_step, max_staleness=max_staleness, drop_no_spread=True, clock=clock, store=store
+            groups_per_step=groups_per_step,
+            max_staleness=max_staleness,
+            admission=admission,
+            drop_no_spread=True,
+            clock=clock,
+            store=store,
         )
         driver = Driver(buffer, store, clock, seed)
         for event in events:
