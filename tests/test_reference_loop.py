@@ -29,6 +29,7 @@ TINY = (
     f"learner.steps={STEPS}",
     "learner.groups_per_step=3",
     "learner.group_size=4",
+    "learner.importance_weight=truncated",
     "learner.cost=additive",  # a model that solves nothing: what tells its completions apart is their NFE
     "learner.learning_rate=3e-3",
     "learner.threshold_learning_rate=3e-2",
