@@ -122,7 +122,9 @@ class RolloutActor:
 
     def _leased(self, reply: LeaseReply) -> None:
         self._asking = False
-        self._ending = self._ending or reply.closed
+        if self._ending:  # stopped while it asked: what was granted goes back with the rest
+            return
+        self._ending = reply.closed
         self._adopt(reply.snapshot)
         for lease in reply.leases:
             if lease.version > self._producer.version:

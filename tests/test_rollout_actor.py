@@ -13,7 +13,7 @@ import pytest
 from actors import rollout_actor
 from actors.producer import Fault
 from actors.rollout_actor import RolloutActor
-from common.lease import Batch, FinishedGroup, Lease
+from common.lease import Batch, FinishedGroup, Lease, LeaseReply
 from common.replay_buffer import ReplayBuffer
 from common.segment_store import SegmentStore
 from common.weight_store import Snapshot, digest
@@ -141,6 +141,16 @@ def test_a_stopped_actor_ends_at_once() -> None:
         until(lambda: acting.gauges()["groups_leased"] == 2)
         acting.actor.stop()
         assert acting.ends()
+
+
+def test_leases_that_arrive_behind_a_stop_are_not_begun() -> None:
+    with scene(simulated(60.0)) as acting:
+        until(lambda: acting.gauges()["groups_leased"] == 2)
+        acting.actor.stop()
+        assert acting.ends()
+        lease = Lease(7, 7, 1, 0, 60.0)
+        acting.actor._leased(LeaseReply([lease], Snapshot(0, "", None), False))
+        assert acting.actor._done()
 
 
 def test_damaged_weights_are_fetched_again_and_never_adopted(monkeypatch: pytest.MonkeyPatch) -> None:
