@@ -43,6 +43,7 @@ class Fleet:
         self._places: dict[int, asyncio.Task[str | None]] = {}
         self._next_place = 0
         self._draining: set[int] = set()
+        self._drains: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self.restarts = 0
         self._stopping = False
@@ -82,7 +83,9 @@ class Fleet:
         self._start_places(actors - len(kept))
         for place in kept[actors:]:
             self._draining.add(place)
-            asyncio.ensure_future(self._drain(place))  # noqa: RUF006 - ends by itself, the place's task is kept
+            drain = asyncio.ensure_future(self._drain(place))
+            self._drains.add(drain)  # the loop itself keeps only a weak reference
+            drain.add_done_callback(self._drains.discard)
         return len(kept)
 
     async def stop(self) -> None:
