@@ -15,8 +15,10 @@ from common.policy import Policy, open_policy
 from common.tasks import build_task
 from common.weight_store import digest
 from common.weights import to_flat
+from learner.batch import Batch
 from learner.learner import Learner
 from learner.reference_loop import Step, reference_loop
+from learner.study.single_run import SingleRun
 from learner.synchronous_rollout import SynchronousRollout
 
 SUDOKU = Path(__file__).parents[1] / "deploy" / "configs" / "sudoku.yaml"
@@ -172,3 +174,22 @@ def test_what_is_not_covered_is_refused_before_anything_starts(
     config = tiny(*overrides)
     with pytest.raises(UserError, match=rf"^{key}={value} is not covered .*; set {key}={way_out}, or"):
         reference_loop(config, fresh(config))
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_a_single_run_trains_on_tokens_of_that_age(staleness: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also behind a validation, which measures the newest weights with the same engine."""
+    small = ["evaluation.prompts=2", "evaluation.drift_prompts=2", "evaluation.gammas=[1]", "evaluation.drift_every=1"]
+    config = tiny(*small, "learner.steps=5", "evaluation.confidences=[]", "evaluation.tokens_per_step=[]")
+    single = SingleRun(config, to_flat(fresh(config).model), staleness=staleness)
+    ages = []
+    step = single.learner.step
+
+    def watched(batch: Batch, *, version: int) -> dict[str, float]:
+        ages.append({version - token for token in batch.token_version[batch.scored].tolist()})
+        return step(batch, version=version)
+
+    monkeypatch.setattr(single.learner, "step", watched)
+    result = single.run()
+    assert ages == [{min(version, staleness)} for version in range(5)]
+    assert [point["step"] for point in result["validation"]] == list(range(6))

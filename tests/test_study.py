@@ -124,6 +124,16 @@ def test_digests_stay_and_see_what_files_say(tmp_path: Path, monkeypatch: pytest
     assert len(set(digests)) == 4
 
 
+def test_an_arm_may_be_stale_and_then_its_runs_are_others() -> None:
+    arms = {name: {"about": "", "staleness": stale} for name, stale in (("zero", 0), ("four", 4))}
+    runs = plan(study(arms=arms, comparisons=[]))
+    plain = plan(study(arms={"zero": {"about": ""}}, comparisons=[]))
+    assert [run.staleness for run in runs[:2]] == [0, 4]
+    assert runs[0].digest == plain[0].digest  # what finished before the key was there stays finished
+    assert runs[1].digest != runs[0].digest
+    assert runs[1].warm_start_digest == runs[0].warm_start_digest
+
+
 # -- numbers ---------------------------------------------------------------------------------------------------------
 
 

@@ -38,7 +38,7 @@ def fake_warm(config: Config) -> np.ndarray:
     return np.full(3, float(config.run.seed))
 
 
-def fake_train(config: Config, start: np.ndarray) -> dict[str, Any]:
+def fake_train(config: Config, start: np.ndarray, staleness: int) -> dict[str, Any]:
     if config.run.seed == 1 and config.learner.learning_rate == 1e-3:
         raise ValueError("no such luck")
     if config.run.seed == 1:
@@ -46,11 +46,11 @@ def fake_train(config: Config, start: np.ndarray) -> dict[str, Any]:
     return result("", 0, float(start.sum()) / 100)
 
 
-def healed_train(config: Config, start: np.ndarray) -> dict[str, Any]:
+def healed_train(config: Config, start: np.ndarray, staleness: int) -> dict[str, Any]:
     return result("", 0, 0.5)
 
 
-def hanging_train(config: Config, start: np.ndarray) -> dict[str, Any]:
+def hanging_train(config: Config, start: np.ndarray, staleness: int) -> dict[str, Any]:
     while config.run.seed == 1 and config.learner.learning_rate == 1e-3:
         with contextlib.suppress(ValueError):
             time.sleep(60)

@@ -42,6 +42,9 @@ class Arm(Section):
     """Dotted overrides on the study's configuration."""
     seeds: int | None = Field(default=None, ge=1, strict=True)
     """Seeds of this arm, where fewer than the study's are enough."""
+    staleness: int = Field(default=0, ge=0, strict=True)
+    """Versions that every token is old when it is trained, but for the first steps; 0 is synchronous. It is the worst
+    that `replay.max_staleness` allows."""
 
 
 class Comparison(Section):
@@ -133,6 +136,8 @@ class Planned:
     overrides: tuple[str, ...]
     contents: tuple[str, ...] = ()
     """Digests of the files and folders that the configuration names."""
+    staleness: int = 0
+    """Of its arm."""
 
     @property
     def name(self) -> str:
@@ -141,7 +146,9 @@ class Planned:
     @property
     def digest(self) -> str:
         """Changes whenever study or run configuration say something else; a key that is added later does not count."""
-        return _digest(self.config.task.name, self.config.model_dump_json(exclude_defaults=True), *self.contents)
+        stale = (f"staleness {self.staleness}",) if self.staleness else ()
+        said = self.config.model_dump_json(exclude_defaults=True)
+        return _digest(self.config.task.name, said, *self.contents, *stale)
 
     @property
     def warm_start_digest(self) -> str:
@@ -220,7 +227,7 @@ def plan(study: Study, *, seeds: int | None = None) -> list[Planned]:
                 _check_is_a_studys(config, said)
                 named = (config.task.file, config.warm_start.file, config.model.path)
                 contents = tuple(digest_of(Path(path)) for path in named if path is not None)
-                runs.append(Planned(name, seed, config, tuple(overrides), contents))
+                runs.append(Planned(name, seed, config, tuple(overrides), contents, arm.staleness))
             except UserError as error:
                 raise UserError(f"arm {name}: {error}") from error
     return runs

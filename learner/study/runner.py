@@ -39,7 +39,7 @@ WORK = Path("runs/studies")
 DECIMALS = 5  # kept of a result's numbers
 CODE = ("common", "actors", "learner", "deploy")
 
-Trainer = Callable[[Config, np.ndarray], dict[str, Any]]
+Trainer = Callable[[Config, np.ndarray, int], dict[str, Any]]
 Warmer = Callable[[Config], np.ndarray]
 
 
@@ -187,7 +187,7 @@ class Runner:
                     going[warm.remote(run.config)] = ("warm", run)
                 elif starts[key] is not None:
                     waiting.remove(run)
-                    going[train.remote(run.config, starts[key])] = ("train", run)
+                    going[train.remote(run.config, starts[key], run.staleness)] = ("train", run)
             names = ", ".join(f"{r.name}{' (warm start)' if k == 'warm' else ''}" for k, r in going.values())
             self._console.print(f"{len(done)} of {len(self.runs)} finished; running: {names}")
             ready, _ = ray.wait(list(going), num_returns=1)

@@ -5,12 +5,14 @@ weights, train on it, adopt, repeat. It equals `diffpo train` with `replay.max_s
 it to that), so arms that share a seed see the same prompts and the same draws until their weights differ.
 
 - Forward passes are counted twice: by the paper's count (completions times m) and as rows really forwarded.
+- It can also generate with weights of a fixed number of versions ago: the worst that `replay.max_staleness` allows.
 - The checkpoint is chosen by the reward after cost, sampled as in training, on validation prompts, one rule for all
   arms; test prompts are seen once, by the warm start and by the chosen weights.
 - The operating point is the learned threshold (the mean in log space) where one is trained, else `gamma_init`.
 """
 
 import time
+from collections import deque
 from dataclasses import replace
 from typing import Any
 
@@ -51,18 +53,19 @@ def start_size(config: Config) -> int | None:
     return sum(weights.numel() for weights in open_policy(config, build_task(config.task)).model.parameters())
 
 
-def run_arm(config: Config, warm_start: np.ndarray) -> dict[str, Any]:
+def run_arm(config: Config, warm_start: np.ndarray, staleness: int) -> dict[str, Any]:
     """Train and evaluate one arm.
 
     Args:
         config: the resolved configuration of the arm, its seed included.
         warm_start: from `make_warm_start` of a configuration with the same task, model, warm start and seed.
+        staleness: versions that every token is old when it is trained, but for the first steps.
 
     Returns:
         Plain JSON: curve, validation, chosen step, test before and after, adaptation, diagnostics.
     """
     try:
-        return SingleRun(config, warm_start).run()
+        return SingleRun(config, warm_start, staleness=staleness).run()
     finally:
         torch.use_deterministic_algorithms(False)  # Ray's next task in this process may be of another arm
 
@@ -70,13 +73,14 @@ def run_arm(config: Config, warm_start: np.ndarray) -> dict[str, Any]:
 class SingleRun:
     """Holds the policies, the engine and the counters of one arm while it runs."""
 
-    def __init__(self, config: Config, warm_start: np.ndarray) -> None:
+    def __init__(self, config: Config, warm_start: np.ndarray, *, staleness: int = 0) -> None:
         torch.set_num_threads(config.learner.threads)
         self.config = config
         self._task: Task = build_task(config.task)
         self._policy = self._open(warm_start)
         self._rollout = SynchronousRollout(config, self._task, self._open(warm_start))
         self._start = to_flat(self._policy)
+        self._versions = deque([(0, self._start)], maxlen=staleness + 1)  # the oldest generates
         if config.deterministic:
             torch.use_deterministic_algorithms(True)
         self.learner = Learner(self._policy, config.learner)
@@ -105,7 +109,8 @@ class SingleRun:
             clock = time.monotonic()
             metrics = self.learner.step(batch, version=step - 1)
             self._seconds["learner"] += time.monotonic() - clock
-            self._rollout.adopt(to_flat(self._policy), step)
+            self._versions.append((step, to_flat(self._policy)))
+            self._adopt_oldest()
             self._count(metrics)
             for name, value in metrics.items():
                 sums.setdefault(name, []).append(value)
@@ -131,6 +136,10 @@ class SingleRun:
             "discarded_groups": self._rollout.discarded,
             "seconds": time.monotonic() - started,
         }
+
+    def _adopt_oldest(self) -> None:
+        version, flat = self._versions[0]
+        self._rollout.adopt(flat, version)
 
     # -- what is kept -------------------------------------------------------------------------------------------
 
@@ -207,6 +216,7 @@ class SingleRun:
         )
         if value > self._best[0]:
             self._best = (value, step, flat)
+        self._adopt_oldest()  # the measurement put the newest weights there
 
     # -- test ---------------------------------------------------------------------------------------------------
 
