@@ -4,13 +4,16 @@
   `rollout.max_restarts` deaths for each place.
 - An actor that raises, also while it starts, is a defect or a mistake: its error ends the run.
 - A place that is drained gets no further lease, finishes what it has, and ends; after `rollout.drain_seconds` its
-  leases go back instead. The learner and the other places never notice.
+  leases go back instead and its actor is killed, as is one that still waits for its resources. The learner and the
+  other places never notice.
 - When the last place has no restart left, the fleet raises: a run is never left waiting for dead producers.
+- Nothing of the fleet is left after `stop`.
 """
 
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -22,12 +25,29 @@ from common.config import RolloutConfig
 from common.errors import RunError, one_line
 
 ANSWER_SECONDS = 1.0
+STOP_SECONDS = 10.0
 COUNTERS = (
     *("row_forwards", "token_forwards", "probed_positions", "probed_kl", "probed_flips"),
     *("damaged_weights", "adoptions", "adopt_seconds"),
 )
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Place:
+    """One place in the fleet, and the actor that fills it now."""
+
+    number: int
+    task: Any = None
+    actor: Any = None
+    name: str = ""
+    answered: bool = False
+    """Its actor has answered: it works, and does not wait for resources or start."""
+    asked: Any = None
+    """Gauges that its actor was asked for and that are still to come."""
+    gauges: dict[str, float] | None = None
+    draining: bool = False
 
 
 class Fleet:
@@ -38,17 +58,14 @@ class Fleet:
         self._buffer = buffer
         self._make = make
         self._progress = progress
-        self._actors: dict[str, Any] = {}
-        self._names: dict[int, str] = {}
-        self._places: dict[int, asyncio.Task[str | None]] = {}
-        self._next_place = 0
-        self._draining: set[int] = set()
-        self._drains: set[asyncio.Task[None]] = set()
-        self._changed = asyncio.Event()
-        self.restarts = 0
+        self._wanted = config.actors
+        self._running = False
         self._stopping = False
-        self._answered: set[str] = set()
-        self._counters: dict[str, dict[str, float]] = {}
+        self._places: list[_Place] = []
+        self._started = 0
+        self._changed = asyncio.Event()
+        self._drains: set[asyncio.Task[None]] = set()
+        self.restarts = 0
         self._of_ended: dict[str, float] = dict.fromkeys(COUNTERS, 0.0)
 
     async def run(self) -> None:
@@ -57,86 +74,103 @@ class Fleet:
         Raises:
             RunError: when all places are out of restarts; other errors are those that an actor raised.
         """
-        self._start_places(self._config.actors)
+        self._running = True
+        self._start_places(self._wanted)
         causes: list[str] = []
         closed = False
         while self._places:
             self._changed.clear()
             changed = asyncio.ensure_future(self._changed.wait())
-            await asyncio.wait([*self._places.values(), changed], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([*(place.task for place in self._places), changed], return_when=asyncio.FIRST_COMPLETED)
             changed.cancel()
-            for place in [place for place, task in self._places.items() if task.done()]:
-                cause = self._places.pop(place).result()  # raises what its actor raised
+            for place in [place for place in self._places if place.task.done()]:
+                self._places.remove(place)
+                cause = place.task.result()  # raises what its actor raised
                 causes += [cause] if cause else []
-                closed = closed or (cause is None and place not in self._draining)
-                self._draining.discard(place)
-        if not closed:
+                closed = closed or (cause is None and not place.draining)
+        if not closed and not self._stopping:
             raise RunError(f"all {len(causes)} rollout actors are dead and out of restarts; last cause: {causes[-1]}")
 
     async def scale(self, actors: int) -> int:
         """Called by the controller: how many places there shall be; those that are too many are drained, newest first.
 
         Returns:
-            How many there were, without those that were draining already.
+            How many there should have been until now.
         """
-        kept = [place for place in self._places if place not in self._draining]
+        was, self._wanted = self._wanted, actors
+        if not self._running or self._stopping:
+            return was
+        kept = [place for place in self._places if not place.draining]
         self._start_places(actors - len(kept))
         for place in kept[actors:]:
-            self._draining.add(place)
+            place.draining = True
             drain = asyncio.ensure_future(self._drain(place))
             self._drains.add(drain)  # the loop itself keeps only a weak reference
             drain.add_done_callback(self._drains.discard)
-        return len(kept)
+        return was
 
     async def stop(self) -> None:
-        """Ask every actor to end at once."""
+        """End every actor: those that work are asked to, the others are killed; nothing is left afterwards."""
         self._stopping = True
-        for actor in list(self._actors.values()):
-            actor.stop.remote()
-
-    @property
-    def wanted(self) -> int:
-        """Places that are to be filled."""
-        return len(self._places) - len(self._draining)
+        for place in self._places:
+            if place.answered:
+                place.actor.stop.remote()
+            elif place.actor is not None:
+                ray.kill(place.actor)
+        tasks = [place.task for place in self._places]
+        if tasks:
+            await asyncio.wait(tasks, timeout=STOP_SECONDS)
+        for place in self._places:
+            if not place.task.done() and place.actor is not None:
+                ray.kill(place.actor)
 
     def _start_places(self, count: int) -> None:
         for _ in range(count):
-            self._places[self._next_place] = asyncio.ensure_future(self._keep(self._next_place))
-            self._next_place += 1
+            place = _Place(self._started)
+            place.task = asyncio.ensure_future(self._keep(place))
+            self._places.append(place)
+            self._started += 1
         self._changed.set()
 
-    async def _drain(self, place: int) -> None:
-        name = self._names.get(place, "")
-        actor = self._actors.get(name)
-        if actor is None:
-            return
-        if name not in self._answered:  # still waits for its place in the cluster, or starts
-            ray.kill(actor)
+    async def _drain(self, place: _Place) -> None:
+        name, actor = place.name, place.actor
+        if actor is None:  # between two lives: `_keep` begins no other
             return
         await self._buffer.drain.remote(name)
-        await asyncio.wait({self._places[place]}, timeout=self._config.drain_seconds)
-        if name in self._actors:
-            log.warning(
-                "%s did not finish within drain_seconds=%g; its leases go back", name, self._config.drain_seconds
-            )
-            actor.stop.remote()
+        if not await self._answers(place):
+            log.info("%s does not answer, or never started; it is killed", name)
+        elif (await asyncio.wait({place.task}, timeout=self._config.drain_seconds))[0]:
+            return
+        else:
+            log.warning("%s did not finish within drain_seconds=%g", name, self._config.drain_seconds)
+        await self._buffer.return_worker.remote(name)
+        ray.kill(actor)
 
-    async def _keep(self, place: int) -> str | None:
+    async def _answers(self, place: _Place) -> bool:
+        """Whether the actor of a place says something within `ANSWER_SECONDS`."""
+        answer = asyncio.ensure_future(place.actor.gauges.remote())
+        done, _ = await asyncio.wait({answer, place.task}, timeout=ANSWER_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        answer.cancel()
+        return bool(done)
+
+    async def _keep(self, place: _Place) -> str | None:
         """One place in the fleet; returns the cause when it is given up, None when its actor ended by itself."""
         cause = ""
         for attempt in range(self._config.max_restarts + 1):
-            name = f"rollout-{place}.{attempt}"
-            actor = (
+            if place.draining or self._stopping:
+                return None
+            place.name = name = f"rollout-{place.number}.{attempt}"
+            place.answered, place.asked = False, None
+            place.actor = (
                 ray.remote(RolloutActor)
                 .options(num_cpus=self._config.cpus, num_gpus=self._config.gpus, max_concurrency=2, name=name)
                 .remote(name=name, buffer=self._buffer, make=self._make)
             )
-            self._actors[name], self._names[place] = actor, name
             try:
-                await actor.run.remote()
+                await place.actor.run.remote()
                 return None
             except RayActorError as error:
-                if place in self._draining or self._stopping:
+                if place.draining or self._stopping:
                     return None
                 # raised inside a living actor (another actor's death), or while this one started: not this death
                 if isinstance(error, RayTaskError) or error.actor_init_failed:
@@ -144,9 +178,10 @@ class Fleet:
                 cause = one_line(error)
                 log.warning("%s died: %s", name, cause)
             finally:
-                for key, value in self._counters.pop(name, {}).items():
-                    self._of_ended[key] += value
-                self._actors.pop(name, None)
+                place.actor = None
+                for key in COUNTERS:
+                    self._of_ended[key] += (place.gauges or {}).get(key, 0.0)
+                place.gauges = None
                 await self._buffer.return_worker.remote(name)
             self.restarts += attempt < self._config.max_restarts
             self._progress()
@@ -154,19 +189,26 @@ class Fleet:
 
     async def gauges(self) -> dict[str, float]:
         """Sums over the actors that answer; one that is pending or starting does not hold the others up."""
-        asked = {asyncio.ensure_future(actor.gauges.remote()): name for name, actor in self._actors.items()}
-        done = (await asyncio.wait(asked, timeout=ANSWER_SECONDS))[0] if asked else set()
+        for place in self._places:
+            if place.asked is None and place.actor is not None:  # never two questions: a pending actor would hoard them
+                place.asked = asyncio.ensure_future(place.actor.gauges.remote())
+        asked = [place.asked for place in self._places if place.asked is not None]
+        if asked:
+            await asyncio.wait(asked, timeout=ANSWER_SECONDS)
         alive = []
-        for reply in done:
+        for place in self._places:
+            if place.asked is None or not place.asked.done() or place.actor is None:
+                continue
+            reply, place.asked = place.asked, None
             if reply.exception() is None:
+                place.gauges, place.answered = reply.result(), True
                 alive.append(reply.result())
-                self._answered.add(asked[reply])
-                self._counters[asked[reply]] = {key: alive[-1].get(key, 0.0) for key in COUNTERS}
-        total = {key: self._of_ended[key] + sum(own[key] for own in self._counters.values()) for key in COUNTERS}
+        working = [place.gauges for place in self._places if place.gauges is not None]
+        total = {key: self._of_ended[key] + sum(own.get(key, 0.0) for own in working) for key in COUNTERS}
         probed = total["probed_positions"] or 1.0
         return {
             "rollout_actors": float(len(alive)),
-            "rollout_actors_wanted": float(self.wanted),
+            "rollout_actors_wanted": float(self._wanted),
             "rollout_restarts": float(self.restarts),
             "rollout_row_forwards": total["row_forwards"],
             "rollout_token_forwards": total["token_forwards"],
@@ -174,6 +216,7 @@ class Fleet:
             "rollout_cache_flips": total["probed_flips"] / probed,
             "weights_adopted_version": min((reply["version"] for reply in alive), default=-1.0),
             "rollout_longest_group_seconds": max((reply["longest_group_seconds"] for reply in alive), default=0.0),
+            "rollout_longest_pause_seconds": max((reply["longest_pause_seconds"] for reply in alive), default=0.0),
             "weights_damaged": total["damaged_weights"],
             "weights_adoptions": total["adoptions"],
             "weights_adopt_seconds": total["adopt_seconds"],

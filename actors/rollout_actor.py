@@ -42,7 +42,7 @@ class RolloutActor:
         self._leases: dict[tuple[int, int], Lease] = {}
         self._unanswered: dict[tuple[int, int], Lease] = {}  # handed in, and maybe not in a file yet
         self._since: dict[tuple[int, int], float] = {}
-        self._longest = 0.0
+        self._longest = self._pause = 0.0
         self._asking = False
         self._ending = False
         self._renewed = self._patient_until = time.monotonic()
@@ -55,7 +55,9 @@ class RolloutActor:
             while not self._done():
                 self._ask_for_leases()
                 self._handle_events()
+                busy = time.monotonic()
                 self._hand_in(self._producer.step())
+                self._pause = max(self._pause, time.monotonic() - busy)
                 self._renew()
         finally:
             self._producer.close()
@@ -72,6 +74,7 @@ class RolloutActor:
             "adoptions": float(self._adoptions),
             "adopt_seconds": self._adopt_seconds,
             "longest_group_seconds": self._longest,
+            "longest_pause_seconds": self._pause,
         }
 
     def _abandon(self) -> None:
@@ -142,20 +145,16 @@ class RolloutActor:
         return min(lease.seconds for lease in leases) / RENEWALS_PER_LEASE
 
     def _renew(self) -> None:
-        now, held = time.monotonic(), [number for number, _ in (*self._leases, *self._unanswered)]
+        now, held = time.monotonic(), [*self._leases, *self._unanswered]
         if held and now - self._renewed >= self._renewal_seconds():
             self._renewed = now
             self._call(self._buffer.renew.remote(self.name, held), self._renewal)
 
     def _renewal(self, reply: RenewReply) -> None:
         self._adopt(reply.snapshot)
-        for key in [key for key in self._leases if key[0] in reply.lost]:
-            self._producer.drop(self._end(key))
-
-    def _end(self, key: tuple[int, int]) -> Lease:
-        """Take a lease off the list, and the time that its group took."""
-        self._longest = max(self._longest, time.monotonic() - self._since.pop(key))
-        return self._leases.pop(key)
+        for key in [key for key in self._leases if key in reply.lost]:
+            del self._since[key]
+            self._producer.drop(self._leases.pop(key))
 
     def _give_back(self, lease: Lease | Fault, reason: str, *, data: bool) -> None:
         call = self._buffer.fail.remote(self.name, lease.number, lease.attempt, reason, data)
@@ -194,7 +193,8 @@ class RolloutActor:
             key = (outcome.number, outcome.attempt)
             if key not in self._leases:
                 continue
-            lease = self._end(key)
+            lease = self._leases.pop(key)
+            self._longest = max(self._longest, time.monotonic() - self._since.pop(key))
             if isinstance(outcome, Fault):
                 self._give_back(outcome, outcome.reason, data=True)
             else:

@@ -54,9 +54,9 @@ class SubmitReply:
 
 @dataclass(frozen=True, slots=True)
 class RenewReply:
-    """`lost` are no longer this worker's: it stops generating them. And the newest weights."""
+    """`lost`, by number and attempt, are no longer this worker's: it stops generating them. And the newest weights."""
 
-    lost: list[int]
+    lost: list[tuple[int, int]]
     snapshot: Snapshot
 
 

@@ -72,6 +72,7 @@ CATALOGUE: dict[str, Metric] = {
         Metric("rollout_actors_wanted", "gauge", "Rollout actors that the run shall have; those not live are pending"),
         Metric("rollout_restarts", "counter", "Rollout actors started again after a failure"),
         Metric("rollout_longest_group_seconds", "gauge", "Longest time from lease to hand-in, of live actors"),
+        Metric("rollout_longest_pause_seconds", "gauge", "Longest step of live actors; leases are renewed between two"),
         Metric("rollout_wait_seconds", "counter", "Seconds rollout actors waited for leases"),
         Metric(
             "threshold_gamma",

@@ -12,7 +12,8 @@ Contract:
 - Every group is in exactly one state (`common.ledger`), holds a ticket from its first lease to a terminal state, and is
   trained at most once. Only the result of a group's current lease is stored; any other is late, counted and dropped.
 - No trained group exceeds the staleness bound of its policy (`common.admission`), so long as each publication ends at
-  least one whole step and raises the version by one. Both are enforced, and the staleness of every sample is checked.
+  least one whole step and raises the version by one, in the order of sampling. What is needed is enforced, and the
+  staleness of every group is checked when it is sampled and again when it is published as trained.
 - Blocked calls wake by notification. Leases expire on a timer set for the nearest deadline. Nothing polls.
 - A call changes state only while it holds the lock and never waits between its first change and its reply, so a
   cancelled call has either done nothing or all; what it wrote in vain is dropped. A reply that reaches nobody is mended
@@ -172,16 +173,18 @@ class ReplayBuffer:
             self._wake_if_useful()
             return True
 
-    async def renew(self, worker: str, numbers: Sequence[int]) -> RenewReply:
-        """Called by an actor's loop while generation goes on: leased -> leased with a new deadline."""
+    async def renew(self, worker: str, leases: Sequence[tuple[int, int]]) -> RenewReply:
+        """Called by an actor's loop while generation goes on: leased -> leased with a new deadline.
+
+        Leases are given by number and attempt: an earlier attempt's may have come back to the same worker.
+        """
         async with self._changed:
-            deadline = self._clock() + self._lease_seconds
-            held, lost = set(self._ledger.leased_to(worker)), []
-            for number in numbers:
-                if number in held:
+            deadline, lost = self._clock() + self._lease_seconds, []
+            for number, attempt in leases:
+                if self._ledger.is_current(worker, number, attempt):
                     self._ledger.renew(number, deadline=deadline)
                 else:
-                    lost.append(number)
+                    lost.append((number, attempt))
             return RenewReply(lost, self._weights.latest)
 
     async def return_worker(self, worker: str) -> list[int]:
@@ -435,6 +438,7 @@ class ReplayBuffer:
         strange = [number for number in numbers if self._ledger.state(number) is not GroupState.SAMPLED]
         if strange:
             raise RuntimeError(f"version {snapshot.version} names groups that were not sampled: {strange}")
+        self._check_staleness(numbers, [self.version - self._held[number].oldest_version for number in numbers])
         if not first and len(numbers) < self._groups_per_step:
             raise RuntimeError(
                 f"version {snapshot.version} ends {len(numbers)} groups, less than a step of {self._groups_per_step}"

@@ -138,7 +138,8 @@ def scale(
 
     Example: diffpo scale sudoku --actors 4
     """
-    os.environ.setdefault("RAY_AUTH_MODE", "token")  # before Ray is imported: it reads this once
+    # before Ray is imported: it looks once
+    os.environ["RAY_AUTH_MODE"] = os.environ.get("RAY_AUTH_MODE") or "token"
     import ray
 
     from learner.remote_control import controller_of

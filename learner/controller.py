@@ -42,8 +42,10 @@ log = logging.getLogger(__name__)
 
 GAUGE_SECONDS = 2.0
 CLOSE_SECONDS = 5.0
+MOST_ACTORS = 500  # each may block one of the buffer's calls in `lease`, of which it answers `BUFFER_CALLS` at once
+BUFFER_CALLS = 1000
 CAUSE_SECONDS = 3.0  # a dead learner takes actors with it that need its weights: its death is the cause
-FLEET_STOP_SECONDS = 10.0
+FLEET_STOP_SECONDS = 5.0  # after its actors were ended
 # Where cores are shared, OpenMP threads that spin while they wait take the time of those who work.
 PATIENT_THREADS = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
 # buffer gauge -> catalogue name
@@ -146,9 +148,11 @@ class Controller:
         Raises:
             UserError: below 1, or when the run is not in its training phase.
         """
-        if actors < 1:
-            raise UserError(f"{actors} rollout actors; a run needs at least 1 (to end it, stop it)")
-        if self._phase != "train" or self._fleet is None:
+        if not 1 <= actors <= MOST_ACTORS:
+            raise UserError(
+                f"{actors} rollout actors; a run needs at least 1 (to end it, stop it) and can have {MOST_ACTORS}"
+            )
+        if self._phase != "train" or self._fleet is None or self._stopping.is_set():
             raise UserError(f"the run is in phase {self._phase}; rollout actors are there in phase train only")
         was = await self._fleet.scale(actors)
         await self._tell("scale", {"was": was, "actors": actors})
@@ -156,6 +160,10 @@ class Controller:
         cpus = ray.cluster_resources().get("CPU", 0.0)
         few = f"; they and the learner want {wanted:g} CPUs of {cpus:g}, so some wait until there are more"
         return {"was": was, "actors": actors, "note": few if wanted > cpus else ""}
+
+    async def directory(self) -> str:
+        """Called by whoever found this actor by its name: which run it is."""
+        return str(self._directory.path)
 
     async def status(self) -> dict[str, Any]:
         """Called by anyone who found this actor by its name: phase and newest values."""
@@ -222,7 +230,7 @@ class Controller:
         config = self.config
         self._buffer = (
             ray.remote(ReplayBuffer)
-            .options(num_cpus=0, max_concurrency=1000, name="buffer")
+            .options(num_cpus=0, max_concurrency=BUFFER_CALLS, name="buffer")
             .remote(
                 groups_per_step=config.learner.groups_per_step,
                 max_staleness=config.replay.max_staleness,
@@ -267,6 +275,7 @@ class Controller:
             await self._fleet.stop()
             await asyncio.wait({generation}, timeout=FLEET_STOP_SECONDS)
             generation.cancel()
+            self._fleet = None
 
     # -- progress and metrics -----------------------------------------------------------------------------------
 
@@ -305,6 +314,18 @@ class Controller:
         group, reason = found[-1]
         await self._tell("quarantine", {"group": group, "reason": reason.strip().splitlines()[-1]})
 
+    async def _warn_of_deadline(self, expired: float, fleet: dict[str, float]) -> None:
+        """Once, if actors that live could not renew in time."""
+        pause, longest = fleet["rollout_longest_pause_seconds"], fleet["rollout_longest_group_seconds"]
+        deadline = self.config.replay.lease_seconds
+        if pause > deadline / 2:
+            self._warned = True
+            text = (
+                f"{expired:.0f} leases ran out: replay.lease_seconds is {deadline:g}, and an actor was busy for up to "
+                f"{pause:.2g} s between two renewals (a group took up to {longest:.2g} s); give {3 * pause:.2g} or more"
+            )
+            await self._tell("warning", {"text": text})
+
     async def _collect(self) -> None:
         while True:
             await self._update_gauges()
@@ -321,10 +342,8 @@ class Controller:
         if gauges["groups_quarantined"] > self._quarantined:
             self._quarantined = gauges["groups_quarantined"]
             await self._report_quarantine()
-        longest = fleet["rollout_longest_group_seconds"]
-        if gauges["expired_leases"] > 0 and longest > self.config.replay.lease_seconds and not self._warned:
-            self._warned = True
-            await self._tell("warning", {"text": _short_deadline(gauges["expired_leases"], longest, self.config)})
+        if gauges["expired_leases"] > 0 and not self._warned:
+            await self._warn_of_deadline(gauges["expired_leases"], fleet)
         if gauges["groups_discarded"] + gauges["groups_quarantined"] > 0:
             self._untrainable = (
                 f": {gauges['no_spread_discards']:.0f} groups were discarded for equal rewards (a longer warm start, "
@@ -339,10 +358,3 @@ class Controller:
         self._exporter.update({"run_seconds": now - self._started, "run_idle_seconds": now - self._progressed})
         states = {key.removeprefix("groups_"): gauges[key] for key in gauges if key.startswith("groups_")}
         self._exporter.replace("replay_groups", states)
-
-
-def _short_deadline(expired: float, longest: float, config: Config) -> str:
-    return (
-        f"{expired:.0f} leases ran out: a group took up to {longest:.1f} s, replay.lease_seconds is "
-        f"{config.replay.lease_seconds:g}; raise it, what is handed in late is lost"
-    )

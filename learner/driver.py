@@ -45,6 +45,7 @@ def train(config: Config, show: Callable[[str, dict[str, Any]], None]) -> dict[s
     preflight(config)
     _connect(config)
     try:
+        _check_name_is_free(config.run.name)
         directory = RunDirectory.create(config)
         cluster = {"ray_address": ray.get_runtime_context().gcs_address, "namespace": config.run.name}
         directory.write_json(CONTROLLER_FILE, cluster)
@@ -65,6 +66,14 @@ def _connect(config: Config) -> None:
             f"rollout.actors={config.rollout.actors} x {config.rollout.cpus:g} CPUs + learner {config.learner.cpus:g} "
             f"exceed this machine's {available:g} CPUs; lower rollout.actors, or rollout.cpus to share cores"
         )
+
+
+def _check_name_is_free(name: str) -> None:
+    try:
+        ray.get_actor(CONTROLLER)
+    except ValueError:
+        return
+    raise UserError(f"a run of the name {name} is going on this Ray cluster; choose another run.name")
 
 
 def _follow(config: Config, directory: Path, show: Callable[[str, dict[str, Any]], None]) -> dict[str, Any]:

@@ -30,15 +30,19 @@ def controller_of(run: str) -> Iterator[Any]:
     """
     folder = _folder(run)
     try:
-        found = json.loads((folder / CONTROLLER_FILE).read_text())
-        address, namespace = found["ray_address"], found["namespace"]
-    except (OSError, ValueError, KeyError) as error:
+        where = json.loads((folder / CONTROLLER_FILE).read_text())
+        address, namespace = where["ray_address"], where["namespace"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder / CONTROLLER_FILE}: {one_line(error)}; a run that has started training has it"
         ) from error
-    connect(address, namespace=namespace, logging_level=logging.ERROR, way_out=f"run {run} is not going any more")
+    way_out = f"run {run} is not going any more, or its Ray wants another RAY_AUTH_MODE (token, unless you changed it)"
+    connect(str(address), namespace=str(namespace), logging_level=logging.ERROR, way_out=way_out)
     try:
         controller = ray.get_actor(CONTROLLER)
+        found: Any = ray.get(controller.directory.remote())
+        if Path(found) != folder.absolute():
+            raise RuntimeError(f"another run of that name is going there, in {found}")
     except (RuntimeError, ValueError, OSError) as error:
         ray.shutdown()
         raise UserError(f"run {run} is not going: its Ray at {address} does not know it ({one_line(error)})") from error

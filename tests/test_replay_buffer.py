@@ -147,6 +147,37 @@ def test_late_duplicate_unknown_and_foreign_results_are_counted_and_not_stored()
     asyncio.run(scenario())
 
 
+def test_an_earlier_attempt_s_lease_is_lost_though_the_same_worker_has_the_group_again() -> None:
+    async def scenario() -> None:
+        clock = Clock()
+        buffer = await started(clock=clock)
+        (first,) = await grant(buffer, 1)
+        clock.now = 70.0
+        (again,) = await grant(buffer, 1)
+        assert (first.number, first.attempt, again.number, again.attempt) == (0, 1, 0, 2)
+        assert (await buffer.renew("a", [(0, 1), (0, 2)])).lost == [(0, 1)]
+        assert (await buffer.submit("a", [result(first)])).late == [0]
+        assert (await buffer.submit("a", [result(again)])).accepted == [0]
+
+    asyncio.run(scenario())
+
+
+def test_a_batch_that_is_held_back_beyond_its_bound_is_refused_at_publication() -> None:
+    async def scenario() -> None:
+        buffer = await started(max_staleness=1)
+        await fill(buffer, 4)
+        held, first = await buffer.sample(), await buffer.sample()
+        await buffer.publish(weights(1), first.numbers)
+        await fill(buffer, 2)
+        later = await buffer.sample()
+        await buffer.publish(weights(2), later.numbers)
+        with pytest.raises(RuntimeError, match="staleness above the bound 1"):
+            await buffer.publish(weights(3), held.numbers)
+        assert ((await buffer.gauges())["violations"], buffer.version) == (1, 2)
+
+    asyncio.run(scenario())
+
+
 def test_a_drained_worker_keeps_its_leases_and_is_granted_no_more() -> None:
     async def scenario() -> None:
         buffer = await started()
@@ -154,7 +185,7 @@ def test_a_drained_worker_keeps_its_leases_and_is_granted_no_more() -> None:
         await buffer.drain("a")
         reply = await buffer.lease("a", 4)
         assert (reply.leases, reply.closed) == ([], True)
-        assert (await buffer.renew("a", [lease.number])).lost == []
+        assert (await buffer.renew("a", [(lease.number, 1)])).lost == []
         assert (await buffer.submit("a", [result(lease)])).accepted == [0]
         assert [x.number for x in await grant(buffer, 4, "b")] == [1, 2, 3]
 
@@ -251,12 +282,12 @@ def test_a_lease_expires_at_its_deadline_and_wakes_who_waits() -> None:
     async def scenario() -> None:
         buffer = await started(lease_seconds=0.05)
         leases = await grant(buffer, 4)
-        assert (await buffer.renew("a", [2, 3, 77])).lost == [77]
+        assert (await buffer.renew("a", [(2, 1), (3, 1), (77, 1)])).lost == [(77, 1)]
         before = asyncio.get_running_loop().time()
         reply = await asyncio.wait_for(buffer.lease("b", 4), 1.0)
         assert 0.02 < asyncio.get_running_loop().time() - before < 0.5
         assert [(x.number, x.attempt) for x in reply.leases][:2] == [(0, 2), (1, 2)]
-        assert (await buffer.renew("a", [0])).lost == [0]
+        assert (await buffer.renew("a", [(0, 1)])).lost == [(0, 1)]
         assert (await buffer.submit("a", [result(leases[0])])).late == [0]
         assert (await buffer.gauges())["expired_leases"] >= 2
         await buffer.close()
@@ -270,7 +301,7 @@ def test_renewed_leases_do_not_expire() -> None:
         buffer = await started(clock=clock)
         leases = await grant(buffer, 4)
         clock.now = 50.0
-        await buffer.renew("a", [0, 1])
+        await buffer.renew("a", [(0, 1), (1, 1)])
         clock.now = 70.0
         assert [x.number for x in await grant(buffer, 4, "b")] == [2, 3]
         assert (await buffer.submit("a", [result(lease) for lease in leases])).accepted == [0, 1]
@@ -284,7 +315,7 @@ def test_renewed_leases_still_expire_for_someone_who_waits_already() -> None:
         await grant(buffer, 4)
         waiting = await blocked(buffer.lease("b", 4))
         await asyncio.sleep(0.15)
-        await buffer.renew("a", range(4))
+        await buffer.renew("a", [(number, 1) for number in range(4)])
         await asyncio.sleep(0.1)
         assert not waiting.done()  # the timer fired for the old deadline and found nothing
         assert [lease.number for lease in (await asyncio.wait_for(waiting, 1.0)).leases] == [0, 1, 2, 3]
@@ -519,7 +550,7 @@ def test_a_submit_is_acknowledged_only_when_its_file_is_there_and_holds_nobody_u
         calls = [asyncio.ensure_future(buffer.submit("a", [result(lease)])) for lease in leases[:2]]
         await until(lambda: gate.begun)
         learner = await blocked(buffer.sample())
-        assert (await buffer.renew("a", [0, 1, 2])).lost == []
+        assert (await buffer.renew("a", [(number, 1) for number in range(3)])).lost == []
         assert await buffer.fail("a", 3, 1, "node lost", data=False)
         assert [lease.number for lease in await grant(buffer, 1, "b")] == [3]
         gauges = await buffer.gauges()
@@ -543,7 +574,7 @@ def test_a_lease_that_ends_while_its_group_is_written_makes_it_late(tmp_path: Pa
         late = asyncio.ensure_future(buffer.submit("a", [result(first), result(second), result(first)]))
         await until(lambda: gate.begun)
         clock.now = 50.0
-        await buffer.renew("a", [1])
+        await buffer.renew("a", [(1, 1)])
         clock.now = 70.0
         (again, *_) = await grant(buffer, 4, "b")
         assert (again.number, again.attempt) == (0, 2)

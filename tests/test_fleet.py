@@ -1,0 +1,246 @@
+"""The fleet without Ray: deaths, scaling, drains of actors that work, hang, wait or die, and that nothing is left."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError
+
+from actors import fleet as module
+from actors.fleet import Fleet
+from common.config import RolloutConfig
+from common.errors import RunError
+
+
+class Actor:
+    """Stands for an actor: works, or waits for resources, or hangs, until it is drained, stopped or killed."""
+
+    def __init__(self, stage: "Stage", name: str) -> None:
+        self.stage, self.name = stage, name
+        self.pending = self.hanging = False
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def end(self, error: Exception | None = None) -> None:
+        if not self.over.done():
+            self.over.set_exception(error) if error else self.over.set_result(None)
+
+    def call_run(self) -> Any:
+        return self.over
+
+    def call_stop(self) -> Any:
+        if not (self.pending or self.hanging):
+            self.end()
+
+    def call_gauges(self) -> Any:
+        reply = asyncio.get_running_loop().create_future()
+        self.stage.asked[self.name] = self.stage.asked.get(self.name, 0) + 1
+        if not (self.pending or self.hanging):
+            reply.set_result(
+                {"version": 0.0, "row_forwards": 100.0, "longest_group_seconds": 1.0, "longest_pause_seconds": 0.0}
+            )
+        return reply
+
+
+class Calls:
+    """Turns `handle.name.remote(...)` into a call of `name`."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.remote = call
+
+
+class Handle:
+    def __init__(self, actor: Actor) -> None:
+        self.actor = actor
+
+    def __getattr__(self, name: str) -> Calls:
+        return Calls(getattr(self.actor, f"call_{name}"))
+
+
+class Stage:
+    """What Ray and the buffer are to the fleet."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.actors: dict[str, Actor] = {}
+        self.asked: dict[str, int] = {}
+        self.killed: list[str] = []
+        self.returned: list[str] = []
+        self.finishes = True  # a drained actor ends by itself
+        self.pending = False
+        monkeypatch.setattr(module.ray, "remote", lambda kind: self)
+        monkeypatch.setattr(module.ray, "kill", self.kill)
+        monkeypatch.setattr(module, "ANSWER_SECONDS", 0.02)
+        monkeypatch.setattr(module, "STOP_SECONDS", 0.2)
+
+    def options(self, **options: Any) -> "Stage":
+        return self
+
+    def remote(self, *, name: str, **_: Any) -> Handle:
+        self.actors[name] = Actor(self, name)
+        self.actors[name].pending = self.pending
+        return Handle(self.actors[name])
+
+    def kill(self, handle: Handle) -> None:
+        self.killed.append(handle.actor.name)
+        handle.actor.end(RayActorError())
+
+    @property
+    def drain(self) -> Calls:
+        async def drain(name: str) -> None:
+            actor = self.actors[name]
+            if self.finishes and not actor.hanging and not actor.pending:
+                actor.end()
+
+        return Calls(drain)
+
+    @property
+    def return_worker(self) -> Calls:
+        async def return_worker(name: str) -> None:
+            self.returned.append(name)
+
+        return Calls(return_worker)
+
+    def alive(self) -> list[str]:
+        return [name for name, actor in self.actors.items() if not actor.over.done()]
+
+
+def play(
+    monkeypatch: pytest.MonkeyPatch, scenario: Callable[[Fleet, Stage], Coroutine[Any, Any, None]], **config: Any
+) -> None:
+    async def run() -> None:
+        stage = Stage(monkeypatch)
+        rollout = RolloutConfig(**{"actors": 1, "drain_seconds": 0.05, **config})
+        fleet = Fleet(config=rollout, buffer=stage, make=lambda name, wake: None, progress=lambda: None)  # pyright: ignore
+        running = asyncio.ensure_future(fleet.run())
+        await settle()
+        await fleet.gauges()
+        await scenario(fleet, stage)
+        await fleet.stop()
+        await asyncio.wait_for(asyncio.gather(running, return_exceptions=True), 1.0)
+        assert stage.alive() == []
+
+    asyncio.run(run())
+
+
+async def settle(seconds: float = 0.0) -> None:
+    await asyncio.sleep(seconds)
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def test_up_and_down_in_one_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(fleet: Fleet, stage: Stage) -> None:
+        assert [await fleet.scale(count) for count in (4, 1, 3, 1)] == [1, 4, 1, 3]
+        await settle(0.05)
+        assert stage.alive() == ["rollout-0.0"]
+        assert (await fleet.gauges())["rollout_actors_wanted"] == 1
+
+    play(monkeypatch, scenario)
+
+
+def test_scaling_before_it_runs_says_how_many_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        stage = Stage(monkeypatch)
+        fleet = Fleet(config=RolloutConfig(actors=2), buffer=stage, make=lambda name, wake: None, progress=lambda: None)  # pyright: ignore
+        assert await fleet.scale(3) == 2
+        running = asyncio.ensure_future(fleet.run())
+        await settle()
+        assert len(stage.alive()) == 3
+        await fleet.gauges()
+        await fleet.stop()
+        await running
+
+    asyncio.run(run())
+
+
+def test_a_drained_actor_that_hangs_loses_its_leases_and_its_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(fleet: Fleet, stage: Stage) -> None:
+        await fleet.scale(2)
+        await settle()
+        await fleet.gauges()
+        stage.actors["rollout-1.0"].hanging = True
+        await fleet.scale(1)
+        await settle(0.1)
+        assert stage.killed == ["rollout-1.0"]
+        assert "rollout-1.0" in stage.returned
+        assert stage.alive() == ["rollout-0.0"]
+
+    play(monkeypatch, scenario)
+
+
+def test_a_drained_actor_that_does_not_finish_in_time_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(fleet: Fleet, stage: Stage) -> None:
+        await fleet.scale(2)
+        await settle()
+        stage.finishes = False
+        await fleet.scale(1)
+        await settle(0.03)
+        assert stage.killed == []
+        await settle(0.1)
+        assert stage.killed == ["rollout-1.0"]
+
+    play(monkeypatch, scenario)
+
+
+def test_a_place_that_is_drained_while_it_restarts_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(fleet: Fleet, stage: Stage) -> None:
+        await fleet.scale(2)
+        await settle()
+        stage.actors["rollout-1.0"].end(RayActorError())
+        await asyncio.sleep(0)  # its leases are on their way back
+        await fleet.scale(1)
+        await settle(0.1)
+        assert stage.alive() == ["rollout-0.0"]
+
+    play(monkeypatch, scenario)
+
+
+def test_waiting_actors_are_asked_once_and_killed_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(fleet: Fleet, stage: Stage) -> None:
+        stage.pending = True
+        await fleet.scale(3)
+        await settle()
+        for _ in range(5):
+            gauges = await fleet.gauges()
+        assert (gauges["rollout_actors"], gauges["rollout_actors_wanted"]) == (1, 3)
+        assert [stage.asked[f"rollout-{place}.0"] for place in (1, 2)] == [1, 1]
+        await fleet.stop()
+        assert sorted(stage.killed) == ["rollout-1.0", "rollout-2.0"]
+        assert await fleet.scale(5) == 3
+        await settle()
+        assert stage.alive() == []
+
+    play(monkeypatch, scenario)
+
+
+def test_counters_of_the_dead_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(fleet: Fleet, stage: Stage) -> None:
+        stage.pending = True
+        await fleet.scale(2)
+        await settle()
+        stage.pending = False
+        asking = asyncio.ensure_future(fleet.gauges())  # waits for the pending one
+        await settle()
+        stage.actors["rollout-0.0"].end(RayActorError())
+        await asking
+        await fleet.gauges()
+        assert (await fleet.gauges())["rollout_row_forwards"] == 200  # of the dead one and of its replacement
+
+    play(monkeypatch, scenario)
+
+
+def test_the_last_place_out_of_restarts_ends_the_run_with_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        stage = Stage(monkeypatch)
+        config = RolloutConfig(actors=2, max_restarts=1)
+        fleet = Fleet(config=config, buffer=stage, make=lambda name, wake: None, progress=lambda: None)  # pyright: ignore
+        running = asyncio.ensure_future(fleet.run())
+        for attempt in range(2):
+            await settle()
+            for place in range(2):
+                stage.actors[f"rollout-{place}.{attempt}"].end(RayActorError())
+        with pytest.raises(RunError, match="all 2 rollout actors are dead and out of restarts"):
+            await asyncio.wait_for(running, 1.0)
+        assert fleet.restarts == 2
+
+    asyncio.run(run())
