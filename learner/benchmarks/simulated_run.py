@@ -128,7 +128,7 @@ def simulated_run(
     *,
     max_staleness: int,
     admission: str = "windowed_fifo",
-    actors: int = 4,
+    actors: int = 2,
     **make: Any,
 ) -> Iterator[SimulatedRun]:
     """Buffer, learner and actors, waiting for the first weights; all are ended at the end.
