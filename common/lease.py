@@ -64,8 +64,8 @@ class RenewReply:
 class Batch:
     """One step's groups by ascending number; no numbers once the buffer is closed.
 
-    `generated` are the means over all groups accepted since the last batch, those discarded for lack of spread
-    included: a batch alone looks harder than the prompts are.
+    `generated` are the means over the groups accepted lately, a step's worth or more, those discarded for lack of
+    spread included: a batch alone looks harder than the prompts are.
 
     `version` is the learner's version when this batch is trained: a batch sampled before it counts as published.
     """

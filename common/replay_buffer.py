@@ -94,6 +94,7 @@ class ReplayBuffer:
         self._tally: Counter[str] = Counter()
         self._last_staleness: list[int] = []
         self._generated: defaultdict[str, float] = defaultdict(float)
+        self._told: dict[str, float] = {}
         self._lease_waits = Waits(clock)
         self._sample_waits = Waits(clock)
         # Binds to the loop at its first wait: it may be made here although Ray builds an actor outside its loop.
@@ -356,9 +357,13 @@ class ReplayBuffer:
         return Batch(numbers, payloads, version, staleness, self._clock() - started, self._take_generated())
 
     def _take_generated(self) -> dict[str, float]:
-        sums, self._generated = self._generated, defaultdict(float)
-        groups = max(1.0, sums["groups"])
-        return {"groups": sums["groups"], "reward": sums["reward"] / groups, "nfe": sums["nfe"] / groups}
+        """Means over the groups accepted lately, a step's worth or more: generation may come in bursts."""
+        sums = self._generated
+        if sums["groups"] >= self._groups_per_step or not self._told:
+            groups = max(1.0, sums["groups"])
+            self._told = {"groups": sums["groups"], "reward": sums["reward"] / groups, "nfe": sums["nfe"] / groups}
+            self._generated = defaultdict(float)
+        return self._told
 
     def _next_version(self) -> int:
         """The learner's version when it trains the next batch: those sampled before it count as published."""

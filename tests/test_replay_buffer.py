@@ -178,6 +178,21 @@ def test_a_batch_that_is_held_back_beyond_its_bound_is_refused_at_publication() 
     asyncio.run(scenario())
 
 
+def test_what_was_generated_is_told_over_a_step_s_worth_though_it_comes_in_bursts() -> None:
+    async def scenario() -> None:
+        buffer = await started(max_staleness=2)
+        leases = await grant(buffer, 6)
+        rewarded = [replace(result(lease), reward=float(lease.number)) for lease in leases]
+        await buffer.submit("a", rewarded[:4])
+        first = await buffer.sample()
+        assert first.generated == {"groups": 4.0, "reward": 1.5, "nfe": 0.0}
+        assert (await buffer.sample()).generated == first.generated  # nothing came in between
+        await buffer.submit("a", rewarded[4:])
+        assert (await buffer.sample()).generated == {"groups": 2.0, "reward": 4.5, "nfe": 0.0}
+
+    asyncio.run(scenario())
+
+
 def test_a_drained_worker_keeps_its_leases_and_is_granted_no_more() -> None:
     async def scenario() -> None:
         buffer = await started()
