@@ -318,5 +318,5 @@ def test_a_deterministic_run_leaves_nothing_to_the_next_task(monkeypatch: pytest
 
     monkeypatch.setattr(single_run, "SingleRun", Deterministic)
     with pytest.raises(RunError, match="it fails"):
-        single_run.run_arm(plan(study())[0].config, np.zeros(3))
+        single_run.run_arm(plan(study())[0].config, np.zeros(3), 0)
     assert not torch.are_deterministic_algorithms_enabled()
