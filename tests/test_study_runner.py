@@ -310,7 +310,7 @@ def test_a_warm_start_without_room_is_used_without_being_kept(
 
 def test_a_deterministic_run_leaves_nothing_to_the_next_task(monkeypatch: pytest.MonkeyPatch) -> None:
     class Deterministic:
-        def __init__(self, *_: Any) -> None:
+        def __init__(self, *_: Any, staleness: int) -> None:
             torch.use_deterministic_algorithms(True)
 
         def run(self) -> dict[str, Any]:
