@@ -1,6 +1,7 @@
 """Lease: one prompt handed to one actor, and the messages about it between actors, replay buffer and learner."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from common.weight_store import Snapshot
 
@@ -76,3 +77,25 @@ class Batch:
     staleness: list[int]
     waited_s: float
     generated: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """Answer to a publication: entries in the journal after it, and whether the buffer is closed."""
+
+    journal_index: int
+    closed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """The buffer's part of a checkpoint: the journal up to `journal_index`, and the finished groups that are untrained.
+
+    `journal` is an Arrow file (`common.journal`), `groups` a segment file (`common.segment_folder`); `facts` go into
+    the manifest.
+    """
+
+    journal_index: int
+    journal: bytes
+    groups: bytes
+    facts: dict[str, Any]

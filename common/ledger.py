@@ -9,6 +9,8 @@ Contract:
   `Ledger.from_journal(entries)` walks the same table and ends in the identical ledger.
 - A group is active from its first lease to a terminal state. Every operation costs O(1) or O(active); of a terminal
   group there remain one list slot and its journal entries.
+- Trained is final for a learner that goes on. One that returns to an earlier checkpoint takes back what it trained
+  since (`rewind`); what a durable checkpoint contains is settled (`settle`) and cannot be taken back.
 
 Pure: knows nothing of Ray, clocks or payloads.
 """
@@ -41,11 +43,12 @@ TRANSITIONS: dict[GroupState | None, frozenset[GroupState]] = {
     GroupState.FINISHED: frozenset({GroupState.SAMPLED, GroupState.DISCARDED, GroupState.QUEUED}),
     # back to FINISHED: the learner died before it published
     GroupState.SAMPLED: frozenset({GroupState.TRAINED, GroupState.DISCARDED, GroupState.FINISHED}),
-    GroupState.TRAINED: frozenset(),
+    # only by `rewind`: the learner returned to a checkpoint that does not contain its training
+    GroupState.TRAINED: frozenset({GroupState.FINISHED}),
     GroupState.DISCARDED: frozenset(),
     GroupState.QUARANTINED: frozenset(),
 }
-TERMINAL = frozenset(state for state in GroupState if not TRANSITIONS[state])
+TERMINAL = frozenset({GroupState.TRAINED, GroupState.DISCARDED, GroupState.QUARANTINED})
 ACTIVE = frozenset(GroupState) - TERMINAL
 
 
@@ -61,7 +64,7 @@ class GroupRecord(NamedTuple):
     """Index of the prompt in the task's stream."""
     state: GroupState
     attempt: int
-    """1 at the first lease, +1 at each further one."""
+    """Grows with each lease of the group; a lease is told from all others of its run by number and attempt."""
     worker: str
     deadline: float
     version: int
@@ -82,6 +85,10 @@ class Ledger:
         self._discards: Counter[str] = Counter()
         self._quarantined: dict[int, str] = {}
         self._journal: list[GroupRecord] = []
+        self._trained: dict[int, tuple[int, GroupRecord]] = {}  # that may be taken back; with the index of their entry
+        self._settled = 0
+        self.first_attempt = 1
+        """Attempts start here: above those of leases that an earlier process may have granted unrecorded."""
 
     @classmethod
     def from_journal(cls, entries: Iterable[Sequence[Any]]) -> "Ledger":
@@ -168,6 +175,32 @@ class Ledger:
         """Numbers and reasons of the quarantined groups, in the order in which they were set aside."""
         return list(self._quarantined.items())
 
+    @property
+    def length(self) -> int:
+        """Entries in the journal."""
+        return len(self._journal)
+
+    def active_below(self, number: int) -> int:
+        """Active groups with a lower number. O(active)."""
+        return sum(other < number for other in self._active)
+
+    def unsettled(self) -> list[int]:
+        """Sorted numbers of the trained groups that a rewind may bring back."""
+        return sorted(self._trained)
+
+    def needed_attempts(self) -> dict[int, int]:
+        """Number -> attempt of every group whose bytes are still needed: finished, sampled, or trained and unsettled."""
+        needed = {
+            number: self._active[number].attempt
+            for state in (GroupState.FINISHED, GroupState.SAMPLED)
+            for number in self._members[state]
+        }
+        return needed | {number: record.attempt for number, (_, record) in self._trained.items()}
+
+    def newest_version(self) -> int:
+        """The highest version that a lease was granted at; -1 before the first. O(journal)."""
+        return max((record.version for record in self._journal), default=-1)
+
     def journal(self, since: int = 0) -> list[tuple[Any, ...]]:
         """Entries from index `since` on; the caller counts what it has."""
         return [tuple(record) for record in self._journal[since:]]
@@ -182,7 +215,11 @@ class Ledger:
             old = GroupRecord(number, number, GroupState.LEASED, 0, "", 0.0, 0, "", 0)
         return self._append(
             old._replace(
-                state=GroupState.LEASED, attempt=old.attempt + 1, worker=worker, deadline=deadline, version=version
+                state=GroupState.LEASED,
+                attempt=max(old.attempt + 1, self.first_attempt),
+                worker=worker,
+                deadline=deadline,
+                version=version,
             )
         )
 
@@ -213,6 +250,26 @@ class Ledger:
         """sampled -> trained."""
         return self._move(number, GroupState.TRAINED)
 
+    def rewind(self, index: int, *, reason: str) -> list[int]:
+        """trained -> finished for every group that was trained by entry `index` or later; their numbers, sorted.
+
+        Raises `LedgerError` when some of them are settled: a checkpoint that old is not a place to return to.
+        """
+        if index < self._settled:
+            raise LedgerError(f"the ledger cannot return to entry {index}: it is settled up to {self._settled}")
+        numbers = sorted(number for number, (entry, _) in self._trained.items() if entry >= index)
+        for number in numbers:
+            self._append(self._trained[number][1]._replace(state=GroupState.FINISHED, reason=reason))
+        return numbers
+
+    def settle(self, index: int) -> list[int]:
+        """A durable checkpoint contains what was trained before entry `index`: the numbers of which that is news."""
+        numbers = [number for number, (entry, _) in self._trained.items() if entry < index]
+        for number in numbers:
+            del self._trained[number]
+        self._settled = max(self._settled, index)
+        return numbers
+
     def discard(self, number: int, *, reason: str) -> GroupRecord:
         """finished or sampled -> discarded."""
         return self._move(number, GroupState.DISCARDED, reason=reason)
@@ -236,6 +293,8 @@ class Ledger:
     def _append(self, record: GroupRecord) -> GroupRecord:
         number, before, after = record.number, self.state(record.number), record.state
         old = self._active.get(number)
+        if before is GroupState.TRAINED and number not in self._trained:
+            raise LedgerError(f"group {number} is trained and settled; nothing brings it back")
         renewed = (
             old is not None
             and before is after is GroupState.LEASED
@@ -250,7 +309,8 @@ class Ledger:
         else:
             self._states[number] = after
             self._counts[before] -= 1
-            self._members[before].discard(number)
+            self._members.get(before, set()).discard(number)
+            self._trained.pop(number, None)
         self._counts[after] += 1
         if after in TERMINAL:
             del self._active[number]
@@ -262,7 +322,9 @@ class Ledger:
         return record
 
     def _settle(self, record: GroupRecord) -> None:
-        if record.state is GroupState.DISCARDED:
+        if record.state is GroupState.TRAINED:
+            self._trained[record.number] = (len(self._journal), record)
+        elif record.state is GroupState.DISCARDED:
             self._discards[record.reason] += 1
         elif record.state is GroupState.QUARANTINED:
             self._quarantined[record.number] = record.reason

@@ -2,10 +2,10 @@
 
 Who waits for whom, who wakes it:
 
-    lease()     an actor waits for a ticket, a returned group,      publish, a discard, return_worker, drain, fail,
-                or the first publication                            expiry, close
+    lease()     an actor waits for a ticket, a returned group,      publish, set_aside, return_worker, drain, fail,
+                or the learner's weights                            expiry, rejoin, close
     sample()    the learner waits for P groups inside the window    submit, fail (a quarantine moves the head), close
-    submit()    an actor waits for the file of its groups           the store (`sample` too, for those it must read)
+    submit()    an actor waits for the file of its groups           the store (`sample` and `export` too)
     the rest    never waits for anything but the lock               -
 
 Contract:
@@ -20,6 +20,11 @@ Contract:
   by its owner's end: an actor's leases by `return_worker` or their deadline, the learner's batch by `unsample`.
 - A group is accepted only after its bytes are in a closed segment file (`common.segment_store`). It is held from then
   until it is trained or discarded: in memory up to the store's bound, else in its file only.
+- Bytes stay until a durable checkpoint contains their training (`settle`); until then a learner may return to before it
+  (`rewind`), and what was trained since is finished again.
+- A buffer that is made on the files of a dead one goes on where that one was (`common.recovery`). It knows what was
+  acknowledged; what the learner did since is told by the learner (`rejoin`, or `rewind` by one that starts anew). Until
+  then it grants nothing.
 - Nobody holds the lock while a file is written or read; then, under the lock, it is decided anew: a lease that ended
   meanwhile makes its group late, a lower number that finished goes into the batch.
 
@@ -30,23 +35,27 @@ Ray runs others on loops of their own, and a condition does not cross loops.
 import asyncio
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from common.admission import ADMISSIONS, Admission
+from common.checkpoint_store import CheckpointStore
 from common.errors import UserError
-from common.lease import Batch, FinishedGroup, Lease, LeaseReply, RenewReply, SubmitReply
-from common.ledger import GroupState, Ledger
+from common.journal import encode_journal
+from common.lease import Batch, Export, FinishedGroup, Lease, LeaseReply, Publication, RenewReply, SubmitReply
+from common.ledger import GroupState
+from common.recovery import ATTEMPTS_PER_LIFE, NO_SPREAD, recover
+from common.segment_folder import encode_segment
 from common.segment_store import SegmentStore, StoredGroup
+from common.version import first_version, staleness
 from common.waits import Waits
 from common.weight_store import Snapshot, WeightStore
 
 MAX_DATA_TRIES = 2
-NO_SPREAD = "no spread"
 STALE = "stale"
 # wasted_groups: leases granted again, each a generation that was lost in part or whole (late results are among them)
 _TALLIES = ("late_results", "violations", "expired_leases", "returned_leases", "failed_leases")
-_TALLIES += ("wasted_groups", "completions")
+_TALLIES += ("wasted_groups", "completions", "lost_groups", "rewound_groups", "skipped_groups")
 
 
 class ReplayBuffer:
@@ -60,14 +69,17 @@ class ReplayBuffer:
         lease_seconds: float,
         drop_no_spread: bool,
         store: SegmentStore,
+        checkpoints: CheckpointStore | None = None,
         admission: str = "windowed_fifo",
         keep_versions: int = 2,
         groups_limit: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`groups_limit`: how many groups the learner will consume; one that is discarded or quarantined is replaced.
+        """Goes on where the files in `store` and `checkpoints` end; blocks while it reads them.
 
-        Raises `UserError` for values under which nothing could ever be trained.
+        `groups_limit`: how many groups the learner will consume; one that is discarded or quarantined is replaced.
+
+        Raises `UserError` for values under which nothing could ever be trained, `RunError` for files that are damaged.
         """
         self._admission: Admission = ADMISSIONS[admission](groups_per_step=groups_per_step, max_staleness=max_staleness)
         if not lease_seconds > 0:
@@ -82,21 +94,30 @@ class ReplayBuffer:
         self._drop_no_spread = drop_no_spread
         self._groups_limit = groups_limit
         self._clock = clock
-        self._ledger = Ledger()
+        found = recover(store, checkpoints)
+        self._ledger = found.ledger
+        self._held: dict[int, StoredGroup] = found.held
+        self._life = found.life
         self._weights = WeightStore(keep=keep_versions)
+        self._starts: int | None = None  # the version of a learner that has just returned to a checkpoint
         self._store = store
-        self._held: dict[int, StoredGroup] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._sweeps: set[asyncio.Task[None]] = set()
         self._returns: Counter[str] = Counter()
-        self._drained: set[str] = set()
+        self._drained: set[str] = set(found.drained)
         self._closed = False
-        self._tally: Counter[str] = Counter()
+        self._tally: Counter[str] = Counter({key: int(found.counters.get(key, 0)) for key in _TALLIES})
+        self._tally["lost_groups"] += len(found.lost)
         self._last_staleness: list[int] = []
         self._generated: defaultdict[str, float] = defaultdict(float)
         self._told: dict[str, float] = {}
-        self._lease_waits = Waits(clock)
-        self._sample_waits = Waits(clock)
+        self._lease_waits = Waits(clock, found.counters.get("lease_wait_seconds", 0.0))
+        self._sample_waits = Waits(clock, found.counters.get("sample_wait_seconds", 0.0))
+        for number in self._ledger.numbers(GroupState.LEASED):
+            self._ledger.renew(number, deadline=clock() + lease_seconds)  # deadlines were of a clock that is gone
+        store.follow(self._notes, found.recorded)
+        if self._life:
+            store.write_now([])  # from now on nobody else begins this life
         # Binds to the loop at its first wait: it may be made here although Ray builds an actor outside its loop.
         self._changed = asyncio.Condition()
 
@@ -145,7 +166,8 @@ class ReplayBuffer:
             for group in current:
                 self._check_versions(group)
         worth = [group for group in current if group.spread != 0 or not self._drop_no_spread]
-        stored = await self._store.write(worth)
+        useless = [(group.number, group.attempt) for group in current if group not in worth]
+        stored = await self._store.write(worth, useless) if current else []
         try:
             async with self._changed:
                 accepted, expired = self._split(worker, current)
@@ -230,33 +252,99 @@ class ReplayBuffer:
                 missing = [one for one, group in zip(chosen, groups, strict=True) if group is None]
                 read.update(zip(missing, await self._store.read(missing), strict=True))
 
-    async def publish(
-        self, snapshot: Snapshot, trained: Sequence[int], discarded: Mapping[int, str] | None = None
-    ) -> None:
-        """Called by the learner's loop after each step: sampled -> trained or discarded, tickets freed, version raised.
+    async def publish(self, snapshot: Snapshot, trained: Sequence[int]) -> Publication:
+        """Called by the learner's loop after each step: sampled -> trained, tickets freed, version raised.
 
-        The first publication has no groups. Raises RuntimeError, and changes nothing, when the version does not follow
-        the last one, a group was not sampled, or less than one whole step is accounted for.
+        The first publication, and the first after a `rewind`, have no groups. Raises RuntimeError, and changes nothing,
+        when the version does not follow the last one, a group was not sampled, or less than one whole step is
+        accounted for.
         """
         async with self._changed:
-            dropped = dict(discarded or {})
-            self._check_publication(snapshot, [*trained, *dropped])
+            self._check_publication(snapshot, trained)
             self._weights.publish(snapshot)
-            for number in trained:
-                self._ledger.train(number)
-            for number, reason in dropped.items():
+            self._starts = None
+            self._train(trained)
+            self._changed.notify_all()
+            return Publication(self._ledger.length, self._closed)
+
+    async def set_aside(self, numbers: Sequence[int], reason: str) -> None:
+        """Called by the learner's loop for a batch that it must not train on: sampled -> discarded, tickets freed."""
+        async with self._changed:
+            for number in numbers:
                 self._ledger.discard(number, reason=reason)
-            self._store.drop([self._held.pop(number) for number in (*trained, *dropped)])
+                self._store.drop([self._held.pop(number)])
+            self._tally["skipped_groups"] += len(numbers)
             self._changed.notify_all()
 
-    async def unsample(self) -> list[int]:
-        """Called by a learner that starts anew, before its first `sample`: sampled -> finished, for all of them."""
+    async def rewind(self, index: int, step: int) -> int:
+        """Called by a learner that starts from a checkpoint, before its first publication; gives the version of that.
+
+        What was trained after journal entry `index`, or was sampled, is finished again. Leases are void: their groups
+        are queued, since tokens of the version to come are older than the leases are. `step` is the learner's.
+        """
         async with self._changed:
-            numbers = self._ledger.numbers(GroupState.SAMPLED)
-            for number in numbers:
+            for number in self._ledger.numbers(GroupState.SAMPLED):
                 self._ledger.unsample(number)
-            self._wake_if_useful()
-            return numbers
+            rewound = self._ledger.rewind(index, reason=f"the learner returned to step {step}")
+            for number in self._ledger.numbers(GroupState.LEASED):
+                self._ledger.requeue(number, reason="the learner returned to a checkpoint")
+            for number in [number for number in rewound if number not in self._held]:
+                self._ledger.requeue(number, reason="its bytes are lost")
+                self._tally["lost_groups"] += 1
+            self._tally["rewound_groups"] += len(rewound)
+            self._life += 1
+            self._ledger.first_attempt = self._life * ATTEMPTS_PER_LIFE + 1
+            self._starts = first_version(self._life, step)
+            self._changed.notify_all()
+        await self._store.write([])  # the life is used up, whatever comes
+        return self._starts
+
+    async def rejoin(
+        self, snapshot: Snapshot, history: Sequence[tuple[int, Sequence[int]]], sampled: Sequence[int]
+    ) -> None:
+        """Called by a learner whose call failed: the buffer may have died and may have lost what the learner did.
+
+        Afterwards `snapshot` is the newest, all of `history` (version, trained groups; since the last durable
+        checkpoint) is trained, and exactly the groups `sampled` are sampled. Repeating it changes nothing.
+        """
+        async with self._changed:
+            for _, numbers in history:
+                self._train([n for n in numbers if self._ledger.state(n) is not GroupState.TRAINED])
+            if snapshot.version > self.version:
+                self._weights.publish(snapshot)
+                self._starts = None
+            for number in self._ledger.numbers(GroupState.SAMPLED):
+                if number not in sampled:
+                    self._ledger.unsample(number)
+            for number in sampled:
+                if self._ledger.state(number) is GroupState.FINISHED:
+                    self._ledger.sample(number)
+            self._set_timer()
+            self._changed.notify_all()
+
+    async def export(self) -> Export:
+        """Called by the learner's loop for a checkpoint, between two publications: the buffer's part of it."""
+        async with self._changed:
+            index, entries = self._ledger.length, self._ledger.journal()
+            states = (GroupState.FINISHED, GroupState.SAMPLED)
+            chosen = [self._held[number] for state in states for number in self._ledger.numbers(state)]
+            facts = {"life": self._life, "counters": self._counters(), "drained": sorted(self._drained)}
+        groups = await self._store.read(chosen)
+        await self._store.write([])  # no entry is in a checkpoint alone: an older one must lead on to it
+        journal, encoded = await asyncio.gather(
+            asyncio.to_thread(encode_journal, entries),
+            asyncio.to_thread(lambda: encode_segment(groups).to_pybytes()),
+        )
+        return Export(index, journal, encoded, facts)
+
+    async def settle(self, index: int) -> None:
+        """Called by the learner's loop: every checkpoint that it may return to contains the journal up to `index`."""
+        async with self._changed:
+            for number in self._ledger.settle(index):
+                stored = self._held.pop(number, None)
+                if stored is not None:
+                    self._store.drop([stored])
+            self._store.forget(index)
 
     # -- controller ---------------------------------------------------------------------------------------------
 
@@ -279,23 +367,36 @@ class ReplayBuffer:
             "tickets": float(tickets),
             "fill": counts[GroupState.FINISHED] / tickets if tickets else 0.0,
             **self._store.gauges(),
-            **{key: float(self._tally[key]) for key in _TALLIES},
+            **self._counters(),
             "no_spread_discards": float(self._ledger.discards().get(NO_SPREAD, 0)),
             "stale_discards": float(self._ledger.discards().get(STALE, 0)),
             "batch_staleness_max": float(max(self._last_staleness, default=0)),
             "batch_staleness_mean": sum(self._last_staleness) / max(1, len(self._last_staleness)),
             "staleness_bound": -1.0 if self._admission.staleness_bound is None else self._admission.staleness_bound,
-            "sample_wait_seconds": self._sample_waits.seconds(),
-            "lease_wait_seconds": self._lease_waits.seconds(),
             "version": float(self.version),
         }
 
+    async def waiting(self) -> dict[str, Any]:
+        """Called by the controller's watchdog: who waits here, and what for."""
+        return {
+            "version": self.version,
+            "closed": self._closed,
+            "groups": {str(state): count for state, count in self._ledger.counts().items() if count},
+            "head": self._ledger.head(),
+            "calls of lease that wait": len(self._lease_waits.since),
+            "the learner waits for groups": bool(self._sample_waits.since),
+            "leases": {
+                record.worker: sorted(self._ledger.leased_to(record.worker))
+                for record in map(self._ledger.record, self._ledger.numbers(GroupState.LEASED))
+            },
+        }
+
     async def quarantine(self) -> list[tuple[int, str]]:
-        """Called by the controller's report: number and last reason of each quarantined group."""
+        """Called by the controller's report: number (it is the prompt's cursor too) and last reason of each quarantined group."""
         return self._ledger.quarantined()
 
     async def journal(self, since: int = 0) -> list[tuple[Any, ...]]:
-        """Called by the controller's checkpoint: the ledger's entries from index `since` on."""
+        """Called by whoever looks into a run: the ledger's entries from index `since` on."""
         return self._ledger.journal(since)
 
     # -- under the lock -----------------------------------------------------------------------------------------
@@ -305,11 +406,12 @@ class ReplayBuffer:
 
     def _next_to_lease(self) -> int | None:
         """The queue's head (its ticket is charged already), else a fresh number if one may be given, else None."""
-        if self.version < 0:
+        if self.version < 0 or self._starts is not None:
             return None
         queued = self._ledger.first_queued()
         if queued is not None:
-            return queued
+            # after a rewind more groups are out than there are tickets: those below must be trained again first
+            return queued if self._admission.admit(self._ledger.active_below(queued)) else None
         if self._groups_limit is not None:
             counts = self._ledger.counts()
             replaced = counts[GroupState.DISCARDED] + counts[GroupState.QUARANTINED]
@@ -319,8 +421,8 @@ class ReplayBuffer:
 
     def _grant(self, number: int, worker: str) -> Lease:
         deadline = self._clock() + self._lease_seconds
+        self._tally["wasted_groups"] += self._ledger.state(number) is not None
         record = self._ledger.lease(number, worker=worker, deadline=deadline, version=self.version)
-        self._tally["wasted_groups"] += record.attempt > 1
         return Lease(number, record.cursor, record.attempt, record.version, self._lease_seconds)
 
     def _split(self, worker: str, groups: Sequence[FinishedGroup]) -> tuple[list[FinishedGroup], list[int]]:
@@ -345,16 +447,37 @@ class ReplayBuffer:
         else:
             self._held[group.number] = stored
 
+    def _train(self, numbers: Sequence[int]) -> None:
+        """Sampled -> trained; their bytes stay in their files until `settle`."""
+        for number in numbers:
+            if self._ledger.state(number) is GroupState.FINISHED:  # of a dead buffer, which alone knew it was sampled
+                self._ledger.sample(number)
+            self._ledger.train(number)
+            if number in self._held:
+                self._store.retire([self._held[number]])
+
+    def _notes(self, since: int) -> tuple[dict[str, Any], int]:
+        """What goes into a segment file beside its groups."""
+        notes = {"start": since, "entries": self._ledger.journal(since), "life": self._life}
+        return notes | {"counters": self._counters(), "drained": sorted(self._drained)}, self._ledger.length
+
+    def _counters(self) -> dict[str, float]:
+        return {
+            **{key: float(self._tally[key]) for key in _TALLIES},
+            "sample_wait_seconds": self._sample_waits.seconds(),
+            "lease_wait_seconds": self._lease_waits.seconds(),
+        }
+
     def _take(self, chosen: list[StoredGroup], payloads: list[bytes], started: float) -> Batch:
         """finished -> sampled for the groups of one batch, all or none."""
         numbers = [one.number for one in chosen]
         version = self._next_version()
-        staleness = [version - one.oldest_version for one in chosen]
-        self._check_staleness(numbers, staleness)
+        ages = [staleness(version, one.oldest_version) for one in chosen]
+        self._check_staleness(numbers, ages)
         for number in numbers:
             self._ledger.sample(number)
-        self._last_staleness = staleness or self._last_staleness  # a closing batch says nothing
-        return Batch(numbers, payloads, version, staleness, self._clock() - started, self._take_generated())
+        self._last_staleness = ages or self._last_staleness  # a closing batch says nothing
+        return Batch(numbers, payloads, version, ages, self._clock() - started, self._take_generated())
 
     def _take_generated(self) -> dict[str, float]:
         """Means over the groups accepted lately, a step's worth or more: generation may come in bursts."""
@@ -373,7 +496,9 @@ class ReplayBuffer:
         """Whether a batch may be taken, once what the policy gives up is discarded."""
         version = self._next_version()
         finished = self._ledger.numbers(GroupState.FINISHED)
-        evicted = self._admission.evict({number: version - self._held[number].oldest_version for number in finished})
+        evicted = self._admission.evict(
+            {number: staleness(version, self._held[number].oldest_version) for number in finished}
+        )
         for number in evicted:
             self._ledger.discard(number, reason=STALE)
             self._store.drop([self._held.pop(number)])
@@ -426,24 +551,26 @@ class ReplayBuffer:
                 f"{record.version} (its lease's) to {self.version} (the newest); actors adopt first or return the lease"
             )
 
-    def _check_staleness(self, numbers: list[int], staleness: list[int]) -> None:
+    def _check_staleness(self, numbers: Sequence[int], ages: list[int]) -> None:
         bound = self._admission.staleness_bound
         if bound is None:
             return
-        stale = {number: age for number, age in zip(numbers, staleness, strict=True) if age > bound}
+        stale = {number: age for number, age in zip(numbers, ages, strict=True) if age > bound}
         if stale:
             self._violated(f"staleness above the bound {bound}: {stale} (group: staleness)")
 
-    def _check_publication(self, snapshot: Snapshot, numbers: list[int]) -> None:
-        first = self.version < 0
-        if not first and snapshot.version != self.version + 1:
-            raise RuntimeError(f"version {snapshot.version} published after {self.version}; staleness counts ones")
+    def _check_publication(self, snapshot: Snapshot, numbers: Sequence[int]) -> None:
+        first = self.version < 0 or self._starts is not None
+        expected = self._starts if self._starts is not None else self.version + 1
+        if snapshot.version != expected and (self.version >= 0 or self._starts is not None):
+            raise RuntimeError(f"version {snapshot.version} published, expected {expected}; staleness counts ones")
         if len(set(numbers)) < len(numbers):
             raise RuntimeError(f"version {snapshot.version} names a group twice: {numbers}")
         strange = [number for number in numbers if self._ledger.state(number) is not GroupState.SAMPLED]
         if strange:
             raise RuntimeError(f"version {snapshot.version} names groups that were not sampled: {strange}")
-        self._check_staleness(numbers, [self.version - self._held[number].oldest_version for number in numbers])
+        ages = [staleness(self.version, self._held[number].oldest_version) for number in numbers]
+        self._check_staleness(numbers, ages)
         if not first and len(numbers) < self._groups_per_step:
             raise RuntimeError(
                 f"version {snapshot.version} ends {len(numbers)} groups, less than a step of {self._groups_per_step}"

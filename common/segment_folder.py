@@ -1,7 +1,7 @@
 """SegmentFolder: numbered, immutable files of finished groups, in a local folder or an object store.
 
 - One write makes one new file, `segment-00000042.arrow`: an Arrow IPC file with one record batch per group, under
-  `SCHEMA`. The version and the number of groups stand in its metadata.
+  `SCHEMA`. The version, the number of groups and the *notes* of who wrote it (JSON) stand in its metadata.
 - Nothing is renamed, appended to or overwritten: object stores have no rename and no append. Numbers go on after the
   highest file found when the folder was opened. One process at a time writes into a folder.
 - A file counts once its stream is closed. Arrow writes the footer last, so a file without one was half-written, by a
@@ -14,10 +14,11 @@
 Blocking calls, for a thread.
 """
 
+import json
 import os
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,9 @@ from pyarrow import fs
 from common.errors import RunError, UserError, one_line
 from common.lease import FinishedGroup
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 VERSION_KEY, GROUPS_KEY = b"diffpo.segment", b"diffpo.segment.groups"
+NOTES_KEY, NOTES_CHECKSUM_KEY = b"diffpo.segment.notes", b"diffpo.segment.notes.checksum"
 SCHEMA = pa.schema(
     [
         pa.field("number", pa.int64(), nullable=False),
@@ -65,12 +67,18 @@ class SegmentFolder:
             else:
                 self._filesystem, self._path = fs.LocalFileSystem(), str(Path(folder).absolute())
             self._filesystem.create_dir(self._path, recursive=True)
-            self.next_number = max(self.numbers(), default=-1) + 1
+            self.look()
         except (pa.ArrowException, OSError) as error:
             raise UserError(
                 f"segment folder {self.name} cannot be opened: {_cause(error)}; give a folder that can be written, "
                 "or a URI such as s3://bucket/folder"
             ) from error
+
+    def look(self) -> list[int]:
+        """Sorted numbers of the segment files that are there now; the next one is written above them."""
+        numbers = self.numbers()
+        self.next_number = max(numbers, default=-1) + 1
+        return numbers
 
     def numbers(self) -> list[int]:
         """Sorted numbers of the segment files that are there; other files are none of its business."""
@@ -82,14 +90,14 @@ class SegmentFolder:
         """Path of one segment inside its file system."""
         return f"{self._path}/segment-{number:08d}.arrow"
 
-    def write(self, groups: Sequence[FinishedGroup]) -> tuple[int, int]:
-        """Write one new segment; its number and its bytes. When this returns, the file is closed.
+    def write(self, groups: Sequence[FinishedGroup], notes: Mapping[str, Any] | None = None) -> tuple[int, int]:
+        """Write one new segment, maybe of notes alone; its number and its bytes. When this returns, the file is closed.
 
         Raises:
             RunError: when it cannot be written; what was begun is removed, and its number is not used again.
         """
         number, self.next_number = self.next_number, self.next_number + 1
-        encoded = _encode(groups)
+        encoded = encode_segment(groups, notes)
         file = self.file(number)
         try:
             if self._filesystem.get_file_info(file).type != fs.FileType.NotFound:
@@ -113,23 +121,17 @@ class SegmentFolder:
         Raises:
             RunError: when the file is missing, damaged, or of another schema version.
         """
-        with self._damage_named(number), self._filesystem.open_input_file(self.file(number)) as source:
-            reader = pa.ipc.open_file(source)
-            metadata = reader.schema.metadata or {}
-            version = metadata.get(VERSION_KEY, b"none").decode()
-            if version != SCHEMA_VERSION:
-                raise RunError(
-                    f"segment {self.file(number)} has schema version {version}, this code reads {SCHEMA_VERSION}; use "
-                    "the code that wrote it"
-                )
-            if not reader.schema.equals(SCHEMA) or int(metadata[GROUPS_KEY]) != reader.num_record_batches:
-                raise ValueError("its columns or its number of groups are not as written")
-            wanted = range(reader.num_record_batches) if rows is None else rows
-            return [_decode(reader.get_batch(row), row) for row in wanted]
+        with damage_named(self.file(number)), self._filesystem.open_input_file(self.file(number)) as source:
+            return decode_segment(source, name=self.file(number), rows=rows)[0]
+
+    def read_all(self, number: int) -> tuple[list[FinishedGroup], dict[str, Any]]:
+        """All groups and the notes of one segment. Raises as `read` does."""
+        with damage_named(self.file(number)), self._filesystem.open_input_file(self.file(number)) as source:
+            return decode_segment(source, name=self.file(number))
 
     def half_written(self, number: int) -> bool:
         """Whether the file has no end, so that its process died while it wrote."""
-        with self._damage_named(number), self._filesystem.open_input_file(self.file(number)) as source:
+        with damage_named(self.file(number)), self._filesystem.open_input_file(self.file(number)) as source:
             size = source.size()
             return size < _SMALLEST or source.read_at(len(_MAGIC), size - len(_MAGIC)) != _MAGIC
 
@@ -147,15 +149,17 @@ class SegmentFolder:
                 "or remove the file yourself"
             ) from error
 
-    @contextmanager
-    def _damage_named(self, number: int) -> Iterator[None]:
-        try:
-            yield
-        except (pa.ArrowException, OSError, ValueError, KeyError, IndexError, struct.error) as error:
-            raise RunError(
-                f"segment {self.file(number)} is missing or damaged: {_cause(error)}; restore it from a copy, or "
-                "move it away: its groups are then generated again"
-            ) from error
+
+@contextmanager
+def damage_named(file: str) -> Iterator[None]:
+    """What goes wrong while a segment is read, as a `RunError` that names it."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, KeyError, IndexError, struct.error) as error:
+        raise RunError(
+            f"segment {file} is missing or damaged: {_cause(error)}; restore it from a copy, or move it away: its "
+            "groups are then generated again"
+        ) from error
 
 
 def _cause(error: Exception) -> str:
@@ -165,9 +169,15 @@ def _cause(error: Exception) -> str:
     return one_line(error)
 
 
-def _encode(groups: Sequence[FinishedGroup]) -> pa.Buffer:
-    """Encoded as a whole first: the file then gets one write, and nothing that fails here leaves one behind."""
-    metadata = {VERSION_KEY: SCHEMA_VERSION.encode(), GROUPS_KEY: str(len(groups)).encode()}
+def encode_segment(groups: Sequence[FinishedGroup], notes: Mapping[str, Any] | None = None) -> pa.Buffer:
+    """The bytes of a segment file. As a whole: it then gets one write, and nothing that fails here leaves one behind."""
+    written = json.dumps(notes or {}).encode()
+    metadata = {
+        VERSION_KEY: SCHEMA_VERSION.encode(),
+        GROUPS_KEY: str(len(groups)).encode(),
+        NOTES_KEY: written,
+        NOTES_CHECKSUM_KEY: xxhash.xxh3_64_hexdigest(written).encode(),
+    }
     schema = SCHEMA.with_metadata(metadata)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, schema) as writer:
@@ -177,6 +187,29 @@ def _encode(groups: Sequence[FinishedGroup]) -> pa.Buffer:
             columns = [pa.array([values[field.name]], field.type) for field in SCHEMA]
             writer.write_batch(pa.record_batch(columns, schema=schema))
     return sink.getvalue()
+
+
+def decode_segment(
+    source: Any, *, name: str, rows: Sequence[int] | None = None
+) -> tuple[list[FinishedGroup], dict[str, Any]]:
+    """Groups and notes of a segment file or of its bytes.
+
+    Raises:
+        RunError: when it is of another schema version; for damage also what `damage_named` turns into one.
+    """
+    reader = pa.ipc.open_file(source)
+    metadata = reader.schema.metadata or {}
+    version = metadata.get(VERSION_KEY, b"none").decode()
+    if version != SCHEMA_VERSION:
+        raise RunError(
+            f"segment {name} has schema version {version}, this code reads {SCHEMA_VERSION}; use the code that wrote it"
+        )
+    if not reader.schema.equals(SCHEMA) or int(metadata[GROUPS_KEY]) != reader.num_record_batches:
+        raise ValueError("its columns or its number of groups are not as written")
+    if xxhash.xxh3_64_hexdigest(metadata[NOTES_KEY]).encode() != metadata[NOTES_CHECKSUM_KEY]:
+        raise ValueError("the checksum of its notes does not match")
+    wanted = range(reader.num_record_batches) if rows is None else rows
+    return [_decode(reader.get_batch(row), row) for row in wanted], json.loads(metadata[NOTES_KEY])
 
 
 def _decode(batch: pa.RecordBatch, row: int) -> FinishedGroup:

@@ -13,7 +13,10 @@ Contract:
 - A cancelled `write` keeps nothing, whenever the cancellation comes.
 - Memory holds at most `memory_bytes` of payloads, besides those that are being written or read. Of the groups it had
   when the bound was met, those with the highest numbers live only in their files: they are sampled last.
-- A segment's file is removed when all its groups are dropped and nobody reads it.
+- Every file also carries the journal entries that its owner has made since the last one (`follow`), so the files hold
+  the journal without a gap: a group never stands in a file without the history that led to it.
+- A segment's file is removed when all its groups are dropped, nobody reads it, and its entries are no longer needed
+  (`forget`).
 - File input and output happen in threads: the event loop never waits for a disk.
 
 Plain class for one event loop. It holds no loop until it is first used, so Ray may carry a new one to its actor.
@@ -23,9 +26,10 @@ import asyncio
 import logging
 from bisect import bisect_left, insort
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from common.errors import RunError, UserError
 from common.lease import FinishedGroup
@@ -39,6 +43,8 @@ class _Segment:
     """One file: which of its groups still count, and how many reads of it are under way."""
 
     number: int
+    end: int
+    """Index behind its last journal entry."""
     live: set["StoredGroup"] = field(default_factory=set)
     readers: int = 0
 
@@ -58,9 +64,10 @@ class StoredGroup:
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """What a folder held: every group of its sound segments, and how many half-written segments were ignored."""
+    """What a folder held: every group of its segments, their notes in order, and how many half-written ones there were."""
 
     groups: list[StoredGroup]
+    notes: list[dict[str, Any]]
     half_written: int
 
 
@@ -69,7 +76,12 @@ class _Call:
     """One `write` that waits."""
 
     groups: list[FinishedGroup]
+    discarded: list[tuple[int, int]]
     stored: asyncio.Future[list[StoredGroup]]
+
+
+TakeNotes = Callable[[int], tuple[dict[str, Any], int]]
+"""From the index behind the last entry that is in a file: the notes for the next one, and the index behind theirs."""
 
 
 class SegmentStore:
@@ -89,18 +101,39 @@ class SegmentStore:
         self._calls: list[_Call] = []
         self._writer: asyncio.Task[None] | None = None
         self._removals: set[asyncio.Task[None]] = set()
+        self._take_notes: TakeNotes | None = None
+        self._recorded = 0
+        self._forgotten = 0
+
+    @property
+    def name(self) -> str:
+        """Path or URI of its folder."""
+        return self._folder.name
+
+    def follow(self, take_notes: TakeNotes, recorded: int) -> None:
+        """Called by the owner before the first write: whose journal goes along, and how much of it is in files already."""
+        self._take_notes, self._recorded = take_notes, recorded
+
+    def forget(self, index: int) -> None:
+        """Entries before `index` are safe elsewhere: files that hold nothing else are removed."""
+        self._forgotten = max(self._forgotten, index)
+        for segment in list(self._segments.values()):
+            self._remove_if_unused(segment)
 
     # -- groups -------------------------------------------------------------------------------------------------
 
-    async def write(self, groups: Sequence[FinishedGroup]) -> list[StoredGroup]:
+    async def write(
+        self, groups: Sequence[FinishedGroup], discarded: Sequence[tuple[int, int]] = ()
+    ) -> list[StoredGroup]:
         """The groups, in their order, once they are in a closed file.
+
+        `discarded`, (number, attempt) of groups without a use, are noted in it. A call with neither writes down the
+        journal, as far as it is not in a file yet.
 
         Raises:
             RunError: when the segment could not be written; none of `groups` is kept then.
         """
-        if not groups:
-            return []
-        call = _Call(list(groups), asyncio.get_running_loop().create_future())
+        call = _Call(list(groups), list(discarded), asyncio.get_running_loop().create_future())
         self._calls.append(call)
         if self._writer is None:
             self._writer = asyncio.get_running_loop().create_task(self._write_calls())
@@ -151,8 +184,25 @@ class SegmentStore:
                 one.group = None
             self._remove_if_unused(one.segment)
 
-    async def recover(self) -> Recovered:
-        """The groups that an earlier process left in the folder, by segment. Comes before the first write.
+    def retire(self, stored: Iterable[StoredGroup]) -> None:
+        """Groups that are needed only should the learner return to a checkpoint: their memory is free, their files stay."""
+        for one in stored:
+            if one.group is not None:
+                del self._in_memory[bisect_left(self._in_memory, _order(one), key=_order)]
+                self._memory_used -= one.size
+                self._spilled += one.size
+                one.group = None
+
+    def write_now(self, groups: Sequence[FinishedGroup]) -> list[StoredGroup]:
+        """`write` for an owner that is just being made, outside its event loop; blocks."""
+        notes, end = self._notes([])
+        number, size = self._folder.write(groups, notes)
+        self._written += size
+        self._recorded = end
+        return self._add_segment(number, groups, end)
+
+    def recover(self) -> Recovered:
+        """The groups that an earlier process left in the folder, by segment. Comes before the first write; blocks.
 
         - Groups that were dropped while companions in their segment were not come back too; the ledger tells which
           (number, attempt) count, and the caller drops the others.
@@ -164,17 +214,20 @@ class SegmentStore:
         """
         if self._segments or self._calls or self._written:
             raise RuntimeError("recover comes before the first write")
-        numbers = await asyncio.to_thread(self._folder.numbers)
+        numbers = self._folder.look()
         half_written = 0
         groups: list[StoredGroup] = []
+        notes: list[dict[str, Any]] = []
         for number in numbers:
-            if number == numbers[-1] and await asyncio.to_thread(self._folder.half_written, number):
+            if number == numbers[-1] and self._folder.half_written(number):
                 half_written += 1
                 log.warning("%s was half-written when its process died; ignored", self._folder.file(number))
-                await asyncio.to_thread(self._folder.delete, number)
+                self._folder.delete(number)
             else:
-                groups += self._add_segment(number, await asyncio.to_thread(self._folder.read, number))
-        return Recovered(groups, half_written)
+                found, noted = self._folder.read_all(number)
+                notes.append(noted)
+                groups += self._add_segment(number, found, noted.get("end", 0))
+        return Recovered(groups, notes, half_written)
 
     async def settle(self) -> None:
         """Returns when nothing is being written or removed."""
@@ -203,17 +256,23 @@ class SegmentStore:
         finally:
             self._writer = None
 
+    def _notes(self, discarded: list[tuple[int, int]]) -> tuple[dict[str, Any], int]:
+        notes, end = self._take_notes(self._recorded) if self._take_notes else ({}, 0)
+        return notes | {"end": end, "discarded": discarded}, end
+
     async def _write_segment(self, calls: list[_Call]) -> None:
         groups = [group for call in calls for group in call.groups]
+        notes, end = self._notes([one for call in calls for one in call.discarded])
         try:
-            number, size = await asyncio.to_thread(self._folder.write, groups)
+            number, size = await asyncio.to_thread(self._folder.write, groups, notes)
         except Exception as error:  # whatever it is, it is its callers' to handle, and none may wait for ever
             for call in calls:
                 if not call.stored.cancelled():
                     call.stored.set_exception(RunError(str(error)) if isinstance(error, RunError) else error)
             return
         self._written += size
-        stored = iter(self._add_segment(number, groups))
+        self._recorded = end
+        stored = iter(self._add_segment(number, groups, end))
         for call in calls:
             own = [next(stored) for _ in call.groups]
             if call.stored.cancelled():
@@ -221,8 +280,8 @@ class SegmentStore:
             else:
                 call.stored.set_result(own)
 
-    def _add_segment(self, number: int, groups: Sequence[FinishedGroup]) -> list[StoredGroup]:
-        segment = self._segments[number] = _Segment(number)
+    def _add_segment(self, number: int, groups: Sequence[FinishedGroup], end: int) -> list[StoredGroup]:
+        segment = self._segments[number] = _Segment(number, end)
         stored = [
             StoredGroup(group.number, group.attempt, group.oldest_version, len(group.payload), segment, row, group)
             for row, group in enumerate(groups)
@@ -236,6 +295,7 @@ class SegmentStore:
                 last.group = None
                 self._memory_used -= last.size
                 self._spilled += last.size
+        self._remove_if_unused(segment)  # of notes alone
         return stored
 
     def _check_live(self, stored: Iterable[StoredGroup]) -> None:
@@ -244,7 +304,9 @@ class SegmentStore:
             raise RuntimeError(f"groups {gone} were dropped before")
 
     def _remove_if_unused(self, segment: _Segment) -> None:
-        if not segment.live and not segment.readers and self._segments.pop(segment.number, None):
+        if segment.live or segment.readers or segment.end > self._forgotten:
+            return
+        if self._segments.pop(segment.number, None):
             removal = asyncio.get_running_loop().create_task(self._remove(segment.number))
             self._removals.add(removal)  # the loop itself keeps only a weak reference
             removal.add_done_callback(self._removals.discard)
