@@ -5,6 +5,8 @@
 - `Stopped`: a signal ended it.
 """
 
+import os
+
 
 class UserError(Exception):
     """A mistake that the user can mend; shown as one line without a traceback."""
@@ -17,6 +19,13 @@ class RunError(Exception):
 def one_line(error: BaseException) -> str:
     """An error's message without line breaks, cut to what a person reads."""
     return " ".join(str(error).split())[:300]
+
+
+def cause(error: BaseException) -> str:
+    """Why a file operation failed. Short: pyarrow repeats the path, and what follows the cause must still be read."""
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    return one_line(error)
 
 
 class Stopped(Exception):

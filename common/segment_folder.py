@@ -15,7 +15,6 @@ Blocking calls, for a thread.
 """
 
 import json
-import os
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ import pyarrow as pa
 import xxhash
 from pyarrow import fs
 
-from common.errors import RunError, UserError, one_line
+from common.errors import RunError, UserError, cause
 from common.lease import FinishedGroup
 
 SCHEMA_VERSION = "2"
@@ -70,7 +69,7 @@ class SegmentFolder:
             self.look()
         except (pa.ArrowException, OSError) as error:
             raise UserError(
-                f"segment folder {self.name} cannot be opened: {_cause(error)}; give a folder that can be written, "
+                f"segment folder {self.name} cannot be opened: {cause(error)}; give a folder that can be written, "
                 "or a URI such as s3://bucket/folder"
             ) from error
 
@@ -110,7 +109,7 @@ class SegmentFolder:
             with suppress(pa.ArrowException, OSError):  # no footer, so it would not count anyway
                 self._filesystem.delete_file(file)
             raise RunError(
-                f"segment {file} cannot be written: {_cause(error)}; make room there, mend its permissions, or "
+                f"segment {file} cannot be written: {cause(error)}; make room there, mend its permissions, or "
                 "choose another run.root"
             ) from error
         return number, encoded.size
@@ -145,7 +144,7 @@ class SegmentFolder:
             self._filesystem.delete_file(self.file(number))
         except (pa.ArrowException, OSError) as error:
             raise RunError(
-                f"segment {self.file(number)} cannot be removed: {_cause(error)}; mend the permissions of its folder, "
+                f"segment {self.file(number)} cannot be removed: {cause(error)}; mend the permissions of its folder, "
                 "or remove the file yourself"
             ) from error
 
@@ -157,16 +156,9 @@ def damage_named(file: str) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError, ValueError, KeyError, IndexError, struct.error) as error:
         raise RunError(
-            f"segment {file} is missing or damaged: {_cause(error)}; restore it from a copy, or move it away: its "
+            f"segment {file} is missing or damaged: {cause(error)}; restore it from a copy, or move it away: its "
             "groups are then generated again"
         ) from error
-
-
-def _cause(error: Exception) -> str:
-    """Short: pyarrow repeats the path, and what follows the cause must still be read."""
-    if isinstance(error, OSError) and error.errno:
-        return os.strerror(error.errno)
-    return one_line(error)
 
 
 def encode_segment(groups: Sequence[FinishedGroup], notes: Mapping[str, Any] | None = None) -> pa.Buffer:
