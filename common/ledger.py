@@ -189,7 +189,7 @@ class Ledger:
         return sorted(self._trained)
 
     def needed_attempts(self) -> dict[int, int]:
-        """Number -> attempt of every group whose bytes are still needed: finished, sampled, or trained and unsettled."""
+        """Number -> attempt of every group whose bytes are needed: finished, sampled, or trained and unsettled."""
         needed = {
             number: self._active[number].attempt
             for state in (GroupState.FINISHED, GroupState.SAMPLED)

@@ -392,7 +392,7 @@ class ReplayBuffer:
         }
 
     async def quarantine(self) -> list[tuple[int, str]]:
-        """Called by the controller's report: number (it is the prompt's cursor too) and last reason of each quarantined group."""
+        """Called by the controller's report: number and last reason of each quarantined group."""
         return self._ledger.quarantined()
 
     async def journal(self, since: int = 0) -> list[tuple[Any, ...]]:

@@ -162,7 +162,7 @@ def damage_named(file: str) -> Iterator[None]:
 
 
 def encode_segment(groups: Sequence[FinishedGroup], notes: Mapping[str, Any] | None = None) -> pa.Buffer:
-    """The bytes of a segment file. As a whole: it then gets one write, and nothing that fails here leaves one behind."""
+    """The bytes of a segment file, as a whole: it gets one write, and nothing that fails here leaves one behind."""
     written = json.dumps(notes or {}).encode()
     metadata = {
         VERSION_KEY: SCHEMA_VERSION.encode(),

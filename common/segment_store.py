@@ -64,7 +64,7 @@ class StoredGroup:
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """What a folder held: every group of its segments, their notes in order, and how many half-written ones there were."""
+    """What a folder held: every group of its segments, their notes in order, and how many were half-written."""
 
     groups: list[StoredGroup]
     notes: list[dict[str, Any]]
@@ -111,7 +111,7 @@ class SegmentStore:
         return self._folder.name
 
     def follow(self, take_notes: TakeNotes, recorded: int) -> None:
-        """Called by the owner before the first write: whose journal goes along, and how much of it is in files already."""
+        """Called by the owner before the first write: whose journal goes along, and how much of it is in files."""
         self._take_notes, self._recorded = take_notes, recorded
 
     def forget(self, index: int) -> None:
@@ -185,7 +185,7 @@ class SegmentStore:
             self._remove_if_unused(one.segment)
 
     def retire(self, stored: Iterable[StoredGroup]) -> None:
-        """Groups that are needed only should the learner return to a checkpoint: their memory is free, their files stay."""
+        """Groups that only a learner that returns to a checkpoint would need: their memory is free, their files stay."""
         for one in stored:
             if one.group is not None:
                 del self._in_memory[bisect_left(self._in_memory, _order(one), key=_order)]

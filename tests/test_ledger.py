@@ -50,7 +50,7 @@ def in_state(state: GroupState) -> Ledger:
 def test_only_the_table_s_moves_are_possible(state: GroupState, name: str) -> None:
     ledger = in_state(state)
     before = (ledger.journal(), ledger.counts())
-    if MOVES[name] in TRANSITIONS[state]:
+    if MOVES[name] in TRANSITIONS[state] and state is not GroupState.TRAINED:  # only `rewind` leaves that one
         move(ledger, name)
         assert ledger.state(0) is MOVES[name]
         return

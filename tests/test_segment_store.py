@@ -44,7 +44,7 @@ async def until(condition: Any) -> None:
 
 async def recovered(folder: Path, memory_bytes: int = 2**20) -> tuple[list[FinishedGroup], int]:
     store = SegmentStore(folder, memory_bytes=memory_bytes)
-    found = await store.recover()
+    found = store.recover()
     return await store.read(found.groups), found.half_written
 
 
@@ -378,7 +378,7 @@ def test_a_segment_after_a_half_written_one_gets_a_number_of_its_own(tmp_path: P
     async def scenario() -> None:
         (tmp_path / "segment-00000005.arrow").write_bytes(b"ARROW1\0\0")
         store = SegmentStore(tmp_path, memory_bytes=0)
-        assert (await store.recover()).half_written == 1
+        assert (store.recover()).half_written == 1
         await store.write([group(1)])
         assert names(tmp_path) == ["segment-00000006.arrow"]
 
