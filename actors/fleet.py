@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError
 
+from actors.failure import FailureKind, comes_back, failure_kind
 from actors.producer import MakeProducer
 from actors.rollout_actor import RolloutActor
 from common.config import RolloutConfig
@@ -26,6 +27,7 @@ from common.errors import RunError, one_line
 
 ANSWER_SECONDS = 1.0
 STOP_SECONDS = 10.0
+RETRY_SECONDS = 0.2
 COUNTERS = (
     *("row_forwards", "token_forwards", "probed_positions", "probed_kl", "probed_flips"),
     *("damaged_weights", "adoptions", "adopt_seconds"),
@@ -48,6 +50,17 @@ class _Place:
     """Gauges that its actor was asked for and that are still to come."""
     gauges: dict[str, float] | None = None
     draining: bool = False
+
+
+async def patiently(call: Callable[[], Any]) -> Any:
+    """The reply of a buffer that may be dead for the moment; call again until it is back."""
+    while True:
+        try:
+            return await call()
+        except ActorUnavailableError as error:
+            if not comes_back(error):
+                raise
+            await asyncio.sleep(RETRY_SECONDS)
 
 
 class Fleet:
@@ -136,14 +149,14 @@ class Fleet:
         name, actor = place.name, place.actor
         if actor is None:  # between two lives: `_keep` begins no other
             return
-        await self._buffer.drain.remote(name)
+        await patiently(lambda: self._buffer.drain.remote(name))
         if not await self._answers(place):
             log.info("%s does not answer, or never started; it is killed", name)
         elif (await asyncio.wait({place.task}, timeout=self._config.drain_seconds))[0]:
             return
         else:
             log.warning("%s did not finish within drain_seconds=%g", name, self._config.drain_seconds)
-        await self._buffer.return_worker.remote(name)
+        await patiently(lambda: self._buffer.return_worker.remote(name))
         ray.kill(actor)
 
     async def _answers(self, place: _Place) -> bool:
@@ -172,8 +185,7 @@ class Fleet:
             except RayActorError as error:
                 if place.draining or self._stopping:
                     return None
-                # raised inside a living actor (another actor's death), or while this one started: not this death
-                if isinstance(error, RayTaskError) or error.actor_init_failed:
+                if failure_kind(error) is not FailureKind.INFRASTRUCTURE:
                     raise
                 cause = one_line(error)
                 log.warning("%s died: %s", name, cause)
@@ -182,10 +194,18 @@ class Fleet:
                 for key in COUNTERS:
                     self._of_ended[key] += (place.gauges or {}).get(key, 0.0)
                 place.gauges = None
-                await self._buffer.return_worker.remote(name)
+                await patiently(lambda name=name: self._buffer.return_worker.remote(name))
             self.restarts += attempt < self._config.max_restarts
             self._progress()
         return cause
+
+    async def doing(self) -> dict[str, str]:
+        """For the watchdog: what is known of every place; actors that wait say how long for what is in the buffer."""
+        found = {}
+        for place in self._places:
+            state = "draining" if place.draining else "working" if place.answered else "starting, or waits for resources"
+            found[place.name or f"place {place.number}"] = state if place.actor is not None else "between two lives"
+        return found
 
     async def gauges(self) -> dict[str, float]:
         """Sums over the actors that answer; one that is pending or starting does not hold the others up."""

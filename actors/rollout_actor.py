@@ -7,19 +7,24 @@ one queue. While the producer has work the queue is emptied between two steps; w
 - No token is revealed with weights older than its lease's version: the reply that brings a lease brings the weights.
   Weights that arrive damaged are counted and fetched again; the actor keeps its old ones, and gives leases that need
   newer ones back.
+- The buffer may die and come back: the actor tells it first which leases it holds, then makes its call again. Weights
+  whose owner died are waited for like damaged ones.
 - What the producer says is the data's fault is reported as that, and the loop goes on.
 - A reply that is marked closed brought the last leases: the actor finishes what it has and ends, once the buffer has
   answered for every group: an actor that is gone loses its leases, those of groups under way to their file too.
 """
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Any, cast
 
 import ray
+from ray.exceptions import ActorUnavailableError, ObjectLostError
 
+from actors.failure import comes_back
 from actors.producer import Fault, MakeProducer
 from common.lease import FinishedGroup, Lease, LeaseReply, RenewReply, SubmitReply
 from common.weight_store import Snapshot, digest
@@ -27,6 +32,7 @@ from common.weight_store import Snapshot, digest
 RENEWALS_PER_LEASE = 3
 FETCHES = 3  # of one version's weights in a row, while they arrive damaged
 DAMAGED_SECONDS = 1.0  # before the next try after that
+RETRY_SECONDS = 0.2  # after which a call that found the buffer dead is made again
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +50,7 @@ class RolloutActor:
         self._since: dict[tuple[int, int], float] = {}
         self._longest = self._pause = 0.0
         self._asking = False
-        self._ending = False
+        self._ending = self._stopped = False
         self._renewed = self._patient_until = time.monotonic()
         self._damaged = self._adoptions = 0
         self._adopt_seconds = 0.0
@@ -78,7 +84,7 @@ class RolloutActor:
         }
 
     def _abandon(self) -> None:
-        self._ending = True
+        self._ending = self._stopped = True
         for held in (self._leases, self._since, self._unanswered):
             held.clear()
 
@@ -106,13 +112,31 @@ class RolloutActor:
             waits.append(self._patient_until - now)
         return min((wait for wait in waits if wait is not None), default=None)
 
-    def _call(self, reference: Any, then: Callable[[Any], None]) -> None:
-        """Turn the reply of a buffer call into an event; a failed call ends the loop with its error."""
+    def _call(self, call: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        """Turn the reply of a buffer call into an event; a failed call ends the loop with its error.
 
-        def arrived(future: Any) -> None:
-            self._events.put(lambda: then(future.result()))
+        A call that a dead buffer did not answer is made again once the buffer, started anew, knows our leases.
+        """
 
-        reference.future().add_done_callback(arrived)
+        def handle(future: Any) -> None:
+            try:
+                reply = future.result()
+            except ActorUnavailableError as error:
+                if not comes_back(error):
+                    raise
+                again = threading.Timer(RETRY_SECONDS, lambda: self._events.put(lambda: self._reattach(call, then)))
+                again.daemon = True
+                again.start()
+                return
+            then(reply)
+
+        call().future().add_done_callback(lambda future: self._events.put(lambda: handle(future)))
+
+    def _reattach(self, call: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        if self._stopped:
+            return
+        held = [*self._leases, *self._unanswered]
+        self._call(lambda: self._buffer.reattach.remote(self.name, held), lambda _: self._call(call, then))
 
     # -- leases -------------------------------------------------------------------------------------------------
 
@@ -121,7 +145,7 @@ class RolloutActor:
         if want < 1 or self._asking or self._ending or time.monotonic() < self._patient_until:
             return
         self._asking = True
-        self._call(self._buffer.lease.remote(self.name, want), self._leased)
+        self._call(lambda: self._buffer.lease.remote(self.name, want), self._leased)
 
     def _leased(self, reply: LeaseReply) -> None:
         self._asking = False
@@ -131,7 +155,7 @@ class RolloutActor:
         self._adopt(reply.snapshot)
         for lease in reply.leases:
             if lease.version > self._producer.version:
-                self._give_back(lease, f"weights of version {lease.version} arrived damaged", data=False)
+                self._give_back(lease, f"weights of version {lease.version} are damaged or lost", data=False)
                 continue
             now = time.monotonic()
             if not self._leases:
@@ -148,7 +172,7 @@ class RolloutActor:
         now, held = time.monotonic(), [*self._leases, *self._unanswered]
         if held and now - self._renewed >= self._renewal_seconds():
             self._renewed = now
-            self._call(self._buffer.renew.remote(self.name, held), self._renewal)
+            self._call(lambda: self._buffer.renew.remote(self.name, held), self._renewal)
 
     def _renewal(self, reply: RenewReply) -> None:
         self._adopt(reply.snapshot)
@@ -157,8 +181,8 @@ class RolloutActor:
             self._producer.drop(self._leases.pop(key))
 
     def _give_back(self, lease: Lease | Fault, reason: str, *, data: bool) -> None:
-        call = self._buffer.fail.remote(self.name, lease.number, lease.attempt, reason, data)
-        self._call(call, lambda _: None)
+        key = (lease.number, lease.attempt)
+        self._call(lambda: self._buffer.fail.remote(self.name, *key, reason, data), lambda _: None)
 
     # -- weights ------------------------------------------------------------------------------------------------
 
@@ -167,7 +191,11 @@ class RolloutActor:
             return
         started, payload = time.monotonic(), cast(list[Any], snapshot.payload)
         for _ in range(FETCHES):
-            flat: Any = ray.get(payload[0])
+            try:
+                flat: Any = ray.get(payload[0])
+            except ObjectLostError:  # the learner that owned them died; the next one publishes anew
+                self._patient_until = time.monotonic() + DAMAGED_SECONDS
+                return
             if digest(flat) == snapshot.digest:
                 self._producer.adopt(flat, snapshot)
                 self._adoptions += 1
@@ -200,8 +228,11 @@ class RolloutActor:
             else:
                 finished[key], self._unanswered[key] = outcome, lease
         if finished:
-            call = self._buffer.submit.remote(self.name, list(finished.values()))
-            self._call(call, lambda reply: self._submitted(list(finished), reply))
+            groups = list(finished.values())
+            self._call(
+                lambda: self._buffer.submit.remote(self.name, groups),
+                lambda reply: self._submitted(list(finished), reply),
+            )
 
     def _submitted(self, keys: list[tuple[int, int]], reply: SubmitReply) -> None:
         for key in keys:

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from common.section import Section
 from common.tasks.countdown import CountdownConfig
 from common.tasks.sudoku import SudokuConfig
+from common.version import LINEAGE
 
 Increasing = Annotated[tuple[Annotated[float, Field(le=1e6)], ...], Field(min_length=1)]
 TaskConfig = Annotated[SudokuConfig | CountdownConfig, Field(discriminator="name")]
@@ -174,6 +175,8 @@ class ReplayConfig(Section):
     """Weight versions kept in the object store."""
     drop_no_spread: bool = True
     """Discard groups whose rewards are all equal and draw replacements (dynamic sampling)."""
+    max_restarts: int = Field(default=10, ge=0)
+    """Deaths of the replay buffer after which it goes on from its files; one more ends the run."""
     memory_bytes: int = Field(default=256 * 2**20, ge=0)
     """Bytes of finished groups kept in memory; what exceeds them is read from its file in RUN/segments."""
 
@@ -184,7 +187,7 @@ class LearnerConfig(Section):
     train: Literal["model", "threshold", "joint"] = "joint"
     """What learns: the model's weights, the threshold head, or both. With threshold the keys of the surrogate and of
     token losses have no use, with model those of the threshold."""
-    steps: int = Field(default=120, ge=1)
+    steps: int = Field(default=120, ge=1, lt=LINEAGE)
     """Learner steps (batches)."""
     groups_per_step: int = Field(default=32, ge=1)
     """Groups in one batch."""
@@ -247,6 +250,10 @@ class LearnerConfig(Section):
     """Largest gradient norm."""
     micro_batch_tokens: int = Field(default=16384, ge=1)
     """Tokens in one forward and backward pass."""
+    max_skipped_steps: int = Field(default=3, ge=0)
+    """Batches in a row that may be set aside because a reward, the loss or a gradient is not finite."""
+    max_restarts: int = Field(default=3, ge=0)
+    """Deaths of the learner after which it goes on from its newest checkpoint; one more ends the run."""
     diagnostics_every: int = Field(default=20, ge=0)
     """Steps between measurements of KL(exact || surrogate) on at most 32 completions, NFE passes each; 0 is never."""
     autocast: bool = True
@@ -344,7 +351,9 @@ class RunConfig(Section):
     checkpoint_every: int = Field(default=50, ge=0)
     """Learner steps between checkpoints; 0 writes only the last."""
     keep_checkpoints: int = Field(default=2, ge=1)
-    """Newest checkpoints that stay."""
+    """Newest checkpoints that stay; groups trained since the oldest of them stay too, in RUN/segments."""
+    checkpoints: str | None = None
+    """Folder or URI (s3://…, gs://…) below which the checkpoints are written; null is RUN/checkpoints."""
     stall_timeout: float = Field(default=120.0, gt=0)
     """Seconds without any progress after which the run ends with an error; more than one group or step may take."""
     ray_address: str | None = None

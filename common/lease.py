@@ -80,14 +80,6 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class Publication:
-    """Answer to a publication: entries in the journal after it, and whether the buffer is closed."""
-
-    journal_index: int
-    closed: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Export:
     """The buffer's part of a checkpoint: the journal up to `journal_index`, and the finished groups that are untrained.
 

@@ -156,12 +156,21 @@ class Policy(nn.Module):
         stops = [index for index, token in enumerate(ids) if token in self.vocabulary.stop_ids]
         return str(self.tokenizer.decode(ids[: stops[0]] if stops else ids, skip_special_tokens=True))
 
-    def save(self, folder: Path) -> None:
-        """Write a Hugging Face folder and the threshold head beside it."""
-        self.model.save_pretrained(folder)
+    def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Write a Hugging Face folder and the threshold head beside it.
+
+        Args:
+            folder: made if it is not there.
+            weights: what to write in place of the present ones, as `state_dict` gives them.
+        """
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "head": {}, "calibration": {}}
+        for name, value in (self.state_dict() if weights is None else weights).items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = value
+        self.model.save_pretrained(folder, state_dict=parts["model"])
         self.tokenizer.save_pretrained(folder)
-        own = {f"{CALIBRATION}{name}": value for name, value in self.calibration.state_dict().items()}
-        save_file(self.head.state_dict() | own, folder / THRESHOLD_WEIGHTS)
+        own = {f"{CALIBRATION}{name}": value for name, value in parts["calibration"].items()}
+        save_file(parts["head"] | own, folder / THRESHOLD_WEIGHTS)
         (folder / THRESHOLD_CONFIG).write_text(self.head.config.model_dump_json())
 
 

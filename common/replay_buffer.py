@@ -42,7 +42,7 @@ from common.admission import ADMISSIONS, Admission
 from common.checkpoint_store import CheckpointStore
 from common.errors import UserError
 from common.journal import encode_journal
-from common.lease import Batch, Export, FinishedGroup, Lease, LeaseReply, Publication, RenewReply, SubmitReply
+from common.lease import Batch, Export, FinishedGroup, Lease, LeaseReply, RenewReply, SubmitReply
 from common.ledger import GroupState
 from common.recovery import ATTEMPTS_PER_LIFE, NO_SPREAD, recover
 from common.segment_folder import encode_segment
@@ -210,6 +210,14 @@ class ReplayBuffer:
                     lost.append((number, attempt))
             return RenewReply(lost, self._weights.latest)
 
+    async def reattach(self, worker: str, held: Sequence[tuple[int, int]]) -> None:
+        """Called by an actor whose call failed: leased -> queued for leases of which it never heard."""
+        async with self._changed:
+            for number in self._ledger.leased_to(worker):
+                if (number, self._ledger.record(number).attempt) not in held:
+                    self._ledger.requeue(number, reason=f"worker {worker} never heard of its lease")
+            self._wake_if_useful()
+
     async def return_worker(self, worker: str) -> list[int]:
         """Called by the fleet when a worker died or drains: all its leases, leased -> queued, at once.
 
@@ -252,10 +260,10 @@ class ReplayBuffer:
                 missing = [one for one, group in zip(chosen, groups, strict=True) if group is None]
                 read.update(zip(missing, await self._store.read(missing), strict=True))
 
-    async def publish(self, snapshot: Snapshot, trained: Sequence[int]) -> Publication:
+    async def publish(self, snapshot: Snapshot, trained: Sequence[int]) -> bool:
         """Called by the learner's loop after each step: sampled -> trained, tickets freed, version raised.
 
-        The first publication, and the first after a `rewind`, have no groups. Raises RuntimeError, and changes nothing,
+        Answers whether the buffer is closed. The first publication, and the first after a `rewind`, have no groups. Raises RuntimeError, and changes nothing,
         when the version does not follow the last one, a group was not sampled, or less than one whole step is
         accounted for.
         """
@@ -265,7 +273,7 @@ class ReplayBuffer:
             self._starts = None
             self._train(trained)
             self._changed.notify_all()
-            return Publication(self._ledger.length, self._closed)
+            return self._closed
 
     async def set_aside(self, numbers: Sequence[int], reason: str) -> None:
         """Called by the learner's loop for a batch that it must not train on: sampled -> discarded, tickets freed."""
@@ -373,6 +381,7 @@ class ReplayBuffer:
             "batch_staleness_max": float(max(self._last_staleness, default=0)),
             "batch_staleness_mean": sum(self._last_staleness) / max(1, len(self._last_staleness)),
             "staleness_bound": -1.0 if self._admission.staleness_bound is None else self._admission.staleness_bound,
+            "restarts": float(self._life),
             "version": float(self.version),
         }
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from common.config import IN_RAY_JOB
 from common.errors import RunError, Stopped, UserError
 
 app = typer.Typer(
@@ -39,17 +40,31 @@ def _load(config: Path | None, overrides: list[str] | None, dry_run: bool) -> An
 
 
 @app.command()
-def train(config: ConfigFile = None, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def train(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    resume: Annotated[str | None, typer.Option(help="Go on with this run: its folder, or its name below runs/.")] = None,
+) -> None:
     """Warm start, reinforcement learning, evaluation and the Pareto plot.
 
     Example: diffpo train --config deploy/configs/sudoku.yaml run.name=first
+    Example: diffpo train --resume runs/first
     """
-    loaded = _load(config, overrides, dry_run)
+    loaded = None if resume else _load(config, overrides, dry_run)
+    # a job that Ray runs again finds its run there, and goes on with it
+    again = loaded is not None and IN_RAY_JOB in os.environ and loaded.run_directory.exists()
+    if loaded is None or again:
+        from learner.resumption import resumed_config
+        from learner.run_directory import run_folder
+
+        folder = loaded.run_directory if loaded is not None else run_folder(str(resume))
+        loaded = resumed_config(folder, file=config, overrides=overrides or [])
     from learner.display import Display
     from learner.driver import train as run
 
     with Display(warm_start_steps=loaded.warm_start.steps, learner_steps=loaded.learner.steps) as display:
-        summary = run(loaded, display.show)
+        summary = run(loaded, display.show, resume=resume is not None or again)
     if "stopped" in summary:
         display.console.print(
             f"stopped by {summary['stopped']} after {summary['steps']:.0f} steps; run directory {loaded.run_directory}"

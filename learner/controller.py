@@ -10,6 +10,8 @@
 - The watchdog ends a run in which nothing has progressed for `run.stall_timeout`. In the training phase only groups
   that can be trained count: discarding every group for equal rewards is not progress.
 - A run that did not train all its steps is never reported as finished: a stop is `stopped`, the rest `failed`.
+- A part that dies is started again, within its budget: an actor by the fleet, the buffer by Ray, the learner here. The
+  buffer goes on from its files, the learner from its newest checkpoint, and so does a whole run that is resumed.
 - The driver only listens: `events` blocks until there is news.
 """
 
@@ -22,25 +24,25 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
-from actors.fleet import Fleet
-from actors.group_producer import GroupProducer
+from actors.failure import FailureKind, comes_back, failure_kind
+from actors.fleet import Fleet, patiently
 from common.config import Config
 from common.errors import RunError, UserError, one_line
 from common.replay_buffer import ReplayBuffer
 from common.segment_store import SegmentStore
 from learner.exporter import Exporter
-from learner.final_evaluation import evaluate_folders, summarise
 from learner.learner_actor import LearnerActor
-from learner.pareto import draw_pareto
-from learner.run_directory import RunDirectory
+from learner.parts import POLICY, Parts
+from learner.run_directory import EVALUATION, RunDirectory
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
 GAUGE_SECONDS = 2.0
+ANSWER_SECONDS = 2.0
 CLOSE_SECONDS = 5.0
 MOST_ACTORS = 500  # each may block one of the buffer's calls in `lease`, of which it answers `BUFFER_CALLS` at once
 BUFFER_CALLS = 1000
@@ -65,6 +67,10 @@ BUFFER_METRICS = {
     "expired_leases": "replay_expired_leases",
     "returned_leases": "replay_returned_leases",
     "wasted_groups": "replay_wasted_groups",
+    "lost_groups": "replay_lost_groups",
+    "rewound_groups": "replay_rewound_groups",
+    "skipped_groups": "replay_skipped_groups",
+    "restarts": "replay_restarts",
     "completions": "rollout_completions",
     "sample_wait_seconds": "learner_wait_seconds",
     "lease_wait_seconds": "rollout_wait_seconds",
@@ -74,9 +80,13 @@ BUFFER_METRICS = {
 class Controller:
     """Started by the driver, owns every other part, lives as long as the run."""
 
-    def __init__(self, *, config: Config, directory: Path) -> None:
+    def __init__(self, *, config: Config, directory: Path, parts: Parts = POLICY) -> None:
         self.config = config
+        self._parts = parts
         self._directory = RunDirectory(directory)
+        self._checkpoints = self._directory.checkpoint_store(config)
+        self._learner: Any = None
+        self._learner_deaths = 0
         self._events: list[tuple[str, dict[str, Any]]] = []
         self._news = asyncio.Condition()
         self._started = self._progressed = time.monotonic()
@@ -132,12 +142,16 @@ class Controller:
         self._directory.append_metrics({"kind": kind, "seconds": round(self._progressed - self._started, 3), **values})
         await self._tell(kind, values)
 
+    async def warn(self, text: str) -> None:
+        """Called by the learner when something was wrong that did not end the run."""
+        await self._tell("warning", {"text": text})
+
     async def stop(self, reason: str) -> None:
         """Called by the driver on a signal: the learner finishes its step, writes a checkpoint, and the run ends."""
         self._stop_reason = reason
         self._stopping.set()
         if self._buffer is not None:
-            await self._buffer.close.remote()
+            await patiently(lambda: self._buffer.close.remote())
 
     async def scale(self, actors: int) -> dict[str, Any]:
         """Called by `diffpo scale`: how many rollout actors there shall be, from now on, while training goes on.
@@ -179,45 +193,86 @@ class Controller:
             target = [{"targets": [self._exporter.address], "labels": {"run": config.run.name}}]
             self._directory.write_json("metrics_target.json", target)
             await self._tell("metrics", {"address": self._exporter.address})
-        learner: Any = (
-            ray.remote(LearnerActor)
-            .options(
-                num_cpus=config.learner.cpus,
-                num_gpus=config.learner.gpus,
-                name="learner",
-                runtime_env=PATIENT_THREADS,
-            )
-            .remote(
-                config=config,
-                directory=self._directory.path,
-                controller=ray.get_runtime_context().current_actor,
-            )
-        )
         await self._enter("warm_start")
-        await self._unless_stopped(learner.warm_start.remote())
+        await self._unless_stopped(self._start_learner())
         reached = {"steps": 0.0, "version": 0.0}
         if not self._stopping.is_set():
             await self._enter("train")
-            reached = await self._train(learner)
-        ray.kill(learner)
+            reached = await self._train()
+        ray.kill(self._learner)
         evaluation = None
         if not self._stopping.is_set():
             if reached["steps"] < config.learner.steps:
                 raise RunError(f"training ended after {reached['steps']:.0f} of {config.learner.steps} steps")
+            if not self._parts.evaluates:
+                await self._enter("finished")
+                return reached
             await self._enter("evaluate")
-            last = self._directory.checkpoints()[-1]
-            folders = {"before": self._directory.warm_start, "after": last}
-            evaluation = await self._unless_stopped(evaluate_folders(config, folders, self._mark_progress))
+            evaluation = await self._unless_stopped(self._evaluate())
         if evaluation is None:
             await self._enter("stopped")
             return {"stopped": self._stop_reason, **reached}
-        results = summarise(config, evaluation)
-        self._directory.write_json("evaluation.json", results)
+        from learner.final_evaluation import summarise
+        from learner.pareto import draw_pareto
+
+        results = {"steps": int(reached["steps"]), **summarise(config, evaluation)}
+        self._directory.write_json(EVALUATION, results)
         draw_pareto(evaluation, self._directory.pareto, title=f"{config.task.name}, run {config.run.name}")
         if self._exporter is not None:
             self._exporter.replace("evaluation_frontier_area", results["area"])
         await self._enter("finished")
         return {**reached, "evaluation": results, "pareto": str(self._directory.pareto)}
+
+    async def _evaluate(self) -> Any:
+        from learner.final_evaluation import evaluate_folders
+
+        last = max(self._checkpoints.checkpoints(), key=lambda one: one.version)
+        with self._checkpoints.fetch(last) as after:
+            folders = {"before": self._directory.warm_start, "after": after}
+            return await evaluate_folders(self.config, folders, self._mark_progress)
+
+    async def _start_learner(self) -> None:
+        """A learner with the weights of the warm start; again, should it die over them."""
+        while True:
+            config = self.config
+            self._learner = (
+                ray.remote(LearnerActor)
+                .options(num_cpus=config.learner.cpus, num_gpus=config.learner.gpus, max_concurrency=2, runtime_env=PATIENT_THREADS)
+                .remote(
+                    config=config,
+                    directory=self._directory.path,
+                    controller=ray.get_runtime_context().current_actor,
+                    make=self._parts.trainer,
+                )
+            )
+            try:
+                await self._learner.warm_start.remote()
+                return
+            except RayActorError as error:
+                await self._learner_died(error)
+
+    async def _learn(self) -> dict[str, float]:
+        """The learner's loop; again from the newest checkpoint, should it die."""
+        while True:
+            try:
+                return await self._learner.run.remote(self._buffer)
+            except RayActorError as error:
+                await self._learner_died(error)
+            await self._start_learner()
+
+    async def _learner_died(self, error: RayActorError) -> None:
+        """Raises unless another learner may be started."""
+        if failure_kind(error) is not FailureKind.INFRASTRUCTURE:
+            raise RunError(f"the replay buffer died and does not come back: {one_line(error)}") from error
+        most = self.config.learner.max_restarts
+        self._learner_deaths += 1
+        if self._learner_deaths > most:
+            raise RunError(
+                f"the learner died {self._learner_deaths} times (learner.max_restarts={most}); the last: "
+                f"{one_line(error)}"
+            ) from error
+        self._mark_progress()
+        await self._tell("warning", {"text": f"the learner died and is started again: {one_line(error)}"})
 
     async def _unless_stopped(self, work: Awaitable[T]) -> T | None:
         """The result of a part that cannot be asked to stop; None when a stop came first and the part is abandoned."""
@@ -226,11 +281,17 @@ class Controller:
         stop.cancel()
         return task.result() if task.done() else None
 
-    async def _train(self, learner: Any) -> dict[str, float]:
+    async def _train(self) -> dict[str, float]:
         config = self.config
         self._buffer = (
             ray.remote(ReplayBuffer)
-            .options(num_cpus=0, max_concurrency=BUFFER_CALLS, name="buffer")
+            .options(
+                num_cpus=0,
+                max_concurrency=BUFFER_CALLS,
+                name="buffer",
+                max_restarts=config.replay.max_restarts,
+                max_task_retries=0,
+            )
             .remote(
                 groups_per_step=config.learner.groups_per_step,
                 max_staleness=config.replay.max_staleness,
@@ -238,6 +299,7 @@ class Controller:
                 lease_seconds=config.replay.lease_seconds,
                 drop_no_spread=config.replay.drop_no_spread,
                 store=SegmentStore(self._directory.segments, memory_bytes=config.replay.memory_bytes),
+                checkpoints=self._checkpoints,
                 keep_versions=config.replay.keep_versions,
                 groups_limit=config.learner.steps * config.learner.groups_per_step,
             )
@@ -245,10 +307,10 @@ class Controller:
         self._fleet = Fleet(
             config=config.rollout,
             buffer=self._buffer,
-            make=partial(GroupProducer, config),
+            make=partial(self._parts.producer, config),
             progress=self._mark_progress,
         )
-        training = asyncio.ensure_future(learner.run.remote(self._buffer))
+        training = asyncio.create_task(self._learn())
         generation = asyncio.create_task(self._fleet.run())
         gauges = asyncio.create_task(self._collect())
         try:
@@ -263,10 +325,11 @@ class Controller:
             return reached
         except RayActorError as error:
             raise RunError(
-                "the learner or the replay buffer died (killed, or out of memory); checkpoints so far are in "
-                f"{self._directory.path / 'checkpoints'}: {one_line(error)}"
+                "the replay buffer died (killed, or out of memory) and does not come back "
+                f"(replay.max_restarts={config.replay.max_restarts}): {one_line(error)}"
             ) from error
         finally:
+            training.cancel()
             gauges.cancel()
             closing = asyncio.ensure_future(self._buffer.close.remote())
             await asyncio.wait({closing}, timeout=CLOSE_SECONDS)  # a dead buffer must not hide the cause
@@ -300,12 +363,25 @@ class Controller:
         while True:
             idle = time.monotonic() - self._progressed
             if idle >= limit:
+                waits = await self._who_waits()
+                self._directory.write_json("stall.json", waits)
                 raise RunError(
                     f"no progress for {idle:.0f} s in phase {self._phase} (run.stall_timeout={limit:g})"
-                    f"{self._untrainable}; "
+                    f"{self._untrainable}; who waits for whom: {waits} (RUN/stall.json); "
                     "raise the limit if single groups or steps take longer, else look at the actors' logs"
                 )
             await asyncio.sleep(limit - idle)
+
+    async def _who_waits(self) -> dict[str, Any]:
+        """What every part is doing; one that does not answer is named as that."""
+        found: dict[str, Any] = {"phase": self._phase, "learner": "has not started"}
+        if self._learner is not None:
+            found["learner"] = await _answer(self._learner.doing.remote())
+        if self._buffer is not None:
+            found["buffer"] = await _answer(self._buffer.waiting.remote())
+        if self._fleet is not None:
+            found["rollout actors"] = await self._fleet.doing()
+        return found
 
     async def _report_quarantine(self) -> None:
         """Write the failures down with their tracebacks, and tell the last line of the newest."""
@@ -328,12 +404,18 @@ class Controller:
 
     async def _collect(self) -> None:
         while True:
-            await self._update_gauges()
+            try:
+                await self._update_gauges()
+            except ActorUnavailableError as error:  # the buffer is being started again
+                if not comes_back(error):
+                    raise
             await asyncio.sleep(GAUGE_SECONDS)
 
     async def _update_gauges(self) -> None:
         if self._fleet is None:
             return
+        if self._stopping.is_set():  # a buffer that was started anew does not know
+            await self._buffer.close.remote()
         gauges, fleet = await asyncio.gather(self._buffer.gauges.remote(), self._fleet.gauges())
         mark = tuple(gauges[f"groups_{state}"] for state in ("finished", "sampled", "trained"))
         if mark != self._progress_mark:
@@ -350,6 +432,7 @@ class Controller:
                 f"another reward, or replay.drop_no_spread=false) and {self._quarantined:.0f} quarantined for "
                 "failing rewards or logits (RUN/quarantine.json)"
             )
+        fleet["learner_restarts"] = float(self._learner_deaths)
         if self._exporter is None:
             return
         now = time.monotonic()
@@ -358,3 +441,11 @@ class Controller:
         self._exporter.update({"run_seconds": now - self._started, "run_idle_seconds": now - self._progressed})
         states = {key.removeprefix("groups_"): gauges[key] for key in gauges if key.startswith("groups_")}
         self._exporter.replace("replay_groups", states)
+
+
+async def _answer(call: Any) -> Any:
+    """The reply of an actor, or that it gives none."""
+    try:
+        return await asyncio.wait_for(asyncio.wrap_future(call.future()), ANSWER_SECONDS)
+    except (TimeoutError, RayError) as error:
+        return f"does not answer ({one_line(error) or 'busy, or stopped'})"

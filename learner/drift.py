@@ -54,6 +54,10 @@ class DriftRemedy:
             "threshold_reveal_temperature": self._policy.calibration.reveal_temperature,
         }
 
+    def restore(self, state: dict[str, float | None]) -> None:
+        """What `state` gave."""
+        self._target = state["target"]
+
     def state(self) -> dict[str, float | None]:
         """For a checkpoint; the calibration itself is part of the policy."""
         return {"target": self._target}

@@ -7,6 +7,8 @@
 """
 
 import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,20 +20,26 @@ from common.config import Config
 from common.errors import RunError, UserError, one_line
 from learner.controller import Controller
 from learner.exporter import check_port
-from learner.preflight import preflight
+from learner.parts import POLICY, Parts
 from learner.ray_connection import LOCAL, chosen_address, connect
 from learner.run_directory import RunDirectory
 
 CONTROLLER = "controller"
+ENDING_SECONDS = 30.0
+STOP_WINDOW = 2.5  # seconds; Ray kills a job's driver 3 s after its SIGTERM (RAY_JOB_STOP_WAIT_TIME_S)
 CONTROLLER_FILE = "controller.json"  # in the run directory: where another process finds the controller
 
 
-def train(config: Config, show: Callable[[str, dict[str, Any]], None]) -> dict[str, Any]:
+def train(
+    config: Config, show: Callable[[str, dict[str, Any]], None], *, resume: bool = False, parts: Parts = POLICY
+) -> dict[str, Any]:
     """Run the main job to its end.
 
     Args:
         config: the run.
         show: called with every event of the controller, in order.
+        resume: go on with the run directory that is there (`learner.resumption`) in place of making one.
+        parts: what the run is made of.
 
     Returns:
         The controller's summary; has `stopped` when a signal ended the run early.
@@ -40,18 +48,45 @@ def train(config: Config, show: Callable[[str, dict[str, Any]], None]) -> dict[s
         UserError: when something the user gave is wrong.
         RunError: when the run failed; the cause is the message.
     """
-    RunDirectory.check_free(config.run_directory)
+    if not resume:
+        RunDirectory.check_free(config.run_directory)
     check_port(config.metrics.host, config.metrics.port)
-    preflight(config)
+    if parts is POLICY:
+        from learner.preflight import preflight
+
+        preflight(config)
+    if resume:
+        directory = RunDirectory(config.run_directory)
+        with directory.lock():
+            return _run(config, directory, show, parts)
+    return _run(config, None, show, parts)
+
+
+def _run(
+    config: Config, directory: RunDirectory | None, show: Callable[[str, dict[str, Any]], None], parts: Parts
+) -> dict[str, Any]:
+    """With the run's directory, made here once Ray is there and the name is free, if there is none."""
     _connect(config)
     try:
-        _check_name_is_free(config.run.name)
-        directory = RunDirectory.create(config)
-        cluster = {"ray_address": ray.get_runtime_context().gcs_address, "namespace": config.run.name}
-        directory.write_json(CONTROLLER_FILE, cluster)
-        return _follow(config, directory.path, show)
+        _check_name_is_free(config.run.name, patience=ENDING_SECONDS if directory else 0.0)
+        if directory is None:
+            directory = RunDirectory.create(config)
+            with directory.lock():
+                return _follow_in(config, directory, show, parts)
+        return _follow_in(config, directory, show, parts)
     finally:
         ray.shutdown()
+
+
+def _follow_in(
+    config: Config, directory: RunDirectory, show: Callable[[str, dict[str, Any]], None], parts: Parts
+) -> dict[str, Any]:
+    cluster = {"ray_address": ray.get_runtime_context().gcs_address, "namespace": config.run.name}
+    directory.write_json(CONTROLLER_FILE, cluster)
+    try:
+        return _follow(config, directory.path, show, parts)
+    except RunError as error:
+        raise RunError(f"{error} -- go on with: diffpo train --resume {directory.path}") from error
 
 
 def _connect(config: Config) -> None:
@@ -68,22 +103,32 @@ def _connect(config: Config) -> None:
         )
 
 
-def _check_name_is_free(name: str) -> None:
-    try:
-        ray.get_actor(CONTROLLER)
-    except ValueError:
-        return
+def _check_name_is_free(name: str, *, patience: float) -> None:
+    """`patience`: seconds for the controller of a driver that has just died to end."""
+    until = time.monotonic() + patience
+    while True:
+        try:
+            ray.get_actor(CONTROLLER)
+        except ValueError:
+            return
+        if time.monotonic() >= until:
+            break
+        time.sleep(0.5)
     raise UserError(f"a run of the name {name} is going on this Ray cluster; choose another run.name")
 
 
-def _follow(config: Config, directory: Path, show: Callable[[str, dict[str, Any]], None]) -> dict[str, Any]:
+def _follow(
+    config: Config, directory: Path, show: Callable[[str, dict[str, Any]], None], parts: Parts
+) -> dict[str, Any]:
     controller: Any = (
         ray.remote(Controller)
         .options(name=CONTROLLER, num_cpus=0, max_concurrency=100)
-        .remote(config=config, directory=directory)
+        .remote(config=config, directory=directory, parts=parts)
     )
     result = controller.run.remote()
     signals: list[int] = []
+    alarm = threading.Timer(STOP_WINDOW, lambda: late())
+    alarm.daemon = True
 
     def on_signal(number: int, _: Any) -> None:
         if signals:
@@ -91,6 +136,17 @@ def _follow(config: Config, directory: Path, show: Callable[[str, dict[str, Any]
         signals.append(number)
         show("signal", {"name": signal.Signals(number).name})
         controller.stop.remote(signal.Signals(number).name)
+        alarm.start()
+
+    def late() -> None:
+        newest = max((one.step for one in RunDirectory(directory).checkpoint_store(config).checkpoints()), default=-1)
+        show(
+            "warning",
+            {
+                "text": f"no checkpoint yet {STOP_WINDOW:g} s after the signal: the step in hand takes longer. If this "
+                f"process is killed now (Ray: 3 s after SIGTERM), --resume goes on from step {newest}"
+            },
+        )
 
     previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -113,5 +169,6 @@ def _follow(config: Config, directory: Path, show: Callable[[str, dict[str, Any]
     except RayActorError as error:
         raise RunError(f"the controller died: {one_line(error)}") from error
     finally:
+        alarm.cancel()
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -8,8 +8,7 @@ One `step`: advantages -> (proximal scores) -> `inner_updates` times {surrogate,
   a proximal pass for the first update too. It is taken over what is scored, so over completions that carry gradient.
 - Completions without advantage carry no gradient and are not scored (unless a KL term needs them).
 - Gradients are sums over micro-batches of whole-batch means: how a batch is cut does not change them.
-- An inner update whose loss, gradient or weights are not finite changes nothing and raises; earlier ones of its batch
-  stay.
+- A batch with a reward, loss, gradient or importance weight that is not finite is refused and has changed nothing.
 """
 
 import copy
@@ -25,8 +24,8 @@ from torch.nn.utils import clip_grad_norm_
 from common.autocast import autocast
 from common.config import LearnerConfig
 from common.cost import with_cost
-from common.errors import RunError
 from common.policy import Policy
+from common.version import LINEAGE, step_of
 from learner.advantage import advantages
 from learner.batch import Batch
 from learner.drift import DriftRemedy
@@ -39,6 +38,7 @@ from learner.objective import (
     token_mean,
 )
 from learner.surrogate import draw_latents, mean_field, most_rows, surrogate_gap, surrogate_log_probs
+from learner.trainer import BatchRefused
 
 STEP_BUCKETS = (1, 2, 4, 8)
 GAP_PASSES = (1, 2, 4)
@@ -127,11 +127,11 @@ class Learner:
             Metrics of the step by catalogue name.
 
         Raises:
-            RunError: when reward, loss or gradient is not finite; the failing update has changed nothing.
+            BatchRefused: when reward, loss or gradient is not finite; nothing has changed then.
         """
         config = self.config
         if not batch.reward.isfinite().all():
-            raise RunError(f"rewards of the batch at version {version} are not finite; look at the reward function")
+            raise BatchRefused(f"rewards of the batch at version {version} are not finite; look at the reward function")
         costed = with_cost(
             batch.reward, batch.nfe, length=batch.length, speed_weight=config.speed_weight, form=config.cost
         )
@@ -151,8 +151,15 @@ class Learner:
         kept = rows.nonzero().squeeze(-1)
         micro = self._micro_batches(batch.select(kept), advantage[kept])
         totals = {"completions": float(len(advantage)), "tokens": float(batch.scored.sum())}
-        for proximal in self._proximal(micro):
-            metrics |= self._update(micro, proximal, totals, version)
+        before = self._copy() if config.inner_updates > 1 else None
+        try:
+            for proximal in self._proximal(micro):
+                metrics |= self._update(micro, proximal, totals, version)
+        except BatchRefused:
+            if before is not None:  # earlier updates of the batch have moved the weights
+                self.policy.load_state_dict(before["policy"])
+                self.restore(before)
+            raise
         self.steps_done += 1
         return metrics | self._remedy.update(batch) | {"learner_scored_completions": float(len(kept))}
 
@@ -225,7 +232,7 @@ class Learner:
         )
         if not (math.isfinite(loss) and math.isfinite(norm) and all(w.isfinite().all() for w in sums.weights)):
             self.optimizer.zero_grad(set_to_none=True)
-            raise RunError(
+            raise BatchRefused(
                 f"loss {loss}, gradient norm {norm} or an importance weight is not finite at version {version}; "
                 "weights unchanged"
             )
@@ -296,7 +303,7 @@ class Learner:
         log_weight = log_ratio(proximal, part.behaviour_logprob, level=self.config.weight_level, scored=scored)
         sums.weights.append(log_weight[scored].double().clamp(max=LARGEST_LOG_RATIO).exp())
         sums.steps.append(part.reveal_step[scored])
-        sums.stale.append((version - part.token_version)[scored])
+        sums.stale.append((step_of(version) - part.token_version % LINEAGE)[scored].clamp(min=0))
         ratio = (current - proximal).exp()[scored]
         outside = (ratio < 1 - self.config.clip_low) | (ratio > 1 + self.config.clip_high)
         sums.clipped += float(outside.sum())
@@ -341,6 +348,17 @@ class Learner:
             for low, inside in _step_buckets(step)
         }
 
+    def _copy(self) -> dict[str, Any]:
+        return copy.deepcopy(self.state() | {"policy": self.policy.state_dict()})
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave; the policy's weights are its owner's to load."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.steps_done, self.updates_done = state["steps_done"], state["updates_done"]
+        self._remedy.restore(state["drift_remedy"])
+        torch.set_rng_state(state["generator"])
+
     def state(self) -> dict[str, Any]:
         """Optimizer, schedule and counters, for a checkpoint."""
         return {
@@ -349,6 +367,7 @@ class Learner:
             "steps_done": self.steps_done,
             "updates_done": self.updates_done,
             "drift_remedy": self._remedy.state(),
+            "generator": torch.get_rng_state(),
         }
 
 
@@ -383,6 +402,7 @@ def _log_gamma(batch: Batch) -> Tensor:
 def _batch_metrics(batch: Batch, costed: Tensor, advantage: Tensor, version: int) -> dict[str, float]:
     drawn = batch.token_version >= 0
     oldest = batch.token_version.masked_fill(~drawn, version).amin(-1)
+    age = (step_of(version) - oldest % LINEAGE).clamp(min=0)
     revealed = drawn.sum(-1).float()
     log_gamma = _log_gamma(batch)
     moves = torch.zeros(len(batch.prompts), dtype=torch.bool, device=advantage.device)
@@ -396,8 +416,8 @@ def _batch_metrics(batch: Batch, costed: Tensor, advantage: Tensor, version: int
         "threshold_gamma": float(log_gamma.mean().exp()),
         "threshold_gamma_spread": float(log_gamma.std()) if len(log_gamma) > 1 else 0.0,
         "learner_flat_groups": float((~moves).sum()),
-        "replay_staleness_mean": float((version - oldest).float().mean()),
-        "replay_staleness_max": float((version - oldest).max()),
+        "replay_staleness_mean": float(age.float().mean()),
+        "replay_staleness_max": float(age.max()),
     }
 
 

@@ -1,116 +1,170 @@
 """LearnerActor: the learner's loop as a Ray actor.
 
-    warm_start()  ->  run(buffer): publish version 0, then {sample, step, publish, report} until done or closed
+    warm_start()  ->  run(buffer): first publication, then {sample, train, publish, report} until done or closed
 
 - It waits for nobody but the buffer; generation goes on while it learns.
+- It starts from the newest sound checkpoint of its run, if there is one: the buffer takes back what was trained since,
+  and a new lineage of versions begins. Else it writes the checkpoint of step 0 before anything is generated.
+- A batch that cannot be trained on is set aside with the weights it met, and its step is done with another batch; too
+  many in a row end the run.
 - A closed buffer ends the loop after the step in hand; the last checkpoint is always written.
 """
 
+import json
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ray
-import torch
-
-from actors.evaluation import Evaluator, Setting
 from common.config import Config
-from common.lease import Batch as Sampled
-from common.policy import Policy, open_policy
-from common.tasks import build_task
-from common.trajectory import decode_group
-from common.weight_store import Snapshot, digest
-from common.weights import to_flat
-from learner.batch import build_batch
-from learner.checkpoint import write_checkpoint
-from learner.learner import Learner
+from common.errors import RunError
+from common.lease import Batch, FinishedGroup
+from common.segment_folder import SegmentFolder
+from learner.buffer_link import BufferLink
+from learner.checkpoint_writer import CheckpointWriter
 from learner.run_directory import RunDirectory
-from learner.warm_start import supervised
+from learner.trainer import BatchRefused, Trainer
 
 log = logging.getLogger(__name__)
 
-REPORTS_PER_WARM_START = 100
+MakeTrainer = Callable[[Config, Path], Trainer]
 
 
 class LearnerActor:
-    """Started by the controller; warm-starts the policy, trains it, writes its checkpoints."""
+    """Started by the controller, again when it dies; its trainer holds the weights, its run directory the rest."""
 
-    def __init__(self, *, config: Config, directory: Path, controller: Any) -> None:
+    def __init__(self, *, config: Config, directory: Path, controller: Any, make: MakeTrainer) -> None:
         self.config = config
         self._directory = RunDirectory(directory)
         self._controller = controller
-        self._task = build_task(config.task)
-        self._policy: Policy
+        self._checkpoints = self._directory.checkpoint_store(config)
+        self._trainer = make(config, self._directory.warm_start)
+        self._skipped = self._skipped_in_row = 0
+        self._blocked = 0.0
+        self._doing, self._since = "starts", time.monotonic()
+
+    def doing(self) -> str:
+        """Called by the watchdog, from another thread."""
+        return f"{self._doing} for {time.monotonic() - self._since:.0f} s"
 
     def warm_start(self) -> None:
-        """Make the policy that RL starts from, and save it: the given model, or a new one after its demonstrations."""
-        settings = self.config.warm_start
-        if self.config.model.path is not None:
-            self._policy = open_policy(self.config, self._task)
-            self._policy.save(self._directory.warm_start)
-            return
-        every = max(1, settings.steps // REPORTS_PER_WARM_START)
-
-        def report(step: int, loss: float) -> None:
-            if step % every == 0 or step == settings.steps:
-                self._report("warm_start", {"warm_start_steps": float(step), "warm_start_loss": loss})
-
-        self._policy = supervised(self.config, self._task, self._directory.warm_start, report)
+        """Make or load the weights that training starts from."""
+        self._trainer.warm_start(self._report)
 
     def run(self, buffer: Any) -> dict[str, float]:
         """The training loop; returns steps and version reached."""
-        config = self.config
-        torch.set_num_threads(config.learner.threads)
-        if config.deterministic:
-            torch.use_deterministic_algorithms(True)
-        learner = Learner(self._policy, config.learner)
-        version = 0
-        self._publish(buffer, version, [])
-        self._measure_drift(0)
-        for step in range(1, config.learner.steps + 1):
-            sampled: Sampled = ray.get(buffer.sample.remote())
+        config, trainer = self.config, self._trainer
+        link = BufferLink(buffer)
+        writer = CheckpointWriter(self._checkpoints, keep=config.run.keep_checkpoints)
+        version = self._begin(link, writer)
+        while trainer.steps < config.learner.steps:
+            self._note("waits for a batch from the buffer")
+            sampled = link.sample()
+            self._note("trains")
             if not sampled.numbers:
-                log.warning("buffer closed after %d of %d steps", step - 1, config.learner.steps)
+                log.warning("buffer closed after %d of %d steps", trainer.steps, config.learner.steps)
                 break
             started = time.monotonic()
-            tables = [decode_group(payload) for payload in sampled.payloads]
-            width = config.sampler.max_prompt_tokens if config.deterministic else None
-            batch = build_batch(tables, self._policy.vocabulary, width=width, device=self._policy.device)
-            metrics = learner.step(batch, version=sampled.version)
+            try:
+                metrics = trainer.train(sampled.payloads, sampled.version)
+            except BatchRefused as refused:
+                self._set_aside(link, sampled, str(refused))
+                continue
+            self._skipped_in_row = 0
             version = sampled.version + 1
-            metrics["weights_bytes"] = float(self._publish(buffer, version, sampled.numbers))
+            flat = trainer.weights()
+            link.publish(version, flat, sampled.numbers)
+            metrics["weights_bytes"] = float(flat.nbytes)
             metrics |= {f"rollout_generated_{name}": value for name, value in sampled.generated.items()}
             metrics["learner_step_seconds"] = time.monotonic() - started
-            metrics["learner_learning_rate"] = float(learner.scheduler.get_last_lr()[0])
-            metrics |= self._measure_drift(step)
-            self._report("step", metrics | {"learner_steps": float(step), "weights_version": float(version)})
-            if config.run.checkpoint_every and step % config.run.checkpoint_every == 0 and step < config.learner.steps:
-                self._checkpoint(learner, version)
-        self._checkpoint(learner, version)
-        return {"steps": float(learner.steps_done), "version": float(version)}
+            if not link.closed:
+                metrics |= trainer.gauges()
+                self._settle(link, writer, wait=False)
+                every = config.run.checkpoint_every
+                if every and trainer.steps % every == 0 and trainer.steps < config.learner.steps:
+                    self._checkpoint(link, writer, version)
+            metrics |= {"learner_steps": float(trainer.steps), "weights_version": float(version)}
+            self._report("step", metrics | self._counters(writer))
+        self._settle(link, writer, wait=True)
+        if writer.newest < trainer.steps:
+            self._checkpoint(link, writer, version)
+            self._settle(link, writer, wait=True)
+            if writer.newest < trainer.steps:
+                raise RunError(f"the checkpoint of step {trainer.steps} could not be written; see the learner's log")
+        return {"steps": float(trainer.steps), "version": float(version)}
 
-    def _publish(self, buffer: Any, version: int, trained: list[int]) -> int:
-        flat = to_flat(self._policy)
-        snapshot = Snapshot(version=version, digest=digest(flat), payload=[ray.put(flat)])
-        ray.get(buffer.publish.remote(snapshot, trained))
-        return flat.nbytes
+    def _begin(self, link: BufferLink, writer: CheckpointWriter) -> int:
+        """The first publication, from a checkpoint or from the warm start; its version."""
+        found = self._checkpoints.newest_sound()
+        if found is None:
+            version = 0
+            self._checkpoint(link, writer, version)
+            self._settle(link, writer, wait=True)
+            if writer.newest < 0:
+                raise RunError("the checkpoint of step 0 could not be written; see the learner's log")
+        else:
+            for warning in found.warnings:
+                self._controller.warn.remote(warning)
+            with self._checkpoints.fetch(found.checkpoint) as folder:
+                self._trainer.restore(folder)
+            version = link.rewind(found.checkpoint.journal_index, self._trainer.steps)
+            writer.newest = found.checkpoint.step
+        link.publish(version, self._trainer.weights(), [])
+        self._report("started", {"learner_steps": float(self._trainer.steps), "weights_version": float(version)})
+        if found is None:
+            self._trainer.gauges()
+        return version
 
-    def _measure_drift(self, step: int) -> dict[str, float]:
-        """NFE and accuracy at the initial gamma on validation prompts: the gauge of threshold drift *(ours)*."""
-        every = self.config.evaluation.drift_every
-        if not every or step % every or "entropy_bound" not in self.config.sampler.rule:
-            return {}
-        prompts = self.config.evaluation.drift_prompts
-        evaluator = Evaluator(self._policy, self._task, self.config, prompts=prompts, split="validation")
-        point = evaluator.measure(Setting("drift", "entropy_bound", self.config.sampler.threshold.gamma_init))
-        return {"drift_nfe": point.mean_nfe, "drift_accuracy": point.accuracy}
+    def _checkpoint(self, link: BufferLink, writer: CheckpointWriter, version: int) -> None:
+        started = time.monotonic()
+        self._settle(link, writer, wait=True)
+        writer.start(self._trainer.steps, version, self._trainer.saved(), link.export())
+        self._blocked += time.monotonic() - started
 
-    def _checkpoint(self, learner: Learner, version: int) -> None:
-        folder = self._directory.checkpoint_path(learner.steps_done)
-        if not folder.exists():
-            write_checkpoint(learner, folder, version=version)
-            self._directory.prune_checkpoints(self.config.run.keep_checkpoints)
+    def _settle(self, link: BufferLink, writer: CheckpointWriter, *, wait: bool) -> None:
+        """Tell the buffer what it need not keep any more, once a checkpoint is durable."""
+        kept = writer.finished(wait=wait)
+        if kept:
+            link.settle(min(one.journal_index for one in kept), max(one.version for one in kept))
+
+    def _set_aside(self, link: BufferLink, sampled: Batch, reason: str) -> None:
+        """Keep a batch, with the weights that it met, for `diffpo replay`."""
+        self._skipped += 1
+        self._skipped_in_row += 1
+        step = self._trainer.steps
+        folder = self._directory.set_aside(step, sampled.version)
+        folder.mkdir(parents=True)
+        self._trainer.saved()(folder)
+        SegmentFolder(folder / "groups").write(
+            [
+                FinishedGroup(number, 0, payload, 0.0, sampled.version - age, 0)
+                for number, payload, age in zip(sampled.numbers, sampled.payloads, sampled.staleness, strict=True)
+            ]
+        )
+        why = {"step": step, "version": sampled.version, "reason": reason, "numbers": sampled.numbers}
+        (folder / "why.json").write_text(json.dumps(why, indent=1) + "\n")
+        link.set_aside(sampled.numbers, f"skipped: {reason}")
+        self._controller.warn.remote(f"a batch was set aside in {folder}: {reason}")
+        self._report("skipped", {"learner_skipped_steps": float(self._skipped)})
+        most = self.config.learner.max_skipped_steps
+        if self._skipped_in_row > most:
+            raise RunError(
+                f"{self._skipped_in_row} batches in a row could not be trained on (learner.max_skipped_steps={most}); "
+                f"the last: {reason}; look at {folder} with `diffpo replay`"
+            )
+
+    def _note(self, doing: str) -> None:
+        self._doing, self._since = doing, time.monotonic()
+
+    def _counters(self, writer: CheckpointWriter) -> dict[str, float]:
+        return {
+            "learner_skipped_steps": float(self._skipped),
+            "checkpoint_step": float(writer.newest),
+            "checkpoint_blocked_seconds": self._blocked,
+            "checkpoint_write_seconds": writer.seconds,
+            "checkpoint_failures": float(writer.failures),
+        }
 
     def _report(self, kind: str, values: dict[str, float]) -> None:
         self._controller.report.remote(kind, values)

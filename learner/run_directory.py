@@ -3,27 +3,34 @@
     config.yaml            the resolved configuration
     metrics.jsonl          one object per learner step (and per warm-start report)
     warm_start/            the policy RL started from
-    segments/              finished groups until they are trained or discarded, in numbered Arrow files
-    checkpoints/step-N/    policies, newest `keep_checkpoints`; `manifest.json` is written last
+    segments/              finished groups, and the journal, until a durable checkpoint contains them
+    checkpoints/step-N/    the whole run at one version, newest `keep_checkpoints` (`common.checkpoint_store`)
+    set_aside/             batches that could not be trained on, with the weights that they met
+    quarantine.json        prompts that failed twice, with tracebacks
     evaluation.json        before and after, every setting
     pareto.png             the accuracy-NFE frontier before and after
     metrics_target.json    Prometheus `file_sd` target
     controller.json        where `diffpo scale` finds the run
 
-A run directory belongs to one run: an existing one is refused, so nothing is ever overwritten.
+A run directory belongs to one run: an existing one is refused, so nothing is ever overwritten, and one process at a time
+works on it (`lock`).
 """
 
 import json
 import os
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from common.checkpoint_store import CheckpointStore
 from common.config import Config
 from common.config_file import dump_config
 from common.errors import UserError
 
-MANIFEST = "manifest.json"
+EVALUATION = "evaluation.json"
 
 
 class RunDirectory:
@@ -41,8 +48,8 @@ class RunDirectory:
         """
         if path.exists():
             raise UserError(
-                f"run directory {path} exists; choose another run.name (run.name={_next_name(path)} is free), "
-                "or move it away"
+                f"run directory {path} exists; go on with it (diffpo train --resume {path}), choose another run.name "
+                f"(run.name={_next_name(path)} is free), or move it away"
             )
 
     @classmethod
@@ -70,9 +77,39 @@ class RunDirectory:
     def segments(self) -> Path:
         return self.path / "segments"
 
+    def set_aside(self, step: int, version: int) -> Path:
+        """Folder of a batch that could not be trained on."""
+        return self.path / "set_aside" / f"step-{step:06d}-version-{version}"
+
     @property
     def pareto(self) -> Path:
         return self.path / "pareto.png"
+
+    def finished_steps(self) -> int | None:
+        """How many steps the run was evaluated after; None while it has not finished."""
+        try:
+            return int(self.read_json(EVALUATION)["steps"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Held by the driver while its run is alive.
+
+        Raises:
+            UserError: when another process holds it.
+        """
+        held = FileLock(self.path / "lock")
+        try:
+            held.acquire(timeout=0)
+        except Timeout as error:
+            raise UserError(
+                f"run {self.path} is going on in another process; stop that one first, or choose another run.name"
+            ) from error
+        try:
+            yield
+        finally:
+            held.release()
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add one line to `metrics.jsonl`."""
@@ -86,18 +123,10 @@ class RunDirectory:
     def read_json(self, name: str) -> Any:
         return json.loads((self.path / name).read_text())
 
-    def checkpoints(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
-        complete = [path.parent for path in self.path.glob(f"checkpoints/step-*/{MANIFEST}")]
-        return sorted(complete, key=lambda folder: int(folder.name.removeprefix("step-")))
-
-    def checkpoint_path(self, step: int) -> Path:
-        return self.path / "checkpoints" / f"step-{step:06d}"
-
-    def prune_checkpoints(self, keep: int) -> None:
-        """Remove all but the newest `keep`."""
-        for path in self.checkpoints()[:-keep]:
-            shutil.rmtree(path)
+    def checkpoint_store(self, config: Config) -> CheckpointStore:
+        """Where the checkpoints of this run are."""
+        elsewhere = config.run.checkpoints
+        return CheckpointStore(self.path / "checkpoints" if elsewhere is None else f"{elsewhere}/{config.run.name}")
 
 
 def write_whole(path: Path, text: str) -> Path:

@@ -1,0 +1,81 @@
+"""BufferLink: the learner's side of its calls to the replay buffer, one at a time, through the buffer's deaths.
+
+The buffer is started again when it dies, from its files (`common.recovery`). What the learner did since is in no file:
+the link keeps it, tells it first (`rejoin`), and makes the call again.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import ActorUnavailableError
+
+from actors.failure import comes_back
+from common.lease import Batch, Export
+from common.weight_store import Snapshot, digest
+
+RETRY_SECONDS = 0.2
+
+
+class BufferLink:
+    """Owned by the learner actor while it trains."""
+
+    def __init__(self, buffer: Any) -> None:
+        self._buffer = buffer
+        self._snapshot: Snapshot | None = None
+        self._history: list[tuple[int, list[int]]] = []
+        self.closed = False
+
+    def sample(self) -> Batch:
+        """Blocks until a batch may be taken; no numbers once the buffer is closed."""
+        return self._call(lambda: self._buffer.sample.remote())
+
+    def publish(self, version: int, flat: np.ndarray, trained: Sequence[int]) -> None:
+        """Publish weights and what they were trained on."""
+        self._snapshot = Snapshot(version=version, digest=digest(flat), payload=[ray.put(flat)])
+        self._history.append((version, list(trained)))
+        try:
+            self.closed = ray.get(self._buffer.publish.remote(self._snapshot, trained))
+        except ActorUnavailableError as error:
+            if not comes_back(error):
+                raise
+            self._rejoin()  # which publishes
+
+    def set_aside(self, numbers: Sequence[int], reason: str) -> None:
+        """Give a batch up."""
+        self._call(lambda: self._buffer.set_aside.remote(numbers, reason), sampled=numbers)
+
+    def rewind(self, index: int, step: int) -> int:
+        """Return the buffer to a checkpoint; the version to publish first."""
+        return self._call(lambda: self._buffer.rewind.remote(index, step))
+
+    def export(self) -> Export:
+        """The buffer's part of a checkpoint."""
+        return self._call(lambda: self._buffer.export.remote())
+
+    def settle(self, index: int, version: int) -> None:
+        """Checkpoints up to `version` are durable; none that may be returned to is older than entry `index`."""
+        self._history = [done for done in self._history if done[0] > version]
+        self._call(lambda: self._buffer.settle.remote(index))
+
+    def _call(self, call: Callable[[], Any], sampled: Sequence[int] = ()) -> Any:
+        while True:
+            try:
+                return ray.get(call())
+            except ActorUnavailableError as error:
+                if not comes_back(error):
+                    raise
+                self._rejoin(sampled)
+
+    def _rejoin(self, sampled: Sequence[int] = ()) -> None:
+        while self._snapshot is not None:
+            try:
+                ray.get(self._buffer.rejoin.remote(self._snapshot, self._history, sampled))
+                return
+            except ActorUnavailableError as error:
+                if not comes_back(error):
+                    raise
+                time.sleep(RETRY_SECONDS)
+        time.sleep(RETRY_SECONDS)

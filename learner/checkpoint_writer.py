@@ -1,0 +1,73 @@
+"""CheckpointWriter: makes checkpoints of a run durable while training and generation go on.
+
+    learner thread   copies the trainer's state, asks the buffer for its part, hands both over
+    writer thread    writes the files, digests, the manifest last; removes checkpoints that are too many
+
+One checkpoint at a time: the next one waits for the last one's end.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from common.checkpoint_store import Checkpoint, CheckpointStore
+from common.errors import RunError
+from common.lease import Export
+from common.recovery import GROUPS_FILE, JOURNAL_FILE
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointWriter:
+    """Owned by the learner actor while it trains."""
+
+    def __init__(self, store: CheckpointStore, *, keep: int) -> None:
+        self._store, self._keep = store, keep
+        self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[list[Checkpoint]] | None = None
+        self.newest = -1
+        """Step of the newest checkpoint that this writer made durable."""
+        self.seconds = 0.0
+        """How long the last one took to write."""
+        self.failures = 0
+
+    def start(self, step: int, version: int, save: Callable[[Path], None], export: Export) -> None:
+        """Begin to write; call `finished` until there is none under way before the next one."""
+        self._writing = self._threads.submit(self._write, step, version, save, export)
+
+    def finished(self, *, wait: bool) -> list[Checkpoint]:
+        """The checkpoints that stay, once, after one became durable; else none.
+
+        One that could not be written is counted and logged: training goes on, the last checkpoint stays.
+        """
+        if self._writing is None or not (wait or self._writing.done()):
+            return []
+        writing, self._writing = self._writing, None
+        try:
+            return writing.result()
+        except RunError as error:
+            self.failures += 1
+            log.error("checkpoint not written, the last one stays: %s", error)
+            return []
+
+    def _write(self, step: int, version: int, save: Callable[[Path], None], export: Export) -> list[Checkpoint]:
+        started = time.monotonic()
+        draft = self._store.begin(step)
+        try:
+            save(draft.path)
+            (draft.path / JOURNAL_FILE).write_bytes(export.journal)
+            groups = draft.path / GROUPS_FILE
+            groups.parent.mkdir()
+            groups.write_bytes(export.groups)
+            draft.commit(version=version, journal_index=export.journal_index, facts=export.facts)
+        except Exception as error:  # safetensors and torch have errors of their own for a full disk
+            draft.abandon()
+            if isinstance(error, RunError):
+                raise
+            raise RunError(
+                f"checkpoint of step {step} in {self._store.name} cannot be written: {error}; make room there"
+            ) from error
+        self.newest, self.seconds = step, time.monotonic() - started
+        return self._store.prune(self._keep)

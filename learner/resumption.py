@@ -1,0 +1,71 @@
+"""Resumption: which run goes on, with which configuration.
+
+A run goes on with the configuration that it was started with. Keys that say where and how it runs, but not what it
+computes, may be changed (`SAFE`); any other difference is refused and shown.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from common.config import Config
+from common.config_file import dump_config, load_config
+from common.errors import UserError
+from learner.run_directory import RunDirectory, write_whole
+
+CONFIG_FILE = "config.yaml"
+SAFE = (
+    *("run.root", "run.name", "run.checkpoint_every", "run.keep_checkpoints", "run.stall_timeout", "run.ray_address"),
+    *("rollout.actors", "rollout.slots", "rollout.cpus", "rollout.gpus", "rollout.max_restarts"),
+    *("rollout.reward_workers", "rollout.reward_timeout", "rollout.reward_memory_bytes", "rollout.drain_seconds"),
+    *("replay.lease_seconds", "replay.keep_versions", "replay.memory_bytes", "replay.max_restarts"),
+    *("learner.steps", "learner.max_restarts", "learner.max_skipped_steps", "learner.cpus", "learner.gpus"),
+    *("evaluation", "metrics"),
+)
+
+
+def resumed_config(folder: Path, *, file: Path | None, overrides: list[str]) -> Config:
+    """The configuration with which the run in `folder` goes on, written into it.
+
+    Args:
+        folder: the run directory.
+        file: a configuration that is said to be the run's; None takes the one that it has.
+        overrides: dotted overrides.
+
+    Raises:
+        UserError: when there is no run, it has finished, or the configuration differs in what it computes.
+    """
+    saved_file = folder / CONFIG_FILE
+    if not saved_file.is_file():
+        raise UserError(f"{folder} is no run directory: it has no {CONFIG_FILE}; start a run with --config FILE")
+    saved = load_config(saved_file, [])
+    given = load_config(file or saved_file, overrides)
+    place = {"root": str(folder.absolute().parent), "name": folder.absolute().name}
+    given = given.model_copy(update={"run": given.run.model_copy(update=place)})
+    refused = _differences(saved.model_dump(mode="json"), given.model_dump(mode="json"))
+    if refused:
+        raise UserError(
+            f"run {folder} was started with another configuration: {'; '.join(refused)}; leave these keys as they "
+            "were, or start another run"
+        )
+    done = RunDirectory(folder).finished_steps()
+    if done is not None and done >= given.learner.steps:
+        raise UserError(
+            f"run {folder} has finished its {done} steps; give more with learner.steps=N, or start another run.name"
+        )
+    write_whole(saved_file, dump_config(given))
+    return given
+
+
+def _differences(saved: dict[str, Any], given: dict[str, Any], path: str = "") -> list[str]:
+    """`key: saved -> given` of every leaf that differs and is not safe."""
+    found = []
+    for name in sorted(saved.keys() | given.keys()):
+        key = f"{path}{name}"
+        old, new = saved.get(name), given.get(name)
+        if old == new or key in SAFE:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{key}.")
+        else:
+            found.append(f"{key}: {old} -> {new}")
+    return found
