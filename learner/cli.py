@@ -189,6 +189,40 @@ def generate(
 
 
 @app.command()
+def replay(
+    run: Annotated[str, typer.Argument(help="A run: its folder, or its name below runs/.")],
+    group: Annotated[int, typer.Argument(help="Number of a group in its segments, set_aside or checkpoints.")],
+    weights: Annotated[
+        Path | None, typer.Option(help="Policy to replay with; else the nearest that the run has.")
+    ] = None,
+    tolerance: Annotated[float, typer.Option(min=0.0, help="Largest difference that is none, in nats.")] = 1e-3,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Recompute a saved group's log-probs, rewards and loss terms, and say where they differ from its record.
+
+    Example: diffpo replay sudoku 3968
+    """
+    from json import dumps
+
+    from rich.console import Console
+
+    from common.config_file import load_config
+    from learner.group_replay import replay_saved
+    from learner.replay_display import show
+    from learner.run_directory import RunDirectory
+
+    directory = RunDirectory.find(run)
+    source, found = replay_saved(directory, load_config(directory.path / "config.yaml"), group, weights, tolerance)
+    if json:
+        typer.echo(dumps({"run": str(directory.path), "group": group} | source | found.as_dict()))
+    else:
+        console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+        show(source, found, console)
+    if not found.agrees:
+        raise RunError(f"group {group}: {found.verdict}")
+
+
+@app.command()
 def bench(
     name: Annotated[str, typer.Argument(help="Which measurement: async, engine, learner, main.")],
     quick: Annotated[bool, typer.Option("--quick", help="A small version of the measurement.")] = False,
