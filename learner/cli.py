@@ -56,9 +56,9 @@ def train(
     again = loaded is not None and IN_RAY_JOB in os.environ and loaded.run_directory.exists()
     if loaded is None or again:
         from learner.resumption import resumed_config
-        from learner.run_directory import run_folder
+        from learner.run_directory import RunDirectory
 
-        folder = loaded.run_directory if loaded is not None else run_folder(str(resume))
+        folder = loaded.run_directory if loaded is not None else RunDirectory.find(str(resume)).path
         loaded = resumed_config(folder, file=config, overrides=overrides or [])
     from learner.display import Display
     from learner.driver import train as run
@@ -201,6 +201,40 @@ def generate(
         raw=raw,
     )
     run(model, choice, Console(highlight=False, soft_wrap=True), show_steps=steps)
+
+
+@app.command()
+def replay(
+    run: Annotated[str, typer.Argument(help="A run: its folder, or its name below runs/.")],
+    group: Annotated[int, typer.Argument(help="Number of a group in its segments, set_aside or checkpoints.")],
+    weights: Annotated[
+        Path | None, typer.Option(help="Policy to replay with; else the nearest that the run has.")
+    ] = None,
+    tolerance: Annotated[float, typer.Option(min=0.0, help="Largest difference that is none, in nats.")] = 1e-3,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Recompute a saved group's log-probs, rewards and loss terms, and say where they differ from its record.
+
+    Example: diffpo replay sudoku 3968
+    """
+    from json import dumps
+
+    from rich.console import Console
+
+    from common.config_file import load_config
+    from learner.group_replay import replay_saved
+    from learner.replay_display import show
+    from learner.run_directory import RunDirectory
+
+    directory = RunDirectory.find(run)
+    source, found = replay_saved(directory, load_config(directory.path / "config.yaml"), group, weights, tolerance)
+    if json:
+        typer.echo(dumps({"run": str(directory.path), "group": group} | source | found.as_dict()))
+    else:
+        console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+        show(source, found, console)
+    if not found.agrees:
+        raise RunError(f"group {group}: {found.verdict}")
 
 
 @app.command()

@@ -66,6 +66,34 @@ class _Scored:
 
 
 @dataclass(frozen=True)
+class Terms:
+    """What the objective of `N` completions is made of [DESIGN 3.3 to 3.5]; logarithms in nats."""
+
+    advantage: Tensor
+    """`[N]`."""
+    logprob: Tensor
+    """`[N, L]` of tokens under the surrogate."""
+    proximal: Tensor
+    """`[N, L]`, the proximal policy's."""
+    weight: Tensor | None
+    """`[N, L]` importance weights; None where the model does not learn."""
+    objective: Tensor | None
+    """`[N, L]` clipped objective of each token, less its KL term, with its share of the revealed set's."""
+    kl: Tensor | None
+    """`[N, L]` k3 estimates; None without a KL term."""
+    gamma_logprob: Tensor
+    """`[N]` of thresholds; 0 where the head does not learn."""
+    gamma_weight: Tensor | None
+    """`[N]` importance weights of thresholds; None where the head does not learn."""
+    gamma_objective: Tensor | None
+    """`[N]` clipped objective of each threshold, with the entropy bonus."""
+    gamma_entropy: Tensor
+    """`[N]` entropies of the threshold policy."""
+    rows: int
+    """Rows forwarded."""
+
+
+@dataclass(frozen=True)
 class _Proximal:
     """What the proximal policy says about one inner update."""
 
@@ -132,12 +160,7 @@ class Learner:
         config = self.config
         if not batch.reward.isfinite().all():
             raise BatchRefused(f"rewards of the batch at version {version} are not finite; look at the reward function")
-        costed = with_cost(
-            batch.reward, batch.nfe, length=batch.length, speed_weight=config.speed_weight, form=config.cost
-        )
-        advantage = advantages(
-            costed, batch.group, baseline=config.advantage_baseline, scale_by_std=config.advantage_std
-        )
+        costed, advantage = self._earned(batch)
         metrics = _batch_metrics(batch, costed, advantage, version)
         self.policy.eval()
         if config.diagnostics_every and self.steps_done % config.diagnostics_every == 0:
@@ -162,6 +185,28 @@ class Learner:
             raise
         self.steps_done += 1
         return metrics | self._remedy.update(batch) | {"learner_scored_completions": float(len(kept))}
+
+    @torch.no_grad()
+    def terms(self, batch: Batch) -> Terms:
+        """What the first inner update is made of if these groups alone are its batch; changes nothing.
+
+        Completions without advantage are scored as well, and count in the mean of self-normalised weights.
+        """
+        self.policy.eval()
+        _, advantage = self._earned(batch)
+        first, *_ = self._proximal([(batch, advantage)])
+        return self._terms(batch, advantage, first, None)
+
+    def _earned(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Rewards after their cost, and advantages, `[N]` each."""
+        config = self.config
+        costed = with_cost(
+            batch.reward, batch.nfe, length=batch.length, speed_weight=config.speed_weight, form=config.cost
+        )
+        advantage = advantages(
+            costed, batch.group, baseline=config.advantage_baseline, scale_by_std=config.advantage_std
+        )
+        return costed, advantage
 
     @torch.no_grad()
     def _standardise(self, batch: Batch) -> None:
@@ -252,35 +297,56 @@ class Learner:
         version: int,
     ) -> Tensor:
         config = self.config
+        terms = self._terms(part, advantage, proximal, scores)
+        objective = terms.logprob.new_zeros(())
+        if terms.objective is not None:
+            objective = objective + token_mean(terms.objective, part.scored, kind=config.loss_mean, **totals)
+        if terms.kl is not None:
+            sums.kl += float(terms.kl[part.scored].sum().detach())
+        if terms.gamma_objective is not None:
+            sums.entropy.append(terms.gamma_entropy.detach())
+            scale = config.threshold_weight if config.train == "joint" else 1.0
+            objective = objective + scale * terms.gamma_objective.sum() / totals["completions"]
+        self._observe(part, terms.logprob.detach(), terms.proximal, version, sums)
+        sums.rows += terms.rows
+        return objective
+
+    def _terms(self, part: Batch, advantage: Tensor, proximal: _Proximal, scores: _Scored | None) -> Terms:
+        config = self.config
         found = self._score(self.policy, part, proximal.update)
-        current, gammas, entropies = found.tokens, found.gammas, found.entropies
+        current, gammas = found.tokens, found.gammas
         prox_tokens = scores.tokens if scores else current.detach()
         prox_gammas = scores.gammas if scores else gammas.detach()
         clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
-        objective = current.new_zeros(())
+        weight = objective = kl = gamma_weight = gamma_objective = None
         if self._learns_model:
             weight = self._weight(prox_tokens, part, proximal.mean_weight)
-            values = clipped_objective(current, prox_tokens, weight, advantage.unsqueeze(-1), **clip)
+            objective = clipped_objective(current, prox_tokens, weight, advantage.unsqueeze(-1), **clip)
             if self.reference is not None:
                 with torch.no_grad():
                     reference = self._score(self.reference, part, proximal.update).tokens
                 kl = kl_k3(current, reference)
-                values = values - config.kl_beta * kl
-                sums.kl += float(kl[part.scored].sum().detach())
-            values = values + self._set_objective(part, advantage, found, scores)
-            objective = objective + token_mean(values, part.scored, kind=config.loss_mean, **totals)
+                objective = objective - config.kl_beta * kl
+            objective = objective + self._set_objective(part, advantage, found, scores)
         if self._learns_threshold:
-            weight = importance_weight(
+            gamma_weight = importance_weight(
                 prox_gammas, part.gamma_logprob, cap=config.weight_cap, kind=config.importance_weight
             )
-            values = clipped_objective(gammas, prox_gammas, weight, advantage, **clip)
-            values = values + config.entropy_bonus * entropies
-            sums.entropy.append(entropies.detach())
-            scale = config.threshold_weight if config.train == "joint" else 1.0
-            objective = objective + scale * values.sum() / totals["completions"]
-        self._observe(part, current.detach(), prox_tokens, version, sums)
-        sums.rows += found.rows
-        return objective
+            gamma_objective = clipped_objective(gammas, prox_gammas, gamma_weight, advantage, **clip)
+            gamma_objective = gamma_objective + config.entropy_bonus * found.entropies
+        return Terms(
+            advantage=advantage,
+            logprob=current,
+            proximal=prox_tokens,
+            weight=weight,
+            objective=objective,
+            kl=kl,
+            gamma_logprob=gammas,
+            gamma_weight=gamma_weight,
+            gamma_objective=gamma_objective,
+            gamma_entropy=found.entropies,
+            rows=found.rows,
+        )
 
     def _set_objective(self, part: Batch, advantage: Tensor, found: _Scored, proximal: _Scored | None) -> Tensor:
         """What a completion's revealed sets add to its objective, spread over its scored tokens `[N, L]`.

@@ -17,8 +17,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from common.errors import RunError, UserError, one_line
 from learner.driver import CONTROLLER, CONTROLLER_FILE
 from learner.ray_connection import connect
-
-ROOT = Path("runs")
+from learner.run_directory import RunDirectory
 
 
 @contextmanager
@@ -28,7 +27,7 @@ def controller_of(run: str) -> Iterator[Any]:
     Raises:
         UserError: when there is no such run, or it is not going; errors of the controller as they are.
     """
-    folder = _folder(run)
+    folder = RunDirectory.find(run).path
     try:
         where = json.loads((folder / CONTROLLER_FILE).read_text())
         address, namespace = where["ray_address"], where["namespace"]
@@ -41,7 +40,7 @@ def controller_of(run: str) -> Iterator[Any]:
     try:
         controller = ray.get_actor(CONTROLLER)
         found: Any = ray.get(controller.directory.remote())
-        if Path(found) != folder.absolute():
+        if Path(found) != folder:
             raise RuntimeError(f"another run of that name is going there, in {found}")
     except (RuntimeError, ValueError, OSError) as error:
         ray.shutdown()
@@ -56,11 +55,3 @@ def controller_of(run: str) -> Iterator[Any]:
         raise RunError(f"run {run} ended meanwhile: {one_line(error)}") from error
     finally:
         ray.shutdown()
-
-
-def _folder(run: str) -> Path:
-    for folder in (Path(run), ROOT / run):
-        if folder.is_dir():
-            return folder
-    known = sorted(path.parent.name for path in ROOT.glob(f"*/{CONTROLLER_FILE}"))
-    raise UserError(f"run {run!r}: no folder of that name, nor {ROOT / run}; runs: {', '.join(known) or 'none'}")

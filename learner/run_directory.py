@@ -31,6 +31,7 @@ from common.config_file import dump_config
 from common.errors import UserError
 
 EVALUATION = "evaluation.json"
+ROOT = Path("runs")
 
 
 class RunDirectory:
@@ -68,6 +69,19 @@ class RunDirectory:
         directory = cls(path)
         (directory.path / "config.yaml").write_text(dump_config(config))
         return directory
+
+    @classmethod
+    def find(cls, run: str) -> "RunDirectory":
+        """The directory of a run that is there, by its path or its name below `runs/`.
+
+        Raises:
+            UserError: naming the runs that are there.
+        """
+        for folder in (Path(run), ROOT / run):
+            if folder.is_dir():
+                return cls(folder)
+        known = sorted(path.parent.name for path in ROOT.glob("*/config.yaml"))
+        raise UserError(f"run {run!r}: no folder of that name, nor {ROOT / run}; runs: {', '.join(known) or 'none'}")
 
     @property
     def warm_start(self) -> Path:

@@ -276,6 +276,9 @@ class Scores:
     """`[N]` nats, of the set revealed after the latent whose choice is scored; None where none is."""
     revealed: Tensor | None
     """`[N, L]` bool, that set."""
+    entropy: Tensor | None
+    """`[N, L]` nats, as the reveal rule sees them, at the positions that it chose from, 0 elsewhere; None where no
+    choice is scored."""
 
 
 def surrogate_log_probs(policy: Policy, batch: Batch, latents: Latents, *, features: bool = False) -> Scores:
@@ -300,7 +303,7 @@ def surrogate_log_probs(policy: Policy, batch: Batch, latents: Latents, *, featu
         chosen = decided & (batch.reveal_step == step)
         gamma = batch.gamma * policy.calibration.gamma_scale
         reveal_logprob = set_log_prob(gate_logits(found.entropy, decided, gamma), chosen)
-    return Scores(logprob, found.features, found.rows, reveal_logprob, chosen)
+    return Scores(logprob, found.features, found.rows, reveal_logprob, chosen, found.entropy)
 
 
 @torch.no_grad()
