@@ -42,6 +42,7 @@ class LearnerActor:
         self._controller = controller
         self._task = build_task(config.task)
         self._policy: Policy
+        self._drift: Evaluator | None = None
 
     def warm_start(self) -> None:
         """Make the policy that RL starts from, and save it: the given model, or a new one after its demonstrations."""
@@ -60,6 +61,13 @@ class LearnerActor:
 
     def run(self, buffer: Any) -> dict[str, float]:
         """The training loop; returns steps and version reached."""
+        try:
+            return self._train(buffer)
+        finally:
+            if self._drift is not None:
+                self._drift.close()
+
+    def _train(self, buffer: Any) -> dict[str, float]:
         config = self.config
         torch.set_num_threads(config.learner.threads)
         if config.deterministic:
@@ -102,8 +110,9 @@ class LearnerActor:
         if not every or step % every or "entropy_bound" not in self.config.sampler.rule:
             return {}
         prompts = self.config.evaluation.drift_prompts
-        evaluator = Evaluator(self._policy, self._task, self.config, prompts=prompts, split="validation")
-        point = evaluator.measure(Setting("drift", "entropy_bound", self.config.sampler.threshold.gamma_init))
+        if self._drift is None:
+            self._drift = Evaluator(self._policy, self._task, self.config, prompts=prompts, split="validation")
+        point = self._drift.measure(Setting("drift", "entropy_bound", self.config.sampler.threshold.gamma_init))
         return {"drift_nfe": point.mean_nfe, "drift_accuracy": point.accuracy}
 
     def _checkpoint(self, learner: Learner, version: int) -> None:
