@@ -2,21 +2,28 @@
 
 - Every setting answers the same prompts with the same seeds, so differences between settings and policies are paired.
 - Greedy (temperature 0) settings draw nothing; sampled ones use keyed numbers.
+- Rewards are scored in a reward pool, unless the task is trusted; one that fails costs its prompt: wrong, reward 0.
 """
 
+import logging
 from dataclasses import dataclass
-from typing import Any, Literal
+from queue import SimpleQueue
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 
 from actors.engine import DenoisingEngine
 from actors.request import Request
+from actors.reward_pool import RewardPool, Score, score
 from common.config import Config
 from common.cost import with_cost
+from common.errors import one_line
 from common.keyed_random import derive
 from common.policy import Policy
 from common.tasks.task import Example, Split, Task
+
+log = logging.getLogger(__name__)
 
 EVALUATION_SEED = 1_000_003  # keeps evaluation draws apart from training draws of the same run seed
 
@@ -42,6 +49,8 @@ class Point:
     reward_costed: np.ndarray
     components: dict[str, np.ndarray]
     gamma: np.ndarray
+    failed: int = 0
+    """Prompts whose reward failed; they count as wrong, with reward 0."""
 
     @property
     def accuracy(self) -> float:
@@ -64,11 +73,12 @@ class Point:
             "reward_costed": float(self.reward_costed.mean()),
             "components": {name: float(values.mean()) for name, values in self.components.items()},
             "gamma": float(np.exp(np.log(np.maximum(self.gamma, 1e-9)).mean())),
+            "failed_rewards": self.failed,
         }
 
 
 class Evaluator:
-    """Holds a policy and its held-out prompts; measures one setting per call."""
+    """Holds a policy, its held-out prompts and, for a task that is not trusted, a reward pool, until `close`."""
 
     def __init__(self, policy: Policy, task: Task, config: Config, *, prompts: int, split: Split) -> None:
         self.policy = policy
@@ -76,6 +86,19 @@ class Evaluator:
         self.config = config
         self.examples: list[Example] = [task.example(split, index) for index in range(prompts)]
         self._prompt_ids = [tuple(policy.encode(example.prompt)) for example in self.examples]
+        self._pool: RewardPool | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the reward processes, if there are any."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
 
     def measure(self, setting: Setting, *, thresholds: np.ndarray | None = None) -> Point:
         """Accuracy, NFE and reward of every prompt under one setting.
@@ -97,12 +120,17 @@ class Evaluator:
             )
             for index, prompt in enumerate(self._prompt_ids)
         )
-        correct, components = [], []
-        for example, completion in zip(self.examples, completions, strict=True):
-            text = self.policy.decode(completion.completion_ids.tolist())
-            correct.append(self.task.correct(example, text))
-            components.append(self.task.rewards(example, text))
-        reward = np.array([self.task.reward(found) for found in components])
+        outcomes = self._scored([self.policy.decode(c.completion_ids.tolist()) for c in completions])
+        failures = {index: found for index, found in enumerate(outcomes) if isinstance(found, Exception)}
+        if failures:
+            index, failure = next(iter(failures.items()))
+            log.warning(
+                "%s: the reward of %d of %d prompts failed; they count as wrong. Prompt %d: %s",
+                *(setting.name, len(failures), len(outcomes), index, one_line(failure)),
+            )
+        nothing = Score(dict.fromkeys([*self.task.components, "reward"], 0.0), False)
+        scores = [nothing if isinstance(found, Exception) else found for found in outcomes]
+        reward = np.array([found.rewards["reward"] for found in scores])
         nfe = np.array([c.nfe for c in completions], dtype=np.int64)
         costed = with_cost(
             torch.from_numpy(reward),
@@ -113,13 +141,27 @@ class Evaluator:
         )
         return Point(
             setting=setting,
-            correct=np.array(correct, dtype=bool),
+            correct=np.array([found.correct for found in scores], dtype=bool),
             nfe=nfe,
             reward=reward,
             reward_costed=costed.numpy(),
-            components={name: np.array([found[name] for found in components]) for name in components[0]},
+            components={name: np.array([found.rewards[name] for found in scores]) for name in self.task.components},
             gamma=np.array([c.gamma for c in completions]),
+            failed=len(failures),
         )
+
+    def _scored(self, texts: list[str]) -> list[Score | Exception]:
+        """What each prompt's completion got, or why it could not be scored."""
+        if self.task.trusted:
+            return [score(self.task, e, [text])[0] for e, text in zip(self.examples, texts, strict=True)]
+        if self._pool is None:
+            self._pool = RewardPool(self.task, self.config.rollout)
+        arrived: SimpleQueue[tuple[int, list[Score] | Exception]] = SimpleQueue()
+        for index, (example, text) in enumerate(zip(self.examples, texts, strict=True)):
+            self._pool.submit(example, [text], lambda found, index=index: arrived.put((index, found)))
+        outcomes = dict(arrived.get() for _ in texts)
+        found = [outcomes[index] for index in range(len(texts))]
+        return [one if isinstance(one, Exception) else one[0] for one in found]
 
 
 def standard_settings(config: Config) -> list[Setting]:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from actors.request import Request
-from actors.reward_pool import Scores
 from common.config import Config
 from common.cost import with_cost
 from common.keyed_random import derive
@@ -51,7 +50,7 @@ def group_requests(config: Config, prompt_ids: tuple[int, ...], *, cursor: int, 
 def finished_group(
     config: Config,
     completions: list[Completion],
-    scores: Scores,
+    scores: list[dict[str, float]],
     *,
     number: int,
     cursor: int,

@@ -23,7 +23,7 @@ from common.config import Config
 from common.errors import UserError
 from common.lease import FinishedGroup, Lease
 from common.policy import open_policy
-from common.tasks import build_task
+from common.tasks import Example, build_task
 from common.trajectory import Completion
 from common.weight_store import Snapshot
 
@@ -33,6 +33,7 @@ class _Group:
     """A leased group while it is generated."""
 
     lease: Lease
+    example: Example
     completions: list[Completion | None]
     missing: int = field(init=False)
 
@@ -57,13 +58,11 @@ class GroupProducer:
             fixed_padding=config.deterministic,
         )
         self._engine.version = -1
-        self._rewards = RewardPool(
-            config.task, workers=config.rollout.reward_workers, timeout=config.rollout.reward_timeout
-        )
+        self._rewards = RewardPool(self._task, config.rollout)
         # by (number, attempt): a lost lease may come back here while its old rows still run out
         self._groups: dict[tuple[int, int], _Group] = {}
         self._rows: dict[int, tuple[tuple[int, int], int]] = {}
-        self._scored: SimpleQueue[tuple[_Group, Scores | BaseException]] = SimpleQueue()
+        self._scored: SimpleQueue[tuple[_Group, Scores | Exception]] = SimpleQueue()
         self._refused: list[Fault] = []
         self._digest = ""
 
@@ -86,7 +85,7 @@ class GroupProducer:
             self._refused.append(Fault(lease.number, lease.attempt, str(error)))
             return
         key = (lease.number, lease.attempt)
-        self._groups[key] = _Group(lease, [None] * config.learner.group_size)
+        self._groups[key] = _Group(lease, example, [None] * config.learner.group_size)
         for index, request in enumerate(group_requests(config, prompt, cursor=lease.cursor, number=lease.number)):
             self._rows[self._engine.submit(request)] = (key, index)
 
@@ -150,22 +149,22 @@ class GroupProducer:
     def _score(self, group: _Group) -> None:
         texts = [self._policy.decode(c.completion_ids.tolist()) for c in group.completions if c is not None]
 
-        def done(outcome: Scores | BaseException) -> None:
+        def done(outcome: Scores | Exception) -> None:
             self._scored.put((group, outcome))
             self._wake()
 
-        self._rewards.submit(group.lease.cursor, texts, done)
+        self._rewards.submit(group.example, texts, done)
 
-    def _finish(self, group: _Group, scores: Scores | BaseException) -> FinishedGroup | Fault | None:
+    def _finish(self, group: _Group, scores: Scores | Exception) -> FinishedGroup | Fault | None:
         lease = group.lease
         if self._groups.pop((lease.number, lease.attempt), None) is None:
             return None
-        if isinstance(scores, BaseException):
+        if isinstance(scores, Exception):
             return Fault(lease.number, lease.attempt, "".join(traceback.format_exception(scores)))
         return finished_group(
             self.config,
             [c for c in group.completions if c is not None],
-            scores,
+            [score.rewards for score in scores],
             number=lease.number,
             cursor=lease.cursor,
             attempt=lease.attempt,

@@ -20,6 +20,7 @@ from common.version import LINEAGE
 Increasing = Annotated[tuple[Annotated[float, Field(le=1e6)], ...], Field(min_length=1)]
 TaskConfig = Annotated[SudokuConfig | CountdownConfig, Field(discriminator="name")]
 SMALLEST_GAMMA = 1e-9  # nats; what is smaller counts as this wherever a logarithm is taken
+SMALLEST_REWARD_MEMORY = 64 * 2**20  # bytes
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of a submitted job
 
 
@@ -154,12 +155,25 @@ class RolloutConfig(Section):
     """torch.compile the forward pass: padding is fixed, and the number of rows rounded up to an eighth of `slots`."""
     reward_workers: int = Field(default=1, ge=1)
     """Reward processes of one rollout actor."""
-    reward_timeout: float = Field(default=10.0, gt=0)
-    """Seconds that the rewards of one group may take."""
+    reward_timeout: float = Field(default=10.0, gt=0, le=604_800)
+    """Seconds that the rewards of one group may take; in evaluation, that of one prompt."""
+    reward_memory_bytes: int = Field(default=2**30)
+    """Address space that rewards may take beyond what their process holds once the task is built (the built-in tasks:
+    0.17 GB, of which 56 MB resident; more where numpy finds more cores). At least 64 MiB; enforced on Linux."""
     max_restarts: int = Field(default=3, ge=0)
     """Restarts of one rollout actor before the run gives it up."""
     drain_seconds: float = Field(default=60.0, ge=0)
     """Seconds that an actor which is taken away has to finish its leases; after that they go back to the queue."""
+
+    @field_validator("reward_memory_bytes")
+    @classmethod
+    def _room_to_score(cls, given: int) -> int:
+        if given < SMALLEST_REWARD_MEMORY:
+            raise ValueError(
+                f"{given} is below {SMALLEST_REWARD_MEMORY} (64 MiB), which a reward process needs to import a module "
+                "or start a thread; give that or more"
+            )
+        return given
 
 
 class ReplayConfig(Section):

@@ -30,12 +30,12 @@ def evaluate_policy(
     task = build_task(config.task)
     policy = load_policy(folder, config.model, config.sampler.threshold).for_rollout(config.rollout)
     chosen = config.evaluation
-    evaluator = Evaluator(policy, task, config, prompts=chosen.prompts, split=chosen.split)
     points = []
-    for setting in settings or standard_settings(config):
-        points.append(evaluator.measure(setting))
-        if report is not None:
-            report(points[-1])
+    with Evaluator(policy, task, config, prompts=chosen.prompts, split=chosen.split) as evaluator:
+        for setting in settings or standard_settings(config):
+            points.append(evaluator.measure(setting))
+            if report is not None:
+                report(points[-1])
     return points
 
 

@@ -54,6 +54,12 @@ class LearnerActor:
 
     def run(self, buffer: Any) -> dict[str, float]:
         """The training loop; returns steps and version reached."""
+        try:
+            return self._run(buffer)
+        finally:
+            self._trainer.close()
+
+    def _run(self, buffer: Any) -> dict[str, float]:
         config, trainer = self.config, self._trainer
         link = BufferLink(buffer)
         writer = CheckpointWriter(self._checkpoints, keep=config.run.keep_checkpoints)

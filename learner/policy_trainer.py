@@ -37,6 +37,7 @@ class PolicyTrainer:
         self._task = build_task(config.task)
         self._policy: Policy
         self._learner: Learner
+        self._drift: Evaluator | None = None
 
     @property
     def steps(self) -> int:
@@ -102,14 +103,19 @@ class PolicyTrainer:
 
         return write
 
+    def close(self) -> None:
+        if self._drift is not None:
+            self._drift.close()
+
     def gauges(self) -> dict[str, float]:
         """NFE and accuracy at the initial gamma on validation prompts: the gauge of threshold drift *(ours)*."""
         every = self.config.evaluation.drift_every
         if not every or self.steps % every or "entropy_bound" not in self.config.sampler.rule:
             return {}
         prompts = self.config.evaluation.drift_prompts
-        evaluator = Evaluator(self._policy, self._task, self.config, prompts=prompts, split="validation")
-        point = evaluator.measure(Setting("drift", "entropy_bound", self.config.sampler.threshold.gamma_init))
+        if self._drift is None:
+            self._drift = Evaluator(self._policy, self._task, self.config, prompts=prompts, split="validation")
+        point = self._drift.measure(Setting("drift", "entropy_bound", self.config.sampler.threshold.gamma_init))
         return {"drift_nfe": point.mean_nfe, "drift_accuracy": point.accuracy}
 
 

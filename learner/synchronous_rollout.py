@@ -2,7 +2,8 @@
 
 What rollout actors, reward processes and the replay buffer do in a distributed run, without waiting for anybody:
 prompts in the order of their cursor -> completions -> rewards -> groups with spread -> a batch. With the same weights
-it yields the batch of `diffpo train` with `replay.max_staleness=0`, bit for bit (a test holds it to that).
+it yields the batch of `diffpo train` with `replay.max_staleness=0`, bit for bit (a test holds it to that). Rewards are
+scored in this process, without limits: one that hangs or crashes takes the run with it.
 """
 
 import numpy as np
@@ -81,10 +82,11 @@ class SynchronousRollout:
         found = []
         for place, (cursor, example) in enumerate(zip(cursors, examples, strict=True)):
             own = completions[place * size : (place + 1) * size]
-            scores = score(self._task, example, [self.policy.decode(c.completion_ids.tolist()) for c in own])
+            texts = [self.policy.decode(c.completion_ids.tolist()) for c in own]
+            rewards = [scored.rewards for scored in score(self._task, example, texts)]
             found.append(
                 finished_group(
-                    config, own, scores, number=cursor, cursor=cursor, attempt=1, worker="synchronous", model_digest=""
+                    config, own, rewards, number=cursor, cursor=cursor, attempt=1, worker="synchronous", model_digest=""
                 )
             )
         return found

@@ -46,6 +46,10 @@ class Trainer(Protocol):
         """A copy of the whole state, as a function that writes it into a folder, later and from another thread."""
         ...
 
+    def close(self) -> None:
+        """End what it started."""
+        ...
+
     def gauges(self) -> dict[str, float]:
         """What is measured beside training, after some steps."""
         ...

@@ -153,6 +153,8 @@ BAD = [
     ("sampler.max_prompt_tokens=500", ["516", "model.max_positions=512", "raise"]),
     ("rollout.slots=4", ["rollout.slots=4", "learner.group_size=8"]),
     ("rollout.actors=0", ["rollout.actors", "given 0"]),
+    ("rollout.reward_memory_bytes=67108863", ["rollout.reward_memory_bytes: 67108863", "67108864 (64 MiB)", "or more"]),
+    ("rollout.reward_timeout=1e9", ["rollout.reward_timeout", "604800"]),
     ("replay.max_staleness=-1", ["replay.max_staleness", "given -1"]),
     ("evaluation.nfe_range=[4,2]", ["nfe_range=[4.0, 2.0]", "low < high"]),
     ("evaluation.nfe_range=[2]", ["evaluation.nfe_range", "given [2]"]),

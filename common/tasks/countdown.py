@@ -96,6 +96,7 @@ class CountdownTask(Task):
 
     name = "countdown"
     alphabet = "0123456789+-*/(),="
+    trusted = True
 
     def __init__(self, config: CountdownConfig) -> None:
         rows = None if config.file is None else read_problems(config.file)

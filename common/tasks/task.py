@@ -78,10 +78,24 @@ class Task(ABC):
     name: str
     alphabet: str
     """Every character that compact prompts and completions can contain, for a character tokenizer."""
+    trusted: ClassVar[bool] = False
+    """Whether evaluation may score in its own process: for rewards that are fast and never fail. Not inherited."""
+
+    def __init_subclass__(cls) -> None:
+        cls.trusted = cls.__dict__.get("trusted", False)
 
     def __init__(self, config: BaseTaskConfig, file_examples: list[Example] | None = None) -> None:
         self._config = config
         self._file_examples = file_examples
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A task crosses processes as its class and its configuration, and is built anew."""
+        return type(self), (self._config,)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of the reward components."""
+        return self._config.components
 
     @property
     def test_size(self) -> int | None:
@@ -130,7 +144,7 @@ class Task(ABC):
 
     @abstractmethod
     def rewards(self, example: Example, completion: str) -> dict[str, float]:
-        """Every reward component, weighted or not, by name. Never raises on account of the completion."""
+        """A finite number for every one of `components`. Should not raise on account of the completion."""
 
     @abstractmethod
     def correct(self, example: Example, completion: str) -> bool:

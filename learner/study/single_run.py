@@ -25,7 +25,7 @@ from actors.frontier import area, frontier_area
 from actors.group import rollout_threshold
 from common.config import Config
 from common.policy import Policy, open_policy
-from common.tasks import Task, build_task
+from common.tasks import Split, Task, build_task
 from common.weights import load_flat, to_flat
 from learner.learner import Learner
 from learner.synchronous_rollout import SynchronousRollout
@@ -98,8 +98,32 @@ class SingleRun:
 
     def run(self) -> dict[str, Any]:
         """All learner steps, then the test."""
-        config, started = self.config, time.monotonic()
-        self._validate(0)
+        started = time.monotonic()
+        with self._evaluator(self.config.evaluation.drift_prompts, "validation") as evaluator:
+            self._train(evaluator)
+        _, selected, weights = self._best
+        trained = self._seconds["rollout"] + self._seconds["learner"]
+        with self._evaluator(self.config.evaluation.prompts, self.config.evaluation.split) as evaluator:
+            before, _ = self._test(evaluator, self._start)
+            after, adaptation = self._test(evaluator, weights)
+        return {
+            "curve": self._curve,
+            "validation": self._validation,
+            "selected_step": selected,
+            "test": {"before": before, "after": after},
+            "adaptation": adaptation,
+            "diagnostics": self._diagnostics(),
+            "train_seconds": trained,
+            "discarded_groups": self._rollout.discarded,
+            "seconds": time.monotonic() - started,
+        }
+
+    def _evaluator(self, prompts: int, split: Split) -> Evaluator:
+        return Evaluator(self._rollout.policy, self._task, self.config, prompts=prompts, split=split)
+
+    def _train(self, evaluator: Evaluator) -> None:
+        config = self.config
+        self._validate(evaluator, 0)
         every = max(1, config.learner.steps // CURVE_POINTS)
         sums: dict[str, list[float]] = {}
         for step in range(1, config.learner.steps + 1):
@@ -120,22 +144,7 @@ class SingleRun:
                 self._curve.append(self._curve_point(step, sums))
                 sums = {}
             if step == config.learner.steps or step % (config.evaluation.drift_every or config.learner.steps) == 0:
-                self._validate(step)
-        _, selected, weights = self._best
-        trained = self._seconds["rollout"] + self._seconds["learner"]
-        before, _ = self._test(self._start)
-        after, adaptation = self._test(weights)
-        return {
-            "curve": self._curve,
-            "validation": self._validation,
-            "selected_step": selected,
-            "test": {"before": before, "after": after},
-            "adaptation": adaptation,
-            "diagnostics": self._diagnostics(),
-            "train_seconds": trained,
-            "discarded_groups": self._rollout.discarded,
-            "seconds": time.monotonic() - started,
-        }
+                self._validate(evaluator, step)
 
     def _adopt_oldest(self) -> None:
         version, flat = self._versions[0]
@@ -189,14 +198,11 @@ class SingleRun:
     def _sampled(self) -> Setting:
         return replace(self._operating(), name="sampled", temperature=self.config.sampler.temperature)
 
-    def _validate(self, step: int) -> None:
+    def _validate(self, evaluator: Evaluator, step: int) -> None:
         """Operating point, greedy and sampled, and initial gamma on validation prompts; keeps the best weights."""
         config = self.config
         flat = to_flat(self._policy)
         load_flat(self._rollout.policy, flat)
-        evaluator = Evaluator(
-            self._rollout.policy, self._task, config, prompts=config.evaluation.drift_prompts, split="validation"
-        )
         point = evaluator.measure(self._operating())
         sampled = evaluator.measure(self._sampled())
         drift = evaluator.measure(Setting("drift", "entropy_bound", config.sampler.threshold.gamma_init))
@@ -220,12 +226,9 @@ class SingleRun:
 
     # -- test ---------------------------------------------------------------------------------------------------
 
-    def _test(self, flat: np.ndarray) -> tuple[dict[str, Any], dict[str, float] | None]:
+    def _test(self, evaluator: Evaluator, flat: np.ndarray) -> tuple[dict[str, Any], dict[str, float] | None]:
         config = self.config
         load_flat(self._rollout.policy, flat)
-        evaluator = Evaluator(
-            self._rollout.policy, self._task, config, prompts=config.evaluation.prompts, split=config.evaluation.split
-        )
         operating = evaluator.measure(self._operating())
         sampled = evaluator.measure(self._sampled())
         settings = [s for s in standard_settings(config) if not isinstance(s.parameter, str)]
