@@ -6,7 +6,7 @@
     fatal            anything else: a defect or a mistake             the run ends and names the cause
 
 - Data is decided where it shows: the producer that serves a prompt reports a `Fault`, whatever was raised.
-- Infrastructure is told by Ray's error types. An actor's constructor that raises is no such thing: it would raise again.
+- Infrastructure is told by Ray's error types. An actor's constructor that raises is none: it would raise again.
 """
 
 from enum import StrEnum

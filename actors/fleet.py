@@ -203,7 +203,9 @@ class Fleet:
         """For the watchdog: what is known of every place; actors that wait say how long for what is in the buffer."""
         found = {}
         for place in self._places:
-            state = "draining" if place.draining else "working" if place.answered else "starting, or waits for resources"
+            state = (
+                "draining" if place.draining else "working" if place.answered else "starting, or waits for resources"
+            )
             found[place.name or f"place {place.number}"] = state if place.actor is not None else "between two lives"
         return found
 

@@ -263,9 +263,9 @@ class ReplayBuffer:
     async def publish(self, snapshot: Snapshot, trained: Sequence[int]) -> bool:
         """Called by the learner's loop after each step: sampled -> trained, tickets freed, version raised.
 
-        Answers whether the buffer is closed. The first publication, and the first after a `rewind`, have no groups. Raises RuntimeError, and changes nothing,
-        when the version does not follow the last one, a group was not sampled, or less than one whole step is
-        accounted for.
+        Answers whether the buffer is closed. The first publication, and the first after a `rewind`, have no groups.
+        Raises RuntimeError, and changes nothing, when the version does not follow the last one, a group was not
+        sampled, or less than one whole step is accounted for.
         """
         async with self._changed:
             self._check_publication(snapshot, trained)

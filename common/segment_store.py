@@ -185,7 +185,7 @@ class SegmentStore:
             self._remove_if_unused(one.segment)
 
     def retire(self, stored: Iterable[StoredGroup]) -> None:
-        """Groups that only a learner that returns to a checkpoint would need: their memory is free, their files stay."""
+        """Groups that only a returning learner would need: their memory is free, their files stay."""
         for one in stored:
             if one.group is not None:
                 del self._in_memory[bisect_left(self._in_memory, _order(one), key=_order)]

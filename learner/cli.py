@@ -44,7 +44,9 @@ def train(
     config: ConfigFile = None,
     overrides: Overrides = None,
     dry_run: DryRun = False,
-    resume: Annotated[str | None, typer.Option(help="Go on with this run: its folder, or its name below runs/.")] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="Go on with this run: its folder, or its name below runs/.")
+    ] = None,
 ) -> None:
     """Warm start, reinforcement learning, evaluation and the Pareto plot.
 

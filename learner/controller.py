@@ -237,7 +237,12 @@ class Controller:
             config = self.config
             self._learner = (
                 ray.remote(LearnerActor)
-                .options(num_cpus=config.learner.cpus, num_gpus=config.learner.gpus, max_concurrency=2, runtime_env=PATIENT_THREADS)
+                .options(
+                    num_cpus=config.learner.cpus,
+                    num_gpus=config.learner.gpus,
+                    max_concurrency=2,
+                    runtime_env=PATIENT_THREADS,
+                )
                 .remote(
                     config=config,
                     directory=self._directory.path,

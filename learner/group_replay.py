@@ -20,7 +20,7 @@ from torch import Tensor
 
 from actors.group import rollout_threshold
 from actors.reveal_rules import REVEAL_RULES
-from actors.reward_pool import Scores, score
+from actors.reward_pool import score
 from common.autocast import autocast
 from common.config import Config
 from common.errors import RunError, UserError, one_line
@@ -396,14 +396,15 @@ def _compare(
     )
 
 
-def _rewards(policy: Policy, task: Task, table: pa.Table, wrong: list[str]) -> Scores:
+def _rewards(policy: Policy, task: Task, table: pa.Table, wrong: list[str]) -> list[dict[str, float]]:
     """The task's scores of the completions, empty where they cannot be had; and whether the prompt is the task's."""
     cursor, prompt = table["group_id"][0].as_py(), table["prompt_ids"][0].as_py()
     try:
         example = task.example("train", cursor)
         if policy.encode(example.prompt) != prompt:
             wrong.append(f"the prompt is not the task's at cursor {cursor}")
-        return score(task, example, [policy.decode(ids) for ids in table["completion_ids"].to_pylist()])
+        texts = [policy.decode(ids) for ids in table["completion_ids"].to_pylist()]
+        return [found.rewards for found in score(task, example, texts)]
     except Exception as error:  # rewards are programs of a task's maker
         wrong.append(f"rewards cannot be recomputed: {type(error).__name__}: {one_line(error)}")
         return [{} for _ in range(len(table))]

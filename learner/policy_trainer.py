@@ -94,7 +94,10 @@ class PolicyTrainer:
         return flat
 
     def saved(self) -> Callable[[Path], None]:
-        policy, weights = self._policy, {key: value.detach().cpu().clone() for key, value in self._policy.state_dict().items()}
+        policy, weights = (
+            self._policy,
+            {key: value.detach().cpu().clone() for key, value in self._policy.state_dict().items()},
+        )
         state = _copied(self._learner.state())
 
         def write(folder: Path) -> None:

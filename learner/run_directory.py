@@ -12,8 +12,8 @@
     metrics_target.json    Prometheus `file_sd` target
     controller.json        where `diffpo scale` finds the run
 
-A run directory belongs to one run: an existing one is refused, so nothing is ever overwritten, and one process at a time
-works on it (`lock`).
+A run directory belongs to one run: an existing one is refused, so nothing is ever overwritten, and one driver at a
+time works on it (`lock`).
 """
 
 import json
