@@ -1,5 +1,6 @@
 """Checkpoints: what was committed comes back as it was, damage is named and passed over, half of one is none."""
 
+import errno
 import json
 import os
 import pickle
@@ -207,6 +208,9 @@ def test_when_no_checkpoint_is_sound_all_are_named(pristine: Path, tmp_path: Pat
         store_in(tmp_path).newest_sound()
     again = pickle.loads(pickle.dumps(raised.value))  # as Ray passes it on
     assert (str(again), again.fault) == (str(raised.value), raised.value.fault)
+    shutil.rmtree(tmp_path / "checkpoints/step-000001")
+    with pytest.raises(CheckpointDamaged, match=r"no sound checkpoint: .*step-000002/manifest.json is damaged"):
+        store_in(tmp_path).newest_sound()
 
 
 def test_a_folder_that_was_renamed_and_a_later_schema_are_named(tmp_path: Path) -> None:
@@ -282,6 +286,30 @@ def test_a_full_disk_leaves_no_manifest_and_the_draft_can_go_on(kind: str, tmp_p
     assert not (tmp_path / "checkpoints/step-000001/manifest.json").exists()
     written = draft.commit(version=1, journal_index=0)
     assert newest(store).checkpoint == written
+
+
+def test_all_is_fsynced_the_manifest_last_and_a_failing_fsync_fails_the_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    failing: set[int] = set()
+
+    def fsync(opened: int) -> None:
+        synced.append(os.path.relpath(os.readlink(f"/proc/self/fd/{opened}"), tmp_path / "checkpoints/step-000001"))
+        if len(synced) in failing:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    store = store_in(tmp_path)
+    write(store, 1)
+    assert (set(synced[:-2]), synced[-2:]) == ({*FILES, ".", "head", "..", "../.."}, ["manifest.json", "."])
+    for number in range(1, len(synced) + 1):
+        synced.clear()
+        failing.clear()
+        failing.add(number)
+        with pytest.raises(RunError, match=r"step-000001: .* cannot be committed: Input/output error; make room"):
+            write(store, 1)
+        assert store.checkpoints() == []
 
 
 def test_a_store_that_is_full_after_any_number_of_bytes_keeps_what_it_had(pristine: Path, tmp_path: Path) -> None:
