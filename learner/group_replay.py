@@ -514,7 +514,8 @@ def _notes(config: Config, table: pa.Table) -> list[str]:
         notes.append(f"sampler.rule={rule}: which sets were revealed is not checked")
     if config.rollout.precision != "float32":
         notes.append(
-            f"rollout.precision={config.rollout.precision}: other batch shapes round otherwise; --tolerance 0.1"
+            f"rollout.precision={config.rollout.precision}: on another kind of processor products round otherwise; "
+            "raise --tolerance then"
         )
     if config.learner.importance_weight == "self_normalised":
         notes.append("self-normalised weights: their mean is this group's, not that of the batch it was or will be in")
