@@ -66,7 +66,16 @@ async def patiently(call: Callable[[], Any]) -> Any:
 class Fleet:
     """Owned by the controller; `run` ends when every actor has ended."""
 
-    def __init__(self, *, config: RolloutConfig, buffer: Any, make: MakeProducer, progress: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        *,
+        config: RolloutConfig,
+        buffer: Any,
+        make: MakeProducer,
+        progress: Callable[[], None],
+        actor: type[RolloutActor] = RolloutActor,
+    ) -> None:
+        self._actor = actor
         self._config = config
         self._buffer = buffer
         self._make = make
@@ -175,7 +184,7 @@ class Fleet:
             place.name = name = f"rollout-{place.number}.{attempt}"
             place.answered, place.asked = False, None
             place.actor = (
-                ray.remote(RolloutActor)
+                ray.remote(self._actor)
                 .options(num_cpus=self._config.cpus, num_gpus=self._config.gpus, max_concurrency=2, name=name)
                 .remote(name=name, buffer=self._buffer, make=self._make)
             )

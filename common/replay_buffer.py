@@ -493,6 +493,8 @@ class ReplayBuffer:
         sums = self._generated
         if sums["groups"] >= self._groups_per_step or not self._told:
             groups = max(1.0, sums["groups"])
+            if not sums["groups"]:
+                return {}  # its groups were all accepted in an earlier life
             self._told = {"groups": sums["groups"], "reward": sums["reward"] / groups, "nfe": sums["nfe"] / groups}
             self._generated = defaultdict(float)
         return self._told

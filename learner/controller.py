@@ -313,6 +313,7 @@ class Controller:
             config=config.rollout,
             buffer=self._buffer,
             make=partial(self._parts.producer, config),
+            actor=self._parts.actor,
             progress=self._mark_progress,
         )
         training = asyncio.create_task(self._learn())

@@ -94,8 +94,8 @@ class Display:
 
 def _step_note(values: dict[str, float]) -> str:
     parts = [
-        f"reward {values['rollout_generated_reward']:.3f}",
-        f"NFE {values['rollout_generated_nfe']:.2f}",
+        f"reward {values.get('rollout_generated_reward', values['rollout_reward']):.3f}",
+        f"NFE {values.get('rollout_generated_nfe', values['rollout_nfe']):.2f}",
         f"gamma {values['threshold_gamma']:.3g}",
         f"staleness {values['replay_staleness_mean']:.1f}",
     ]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.producer import Producer
+from actors.rollout_actor import RolloutActor
 from common.config import Config
 from learner.trainer import Trainer
 
@@ -20,6 +21,7 @@ class Parts:
 
     producer: Callable[[Config, str, Callable[[], None]], Producer]
     trainer: Callable[[Config, Path], Trainer]
+    actor: type[RolloutActor] = RolloutActor
     evaluates: bool = True
 
 

@@ -19,7 +19,7 @@ time works on it (`lock`).
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,14 @@ class RunDirectory:
         """Add one line to `metrics.jsonl`."""
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`; a process that was killed may have left half of one, which is passed over."""
+        rows = []
+        for line in (self.path / "metrics.jsonl").read_text().splitlines():
+            with suppress(ValueError):
+                rows.append(json.loads(line))
+        return rows
 
     def write_json(self, name: str, value: Any, *, indent: int | None = 1) -> Path:
         """Write a file as a whole or not at all."""

@@ -15,6 +15,7 @@ from common.errors import UserError
 
 BENCHMARKS = {
     "async": "learner.benchmarks.asynchrony",
+    "chaos": "learner.benchmarks.chaos",
     "engine": "learner.benchmarks.engine",
     "learner": "learner.benchmarks.learner",
     "main": "learner.benchmarks.main_job",

@@ -19,6 +19,7 @@ from learner.benchmarks.event_model import Outcome, Workload
 from learner.benchmarks.simulated_producer import MakeSimulated
 
 WEIGHTS = 1_060_000  # numbers in one version: the model of the main job
+EVERYTHING = 1 << 60  # of the journal: there is nothing to return to
 FREE = {"num_cpus": 0}
 
 
@@ -49,6 +50,7 @@ class SimulatedLearner:
         self.published.append(time.monotonic())
         snapshot = Snapshot(self._version, digest(self._flat), [ray.put(self._flat)])
         ray.get(self._buffer.publish.remote(snapshot, trained))
+        self._buffer.settle.remote(EVERYTHING)
 
     def sample(self) -> tuple[list[int], float]:
         """A batch's numbers, and when they arrived."""
