@@ -135,9 +135,11 @@ class Fleet:
         """End every actor: those that work are asked to, the others are killed; nothing is left afterwards."""
         self._stopping = True
         for place in self._places:
+            if place.actor is None:  # between two lives
+                continue
             if place.answered:
                 place.actor.stop.remote()
-            elif place.actor is not None:
+            else:
                 ray.kill(place.actor)
         tasks = [place.task for place in self._places]
         if tasks:

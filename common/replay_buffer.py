@@ -556,7 +556,8 @@ class ReplayBuffer:
 
     def _check_versions(self, group: FinishedGroup) -> None:
         record = self._ledger.record(group.number)
-        if not record.version <= group.oldest_version <= self.version:
+        newest = self.version if self.version >= 0 else group.oldest_version  # not told yet, by nobody
+        if not record.version <= group.oldest_version <= newest:
             self._violated(
                 f"group {group.number} of worker {record.worker} has a token of version {group.oldest_version}, not of "
                 f"{record.version} (its lease's) to {self.version} (the newest); actors adopt first or return the lease"

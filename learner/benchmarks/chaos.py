@@ -166,7 +166,7 @@ def _kills(folder: Path, options: Options) -> dict[str, Any]:
                 run.end()
                 before = run.steps()
                 run.start("resume")
-                run.wait_for("a step after the resumption", lambda before=before: run.steps() > before)
+                run.wait_for("a step after the resumption", lambda run=run, before=before: run.steps() > before)
         total["unfinished"] += run.end() != 0
         total["kills"] += kills
         total.update(_account(run))
@@ -188,7 +188,7 @@ def _account(run: _Run) -> dict[str, int]:
     ]
     return {
         "groups": len(acknowledged),
-        "groups_lost": sum(has_spread(number) and counts[number] == 0 for number in acknowledged),
+        "groups_lost": sum(bool(has_spread(number) and counts[number] == 0) for number in acknowledged),
         "groups_twice": int((counts > 1).sum()),
         "regenerated": len(again),
         "trained": int(counts.sum()),

@@ -1,4 +1,4 @@
-"""Chaos parts: simulated parts whose weights say what they were trained on, and actors that write down what was promised.
+"""Chaos parts: simulated parts whose weights say what they were trained on, and actors that note what was promised.
 
 - The weights of `CountingTrainer` are how often it has trained on each group: what a checkpoint forgets, they forget.
 - `AuditedActor` notes when a group was started and when the buffer acknowledged it, in RUN/audit, one file a process.
