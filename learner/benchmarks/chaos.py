@@ -150,7 +150,7 @@ def _kills(folder: Path, options: Options) -> dict[str, Any]:
     for seed in range(options.seeds):
         wanted = 50 if options.quick else 100
         draw = random.Random(seed)
-        run = _Run(folder, f"kills-{seed}", "simulated", _simulated(12 * wanted, actors=3, slots=6))
+        run = _Run(folder, f"kills-{seed}", "simulated", _simulated(8 * wanted, actors=3, slots=6))
         run.wait_for("the first step", run.steps)
         kills = 0
         while kills < wanted and run.process.poll() is None:
