@@ -253,10 +253,20 @@ class Ledger:
     def rewind(self, index: int, *, reason: str) -> list[int]:
         """trained -> finished for every group that was trained by entry `index` or later; their numbers, sorted.
 
-        Raises `LedgerError` when some of them are settled: a checkpoint that old is not a place to return to.
+        Raises `LedgerError`, and changes nothing, for what is not a place to return to: a checkpoint that is too old,
+        as some of them are settled, or one whose own groups were taken back since. O(journal).
         """
         if index < self._settled:
             raise LedgerError(f"the ledger cannot return to entry {index}: it is settled up to {self._settled}")
+        contained: set[int] = set()
+        for record in self._journal[:index]:
+            (contained.add if record.state is GroupState.TRAINED else contained.discard)(record.number)
+        abandoned = sorted({record.number for record in self._journal[index:]} & contained)
+        if abandoned:
+            raise LedgerError(
+                f"the ledger cannot return to entry {index}: groups {abandoned} that were trained by then were taken "
+                "back since, for a learner that returned to an earlier checkpoint"
+            )
         numbers = sorted(number for number, (entry, _) in self._trained.items() if entry >= index)
         for number in numbers:
             self._append(self._trained[number][1]._replace(state=GroupState.FINISHED, reason=reason))

@@ -27,7 +27,7 @@ from common.segment_store import SegmentStore, StoredGroup
 
 JOURNAL_FILE = "journal.arrow"
 GROUPS_FILE = "groups/segment-00000000.arrow"
-ATTEMPTS_PER_LIFE = 1000
+ATTEMPTS_PER_LIFE = 1_000_000
 NO_SPREAD = "no spread"
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,8 @@ class Recovered:
 
     ledger: Ledger = field(default_factory=Ledger)
     held: dict[int, StoredGroup] = field(default_factory=dict)
+    restored: list[FinishedGroup] = field(default_factory=list)
+    """Groups that only checkpoints hold: to be written before anything else."""
     life: int = 0
     """How many buffers, and returns of learners, there were before."""
     counters: dict[str, float] = field(default_factory=dict)
@@ -50,7 +52,7 @@ class Recovered:
 
 
 def recover(store: SegmentStore, checkpoints: CheckpointStore | None) -> Recovered:
-    """Read everything that was left; `store` then holds the groups that are needed and no others.
+    """Read everything that was left; of what `store` found it then holds the groups that are needed and no others.
 
     Raises:
         RunError: when a segment is damaged, or entries are missing between two files.
@@ -71,7 +73,7 @@ def recover(store: SegmentStore, checkpoints: CheckpointStore | None) -> Recover
         entries += new[len(entries) - start :]
     ledger = Ledger.from_journal(entries)
     ledger.settle(min((one.journal_index for one in kept), default=0))
-    last = found.notes[-1] if found.notes else kept[-1].facts
+    last = found.notes[-1] if found.notes else max(kept, key=lambda one: one.journal_index).facts
     recovered = Recovered(
         ledger=ledger,
         life=1 + max([notes["life"] for notes in found.notes] + [one.facts["life"] for one in kept]),
@@ -81,7 +83,7 @@ def recover(store: SegmentStore, checkpoints: CheckpointStore | None) -> Recover
     )
     ledger.first_attempt = recovered.life * ATTEMPTS_PER_LIFE + 1
     _take_groups(store, recovered, found.groups, [tuple(one) for notes in found.notes for one in notes["discarded"]])
-    _restore(store, recovered, checkpoints, kept)
+    _restore(recovered, checkpoints, kept)
     store.forget(min((one.journal_index for one in kept), default=0))
     return recovered
 
@@ -113,12 +115,9 @@ def _take_groups(
             recovered.held[one.number] = one
         else:
             store.drop([one])
-    store.retire(recovered.held[number] for number in ledger.unsettled() if number in recovered.held)
 
 
-def _restore(
-    store: SegmentStore, recovered: Recovered, checkpoints: CheckpointStore | None, kept: list[Checkpoint]
-) -> None:
+def _restore(recovered: Recovered, checkpoints: CheckpointStore | None, kept: list[Checkpoint]) -> None:
     """Bytes that no segment has come from the checkpoints, or their groups go back to the queue."""
     ledger = recovered.ledger
     missing = {key for key in ledger.needed_attempts().items() if key[0] not in recovered.held}
@@ -126,9 +125,8 @@ def _restore(
         if checkpoints is None or not missing:
             break
         groups = [one for one in checkpoint_groups(checkpoints, checkpoint) if (one.number, one.attempt) in missing]
-        if groups:
-            recovered.held |= {one.number: one for one in store.write_now(groups)}
-            missing -= {(one.number, one.attempt) for one in groups}
+        recovered.restored += groups
+        missing -= {(one.number, one.attempt) for one in groups}
     for number, _ in sorted(missing):
         if ledger.state(number) is GroupState.TRAINED:
             continue  # only missed should the learner return to before it

@@ -11,8 +11,8 @@ Who waits for whom, who wakes it:
 Contract:
 - Every group is in exactly one state (`common.ledger`), holds a ticket from its first lease to a terminal state, and is
   trained at most once. Only the result of a group's current lease is stored; any other is late, counted and dropped.
-- No trained group exceeds the staleness bound of its policy (`common.admission`), so long as each publication ends at
-  least one whole step and raises the version by one, in the order of sampling. What is needed is enforced, and the
+- No trained group exceeds the staleness bound of its policy (`common.admission`), so long as each publication ends
+  exactly one step and raises the version by one, in the order of sampling. What is needed is enforced, and the
   staleness of every group is checked when it is sampled and again when it is published as trained.
 - Blocked calls wake by notification. Leases expire on a timer set for the nearest deadline. Nothing polls.
 - A call changes state only while it holds the lock and never waits between its first change and its reply, so a
@@ -24,7 +24,7 @@ Contract:
   (`rewind`), and what was trained since is finished again.
 - A buffer that is made on the files of a dead one goes on where that one was (`common.recovery`). It knows what was
   acknowledged; what the learner did since is told by the learner (`rejoin`, or `rewind` by one that starts anew). Until
-  then it grants nothing.
+  then it grants nothing and hands out no batch; results are taken.
 - Nobody holds the lock while a file is written or read; then, under the lock, it is decided anew: a lease that ended
   meanwhile makes its group late, a lower number that finished goes into the batch.
 
@@ -40,7 +40,7 @@ from typing import Any, NoReturn
 
 from common.admission import ADMISSIONS, Admission
 from common.checkpoint_store import CheckpointStore
-from common.errors import UserError
+from common.errors import RunError, UserError
 from common.journal import encode_journal
 from common.lease import Batch, Export, FinishedGroup, Lease, LeaseReply, RenewReply, SubmitReply
 from common.ledger import GroupState
@@ -116,8 +116,9 @@ class ReplayBuffer:
         for number in self._ledger.numbers(GroupState.LEASED):
             self._ledger.renew(number, deadline=clock() + lease_seconds)  # deadlines were of a clock that is gone
         store.follow(self._notes, found.recorded)
-        if self._life:
-            store.write_now([])  # from now on nobody else begins this life
+        # written at once, though there may be nothing to restore: from now on nobody else begins this life
+        self._held |= {one.number: one for one in store.write_now(found.restored)}
+        store.retire(self._held[number] for number in self._ledger.unsettled() if number in self._held)
         # Binds to the loop at its first wait: it may be made here although Ray builds an actor outside its loop.
         self._changed = asyncio.Condition()
 
@@ -265,7 +266,7 @@ class ReplayBuffer:
 
         Answers whether the buffer is closed. The first publication, and the first after a `rewind`, have no groups.
         Raises RuntimeError, and changes nothing, when the version does not follow the last one, a group was not
-        sampled, or less than one whole step is accounted for.
+        sampled, or it is not one step's groups.
         """
         async with self._changed:
             self._check_publication(snapshot, trained)
@@ -276,8 +277,12 @@ class ReplayBuffer:
             return self._closed
 
     async def set_aside(self, numbers: Sequence[int], reason: str) -> None:
-        """Called by the learner's loop for a batch that it must not train on: sampled -> discarded, tickets freed."""
+        """Called by the learner's loop for a batch that it must not train on: sampled -> discarded, tickets freed.
+
+        Raises RuntimeError, and changes nothing, when a group was not sampled.
+        """
         async with self._changed:
+            self._check_sampled(numbers, "set aside")
             for number in numbers:
                 self._ledger.discard(number, reason=reason)
                 self._store.drop([self._held.pop(number)])
@@ -289,11 +294,12 @@ class ReplayBuffer:
 
         What was trained after journal entry `index`, or was sampled, is finished again. Leases are void: their groups
         are queued, since tokens of the version to come are older than the leases are. `step` is the learner's.
+        Raises LedgerError, and changes nothing, for a checkpoint that is not a place to return to (`Ledger.rewind`).
         """
         async with self._changed:
+            rewound = self._ledger.rewind(index, reason=f"the learner returned to step {step}")
             for number in self._ledger.numbers(GroupState.SAMPLED):
                 self._ledger.unsample(number)
-            rewound = self._ledger.rewind(index, reason=f"the learner returned to step {step}")
             for number in self._ledger.numbers(GroupState.LEASED):
                 self._ledger.requeue(number, reason="the learner returned to a checkpoint")
             for number in [number for number in rewound if number not in self._held]:
@@ -302,10 +308,10 @@ class ReplayBuffer:
             self._tally["rewound_groups"] += len(rewound)
             self._life += 1
             self._ledger.first_attempt = self._life * ATTEMPTS_PER_LIFE + 1
-            self._starts = first_version(self._life, step)
+            self._starts = starts = first_version(self._life, step)
             self._changed.notify_all()
         await self._store.write([])  # the life is used up, whatever comes
-        return self._starts
+        return starts
 
     async def rejoin(
         self, snapshot: Snapshot, history: Sequence[tuple[int, Sequence[int]]], sampled: Sequence[int]
@@ -314,8 +320,11 @@ class ReplayBuffer:
 
         Afterwards `snapshot` is the newest, all of `history` (version, trained groups; since the last durable
         checkpoint) is trained, and exactly the groups `sampled` are sampled. Repeating it changes nothing.
+        Raises RunError, and changes nothing, when such a group is not here any more or the learner is not the newest:
+        only a return to a checkpoint goes on then.
         """
         async with self._changed:
+            self._check_history(snapshot, [n for _, numbers in history for n in numbers], sampled)
             for _, numbers in history:
                 self._train([n for n in numbers if self._ledger.state(n) is not GroupState.TRAINED])
             if snapshot.version > self.version:
@@ -413,9 +422,13 @@ class ReplayBuffer:
     def _no_more(self, worker: str) -> bool:
         return self._closed or worker in self._drained
 
+    def _learning(self) -> bool:
+        """Whether there are weights to generate with: not before a learner's first publication, nor a lineage's."""
+        return self.version >= 0 and self._starts is None
+
     def _next_to_lease(self) -> int | None:
         """The queue's head (its ticket is charged already), else a fresh number if one may be given, else None."""
-        if self.version < 0 or self._starts is not None:
+        if not self._learning():
             return None
         queued = self._ledger.first_queued()
         if queued is not None:
@@ -505,6 +518,8 @@ class ReplayBuffer:
 
     def _ready(self) -> bool:
         """Whether a batch may be taken, once what the policy gives up is discarded."""
+        if not self._learning():
+            return False
         version = self._next_version()
         finished = self._ledger.numbers(GroupState.FINISHED)
         evicted = self._admission.evict(
@@ -556,7 +571,7 @@ class ReplayBuffer:
 
     def _check_versions(self, group: FinishedGroup) -> None:
         record = self._ledger.record(group.number)
-        newest = self.version if self.version >= 0 else group.oldest_version  # not told yet, by nobody
+        newest = self.version if self._learning() else group.oldest_version  # a learner that lives on will tell
         if not record.version <= group.oldest_version <= newest:
             self._violated(
                 f"group {group.number} of worker {record.worker} has a token of version {group.oldest_version}, not of "
@@ -572,21 +587,38 @@ class ReplayBuffer:
             self._violated(f"staleness above the bound {bound}: {stale} (group: staleness)")
 
     def _check_publication(self, snapshot: Snapshot, numbers: Sequence[int]) -> None:
-        first = self.version < 0 or self._starts is not None
-        expected = self._starts if self._starts is not None else self.version + 1
-        if snapshot.version != expected and (self.version >= 0 or self._starts is not None):
+        expected = self.version + 1 if self._starts is None else self._starts
+        if self._life and expected == 0:
+            raise RuntimeError(
+                f"version {snapshot.version} published; after a dead buffer comes rejoin or rewind first"
+            )
+        if expected > 0 and snapshot.version != expected:
             raise RuntimeError(f"version {snapshot.version} published, expected {expected}; staleness counts ones")
-        if len(set(numbers)) < len(numbers):
-            raise RuntimeError(f"version {snapshot.version} names a group twice: {numbers}")
-        strange = [number for number in numbers if self._ledger.state(number) is not GroupState.SAMPLED]
-        if strange:
-            raise RuntimeError(f"version {snapshot.version} names groups that were not sampled: {strange}")
+        self._check_sampled(numbers, f"trained in version {snapshot.version}")
         ages = [staleness(self.version, self._held[number].oldest_version) for number in numbers]
         self._check_staleness(numbers, ages)
-        if not first and len(numbers) < self._groups_per_step:
-            raise RuntimeError(
-                f"version {snapshot.version} ends {len(numbers)} groups, less than a step of {self._groups_per_step}"
+        step = self._groups_per_step if self._learning() else 0
+        if len(numbers) != step:
+            raise RuntimeError(f"version {snapshot.version} ends {len(numbers)} groups, not a step of {step}")
+
+    def _check_sampled(self, numbers: Sequence[int], what: str) -> None:
+        if len(set(numbers)) < len(numbers):
+            raise RuntimeError(f"groups {numbers} {what}: one is named twice")
+        strange = [number for number in numbers if self._ledger.state(number) is not GroupState.SAMPLED]
+        if strange:
+            raise RuntimeError(f"groups {strange} {what}, but they are not sampled")
+
+    def _check_history(self, snapshot: Snapshot, trained: Sequence[int], sampled: Sequence[int]) -> None:
+        if snapshot.version < self.version or (self._starts is not None and snapshot.version != self._starts):
+            newest = self.version if self._starts is None else self._starts
+            raise RunError(
+                f"the learner of version {snapshot.version} cannot rejoin: another began at {newest}; end it"
             )
+        here = (GroupState.FINISHED, GroupState.SAMPLED)
+        gone = [n for n in trained if self._ledger.state(n) not in (*here, GroupState.TRAINED)]
+        gone += [n for n in sampled if self._ledger.state(n) not in here]
+        if gone:
+            raise RunError(f"groups {gone} of the learner are lost here; let it start again from its newest checkpoint")
 
     def _violated(self, message: str) -> NoReturn:
         self._tally["violations"] += 1

@@ -16,7 +16,7 @@ Contract:
 - Every file also carries the journal entries that its owner has made since the last one (`follow`), so the files hold
   the journal without a gap: a group never stands in a file without the history that led to it.
 - A segment's file is removed when all its groups are dropped, nobody reads it, and its entries are no longer needed
-  (`forget`).
+  (`forget`). So the newest file of an owner that is followed stays.
 - File input and output happen in threads: the event loop never waits for a disk.
 
 Plain class for one event loop. It holds no loop until it is first used, so Ray may carry a new one to its actor.
@@ -44,7 +44,7 @@ class _Segment:
 
     number: int
     end: int
-    """Index behind its last journal entry."""
+    """Index behind its last journal entry; -1 when nobody's journal goes along."""
     live: set["StoredGroup"] = field(default_factory=set)
     readers: int = 0
 
@@ -115,7 +115,10 @@ class SegmentStore:
         self._take_notes, self._recorded = take_notes, recorded
 
     def forget(self, index: int) -> None:
-        """Entries before `index` are safe elsewhere: files that hold nothing else are removed."""
+        """Entries before `index`, and the notes taken up to them, are safe elsewhere: their files are removed.
+
+        A file that ends at `index` stays: its other notes may be newer.
+        """
         self._forgotten = max(self._forgotten, index)
         for segment in list(self._segments.values()):
             self._remove_if_unused(segment)
@@ -185,7 +188,7 @@ class SegmentStore:
             self._remove_if_unused(one.segment)
 
     def retire(self, stored: Iterable[StoredGroup]) -> None:
-        """Groups that only a returning learner would need: their memory is free, their files stay."""
+        """Frees the memory of groups that only a learner that returns to a checkpoint would need; their files stay."""
         for one in stored:
             if one.group is not None:
                 del self._in_memory[bisect_left(self._in_memory, _order(one), key=_order)]
@@ -226,7 +229,7 @@ class SegmentStore:
             else:
                 found, noted = self._folder.read_all(number)
                 notes.append(noted)
-                groups += self._add_segment(number, found, noted.get("end", 0))
+                groups += self._add_segment(number, found, noted.get("end", -1))
         return Recovered(groups, notes, half_written)
 
     async def settle(self) -> None:
@@ -257,7 +260,7 @@ class SegmentStore:
             self._writer = None
 
     def _notes(self, discarded: list[tuple[int, int]]) -> tuple[dict[str, Any], int]:
-        notes, end = self._take_notes(self._recorded) if self._take_notes else ({}, 0)
+        notes, end = self._take_notes(self._recorded) if self._take_notes else ({}, -1)
         return notes | {"end": end, "discarded": discarded}, end
 
     async def _write_segment(self, calls: list[_Call]) -> None:
@@ -295,7 +298,7 @@ class SegmentStore:
                 last.group = None
                 self._memory_used -= last.size
                 self._spilled += last.size
-        self._remove_if_unused(segment)  # of notes alone
+        self._remove_if_unused(segment)  # it may be of notes alone that nobody needs
         return stored
 
     def _check_live(self, stored: Iterable[StoredGroup]) -> None:
@@ -304,16 +307,22 @@ class SegmentStore:
             raise RuntimeError(f"groups {gone} were dropped before")
 
     def _remove_if_unused(self, segment: _Segment) -> None:
-        if segment.live or segment.readers or segment.end > self._forgotten:
+        if segment.live or segment.readers or segment.end >= self._forgotten:
             return
-        if self._segments.pop(segment.number, None):
-            removal = asyncio.get_running_loop().create_task(self._remove(segment.number))
+        if self._segments.pop(segment.number, None) is None:
+            return
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # its owner is being made, outside its loop
+            self._remove(segment.number)
+        else:
+            removal = loop.create_task(asyncio.to_thread(self._remove, segment.number))
             self._removals.add(removal)  # the loop itself keeps only a weak reference
             removal.add_done_callback(self._removals.discard)
 
-    async def _remove(self, number: int) -> None:
+    def _remove(self, number: int) -> None:
         try:
-            await asyncio.to_thread(self._folder.delete, number)
+            self._folder.delete(number)
         except RunError as error:  # it costs room, but no group
             log.warning("%s", error)
 

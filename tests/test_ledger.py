@@ -4,7 +4,7 @@ import json
 from itertools import product
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.ledger import ACTIVE, TERMINAL, TRANSITIONS, GroupState, Ledger, LedgerError
@@ -105,6 +105,58 @@ def test_reasons_are_kept() -> None:
     assert ledger.discards() == {"because discard": 1}
 
 
+def train(ledger: Ledger, *numbers: int) -> int:
+    """Fresh groups to the end; the index behind their entries, as a checkpoint would have it."""
+    for number in numbers:
+        for name in WAYS[GroupState.TRAINED]:
+            move(ledger, name, number)
+    return ledger.length
+
+
+def test_a_rewind_brings_back_what_was_trained_since_and_nothing_else() -> None:
+    ledger = Ledger()
+    first, second = train(ledger, 0, 1), train(ledger, 2)
+    train(ledger, 3)
+    before = ledger.journal()
+    assert ledger.rewind(ledger.length, reason="nothing since") == []
+    assert ledger.journal() == before
+    assert ledger.rewind(first, reason="step 1") == [2, 3]
+    assert (ledger.numbers(GroupState.FINISHED), ledger.unsettled(), ledger.active_count) == ([2, 3], [0, 1], 2)
+    assert (ledger.record(2).reason, ledger.record(2).attempt, ledger.needed_attempts()) == (
+        "step 1",
+        1,
+        {0: 1, 1: 1, 2: 1, 3: 1},
+    )
+    assert ledger.rewind(0, reason="step 0") == [0, 1]
+    with pytest.raises(LedgerError, match=rf"return to entry {second}: groups \[0, 1, 2\] .* were taken back since"):
+        ledger.rewind(second, reason="a lineage that was abandoned")
+
+
+def test_what_is_settled_is_final() -> None:
+    ledger = Ledger()
+    first, second = train(ledger, 0), train(ledger, 1)
+    assert (ledger.settle(first), ledger.settle(first), ledger.unsettled()) == ([0], [], [1])
+    before = (ledger.journal(), ledger.counts())
+    with pytest.raises(LedgerError, match=f"cannot return to entry {first - 1}: it is settled up to {first}"):
+        ledger.rewind(first - 1, reason="too early")
+    record = Ledger.from_journal(before[0])._trained[0][1]
+    with pytest.raises(LedgerError, match="group 0 is trained and settled"):
+        ledger._append(record._replace(state=GroupState.FINISHED))
+    assert (ledger.journal(), ledger.counts()) == before
+    assert ledger.rewind(first, reason="just late enough") == [1]
+    assert ledger.settle(second) == []
+
+
+def test_attempts_start_above_those_of_earlier_lives() -> None:
+    ledger = Ledger()
+    move(ledger, "lease")
+    ledger.first_attempt = 1001
+    ledger.requeue(0, reason="returned")
+    assert [ledger.lease(number, worker="w", deadline=1.0, version=3).attempt for number in (0, 1)] == [1001, 1001]
+    ledger.requeue(0, reason="returned")
+    assert ledger.lease(0, worker="w", deadline=1.0, version=3).attempt == 1002
+
+
 @pytest.mark.parametrize(
     "entries",
     [
@@ -120,22 +172,78 @@ def test_a_journal_that_does_not_replay_is_refused(entries: list[list[object]]) 
         Ledger.from_journal(entries)
 
 
-@given(st.lists(st.tuples(st.sampled_from([*MOVES, "renew"]), st.integers(0, 5)), max_size=80))
+class Lineage:
+    """What the parameters of a learner contain, and the checkpoints it may return to: index -> content."""
+
+    def __init__(self) -> None:
+        self.content: set[int] = set()
+        self.checkpoints: dict[int, set[int]] = {0: set()}
+        self.abandoned: set[int] = set()
+        self.settled = 0
+
+    def step(self, ledger: Ledger, name: str, choice: int) -> None:
+        """Save a checkpoint, return to one, or make one the oldest."""
+        places = sorted(self.checkpoints)
+        place = places[choice % len(places)]
+        if name == "save":
+            self.checkpoints[ledger.length] = set(self.content)
+        elif name == "settle":
+            self.settled = max(self.settled, place)
+            trained = ledger.unsettled()
+            assert sorted(ledger.settle(place) + ledger.unsettled()) == trained
+        elif place < self.settled or place in self.abandoned:
+            before = ledger.journal()
+            with pytest.raises(LedgerError, match=r"it is settled|taken back since"):
+                ledger.rewind(place, reason="rewind")
+            assert ledger.journal() == before
+        else:
+            self.rewind(ledger, place)
+
+    def rewind(self, ledger: Ledger, place: int) -> None:
+        states = {number: ledger.state(number) for number in range(ledger.next_number)}
+        rewound = ledger.rewind(place, reason="rewind")
+        assert rewound == sorted(self.content - self.checkpoints[place])
+        states |= dict.fromkeys(rewound, GroupState.FINISHED)
+        assert {number: ledger.state(number) for number in states} == states
+        self.content = set(self.checkpoints[place])
+        self.abandoned |= {one for one, content in self.checkpoints.items() if content & set(rewound)}
+
+
+LINEAGE_MOVES = ["save", "settle", "rewind"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([*MOVES, "train", "sample", "finish", "lease", "renew", *LINEAGE_MOVES]), st.integers(0, 5)
+        ),
+        max_size=120,
+    )
+)
 def test_the_journal_rebuilds_the_identical_ledger(moves: list[tuple[str, int]]) -> None:
-    ledger = Ledger()
+    ledger, lineage = Ledger(), Lineage()
     for name, number in moves:
         try:
-            if name == "renew":
+            if name in LINEAGE_MOVES:
+                lineage.step(ledger, name, number)
+            elif name == "renew":
                 ledger.renew(number, deadline=7.5)
             else:
                 move(ledger, name, number)
+                if name == "train":
+                    assert number not in lineage.content  # no lineage trains a group twice
+                    lineage.content.add(number)
         except LedgerError:
             continue
+        assert lineage.content == {n for n in range(ledger.next_number) if ledger.state(n) is GroupState.TRAINED}
     states = [ledger.state(number) for number in range(ledger.next_number)]
     assert sum(ledger.counts().values()) == len(states)
     assert all(ledger.counts()[state] == states.count(state) for state in GroupState)
     for state in ACTIVE:
         assert ledger.numbers(state) == [number for number, at in enumerate(states) if at is state]
-    assert vars(Ledger.from_journal(json.loads(json.dumps(ledger.journal())))) == vars(ledger)
+    replayed = Ledger.from_journal(json.loads(json.dumps(ledger.journal())))
+    replayed.settle(lineage.settled)
+    assert vars(replayed) == vars(ledger)
     half = len(ledger.journal()) // 2
     assert ledger.journal()[:half] + ledger.journal(half) == ledger.journal()

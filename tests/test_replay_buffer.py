@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import shutil
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
@@ -17,6 +18,7 @@ from common.admission import ADMISSIONS
 from common.errors import RunError, UserError
 from common.ledger import GroupState, Ledger, LedgerError
 from common.replay_buffer import Batch, FinishedGroup, Lease, ReplayBuffer
+from common.segment_folder import SegmentFolder
 from common.segment_store import SegmentStore
 from common.weight_store import UNPUBLISHED, Snapshot, WeightStore
 
@@ -49,6 +51,10 @@ def weights(version: int) -> Snapshot:
 def result(lease: Lease, *, spread: float = 1.0, oldest: int | None = None) -> FinishedGroup:
     oldest = lease.version if oldest is None else oldest
     return FinishedGroup(lease.number, lease.attempt, f"group {lease.number}".encode(), spread, oldest, 4)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 async def settle() -> None:
@@ -219,6 +225,7 @@ def test_what_has_grown_too_old_is_dropped_its_file_too_and_its_tickets_are_free
         assert (gauges["stale_discards"], gauges["tickets"]) == (2, 0)
         await fill(buffer, 2)
         assert (await learner).staleness == [0, 0]
+        await buffer.settle(buffer._ledger.length)
         await store.settle()
         assert (await buffer.gauges())["segments"] == 1
 
@@ -416,12 +423,12 @@ def test_cancelling_a_call_that_waits_for_the_lock_changes_nothing() -> None:
     asyncio.run(scenario())
 
 
-def test_a_learner_that_starts_anew_gets_its_batch_again() -> None:
+def test_a_learner_whose_call_failed_gets_its_batch_again() -> None:
     async def scenario() -> None:
         buffer = await started()
         await fill(buffer, 4)
         lost = await buffer.sample()
-        assert await buffer.unsample() == lost.numbers
+        await buffer.rejoin(weights(0), [], [])
         again = await buffer.sample()
         assert (again.numbers, again.payloads) == (lost.numbers, lost.payloads)
         with pytest.raises(LedgerError, match="sampled to queued"):
@@ -460,20 +467,42 @@ def test_publications_that_break_the_proof_are_refused_and_change_nothing() -> N
         buffer = await started()
         await fill(buffer, 4)
         numbers = (await buffer.sample()).numbers
-        for snapshot, trained, discarded, needle in [
-            (weights(2), numbers, {}, "version 2 published after 0"),
-            (weights(0), numbers, {}, "version 0 published after 0"),
-            (weights(1), [], {}, "less than a step of 2"),
-            (weights(1), [0], {}, "less than a step of 2"),
-            (weights(1), [0, 2], {}, r"not sampled: \[2\]"),
-            (weights(1), [0, 1], {1: "nan"}, "names a group twice"),
+        more = (await buffer.sample()).numbers
+        for snapshot, trained, needle in [
+            (weights(2), numbers, "version 2 published, expected 1"),
+            (weights(0), numbers, "version 0 published, expected 1"),
+            (weights(1), [], "ends 0 groups, not a step of 2"),
+            (weights(1), [0], "ends 1 groups, not a step of 2"),
+            (weights(1), [*numbers, *more], "ends 4 groups, not a step of 2"),
+            (weights(1), [0, 7], r"groups \[7\] trained in version 1, but they are not sampled"),
+            (weights(1), [0, 1, 1], r"groups \[0, 1, 1\] trained in version 1: one is named twice"),
         ]:
             with pytest.raises(RuntimeError, match=needle):
-                await buffer.publish(snapshot, trained, discarded)
+                await buffer.publish(snapshot, trained)
         assert (buffer.version, len(buffer._held)) == (0, 4)
-        await buffer.publish(weights(1), [0], {1: "nan"})
-        assert buffer._ledger.discards() == {"nan": 1}
-        assert sorted(buffer._held) == [2, 3]
+        await buffer.publish(weights(1), numbers)
+        assert buffer._ledger.unsettled() == numbers
+
+    asyncio.run(scenario())
+
+
+def test_a_batch_that_is_set_aside_frees_its_tickets_and_is_not_trained() -> None:
+    async def scenario() -> None:
+        buffer = await started(max_staleness=0)
+        await fill(buffer, 2)
+        batch = await buffer.sample()
+        waiting = await blocked(buffer.lease("a", 8))
+        for numbers, needle in [([0, 7], r"groups \[7\] set aside, but they"), ([0, 0], "one is named twice")]:
+            with pytest.raises(RuntimeError, match=needle):
+                await buffer.set_aside(numbers, "nan")
+        assert buffer._ledger.numbers(GroupState.SAMPLED) == [0, 1]
+        await buffer.set_aside(batch.numbers, "nan")
+        assert [lease.number for lease in (await waiting).leases] == [2, 3]
+        gauges = await buffer.gauges()
+        assert (gauges["skipped_groups"], gauges["groups_discarded"], gauges["held_bytes"]) == (2, 2, 0)
+        assert (buffer._ledger.discards(), buffer.version) == ({"nan": 2}, 0)
+        with pytest.raises(RuntimeError, match="not sampled"):
+            await buffer.publish(weights(1), batch.numbers)
 
     asyncio.run(scenario())
 
@@ -569,11 +598,15 @@ def test_a_submit_is_acknowledged_only_when_its_file_is_there_and_holds_nobody_u
         assert await buffer.fail("a", 3, 1, "node lost", data=False)
         assert [lease.number for lease in await grant(buffer, 1, "b")] == [3]
         gauges = await buffer.gauges()
-        assert (gauges["groups_leased"], gauges["groups_finished"], list(tmp_path.iterdir())) == (4, 0, [])
+        assert (gauges["groups_leased"], gauges["groups_finished"], names(tmp_path)) == (
+            4,
+            0,
+            ["segment-00000000.arrow"],
+        )
         assert not any(call.done() for call in calls)
         gate.let_through(2)
         assert [(await call).accepted for call in calls] == [[0], [1]]
-        assert len(list(tmp_path.iterdir())) == 1
+        assert names(tmp_path) == ["segment-00000000.arrow", "segment-00000001.arrow"]
         assert (await learner).numbers == [0, 1]
 
     asyncio.run(scenario())
@@ -604,7 +637,10 @@ def test_a_lease_that_ends_while_its_group_is_written_makes_it_late(tmp_path: Pa
         assert (await buffer.sample()).payloads == [b"second attempt", b"group 1"]
         await buffer.publish(weights(1), [0, 1])
         await store.settle()
-        assert list(tmp_path.iterdir()) == []
+        assert len(names(tmp_path)) == 3  # a learner that returns to a checkpoint would need them
+        await buffer.settle(buffer._ledger.length)
+        await store.settle()
+        assert names(tmp_path) == []
 
     asyncio.run(scenario())
 
@@ -628,9 +664,9 @@ def test_a_failed_write_leaves_the_leases_as_they_were(tmp_path: Path) -> None:
         store = SegmentStore(tmp_path / "segments", memory_bytes=2**20)
         buffer = await started(store=store, drop_no_spread=True)
         leases = await grant(buffer, 2)
-        (tmp_path / "segments").rmdir()
+        shutil.rmtree(tmp_path / "segments")
         groups = [result(leases[0]), result(leases[1], spread=0.0)]
-        with pytest.raises(RunError, match=r"segment-00000000.arrow cannot be written: No such file .*make room there"):
+        with pytest.raises(RunError, match=r"segment-00000001.arrow cannot be written: No such file .*make room there"):
             await buffer.submit("a", groups)
         gauges = await buffer.gauges()
         assert [gauges[key] for key in ("groups_leased", "completions", "held_bytes", "late_results")] == [2, 0, 0, 0]
@@ -641,12 +677,13 @@ def test_a_failed_write_leaves_the_leases_as_they_were(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
-def test_groups_that_are_discarded_at_once_are_not_written(tmp_path: Path) -> None:
+def test_of_groups_that_are_discarded_at_once_only_a_note_is_written(tmp_path: Path) -> None:
     async def scenario() -> None:
         buffer = await started(store=SegmentStore(tmp_path, memory_bytes=0), drop_no_spread=True)
         leases = await grant(buffer, 2)
         assert (await buffer.submit("a", [result(lease, spread=0.0) for lease in leases])).accepted == [0, 1]
-        assert list(tmp_path.iterdir()) == []
+        groups, notes = SegmentFolder(tmp_path).read_all(1)
+        assert (groups, notes["discarded"]) == ([], [[0, 1], [1, 1]])
 
     asyncio.run(scenario())
 
@@ -663,7 +700,7 @@ def test_a_cancelled_submit_leaves_lease_and_folder_as_they_were(waits_for: str,
         if waits_for == "lock":
             await buffer._changed.acquire()
             gate.let_through()
-            await until(lambda: store.gauges()["segments"])
+            await until(lambda: store.gauges()["segments"] == 2)
             await settle()
             assert not call.done()
         call.cancel()
@@ -672,9 +709,12 @@ def test_a_cancelled_submit_leaves_lease_and_folder_as_they_were(waits_for: str,
             buffer._changed.release()
         gate.let_through()
         await store.settle()
-        assert (call.cancelled(), list(tmp_path.iterdir())) == (True, [])
+        assert (call.cancelled(), store.gauges()["held_bytes"]) == (True, 0)
         gate.let_through()
         assert (await buffer.submit("a", [result(lease) for lease in leases])).accepted == [0, 1]
+        await buffer.settle(buffer._ledger.length)
+        await store.settle()
+        assert names(tmp_path) == ["segment-00000002.arrow"]  # that of the second call
 
     asyncio.run(scenario())
 
@@ -686,10 +726,10 @@ def test_groups_are_sampled_right_whether_in_memory_or_not(tmp_path: Path) -> No
         for lease in reversed(leases):
             await buffer.submit("a", [result(lease)])
         gauges = await buffer.gauges()
-        assert (gauges["held_bytes"], gauges["spilled_bytes"], gauges["segments"]) == (7, 21, 4)
+        assert (gauges["held_bytes"], gauges["spilled_bytes"], gauges["segments"]) == (7, 21, 5)
         lost = await buffer.sample()
         assert (lost.numbers, lost.payloads) == ([0, 1], [b"group 0", b"group 1"])
-        assert await buffer.unsample() == [0, 1]
+        await buffer.rejoin(weights(0), [], [])
         assert (await buffer.sample()).payloads == lost.payloads
         await buffer.publish(weights(1), [0, 1])
         assert (await buffer.sample()).payloads == [b"group 2", b"group 3"]
@@ -742,8 +782,8 @@ def test_a_file_that_cannot_be_read_back_takes_nothing(tmp_path: Path) -> None:
     async def scenario() -> None:
         buffer = await started(store=SegmentStore(tmp_path, memory_bytes=0))
         await fill(buffer, 2)
-        (tmp_path / "segment-00000000.arrow").write_bytes(b"")
-        with pytest.raises(RunError, match=r"segment-00000000.arrow is missing or damaged"):
+        (tmp_path / "segment-00000001.arrow").write_bytes(b"")
+        with pytest.raises(RunError, match=r"segment-00000001.arrow is missing or damaged"):
             await buffer.sample()
         assert (await buffer.gauges())["groups_finished"] == 2
 
@@ -765,6 +805,8 @@ EVENTS = [
     "expire",
     "die",
     "unsample",
+    "aside",
+    "settle",
 ]
 
 
@@ -817,8 +859,12 @@ class Driver:
             await self.buffer.return_worker(worker)
             self.held[worker].clear()
         elif event == "unsample":
-            await self.buffer.unsample()
+            await self.buffer.rejoin(weights(self.buffer.version), [], [])
             self.batches.clear()
+        elif event == "aside" and self.batches:
+            await self.buffer.set_aside(self.batches.pop().numbers, "nan")
+        elif event == "settle":
+            await self.buffer.settle(self.draw.randint(0, self.buffer._ledger.length))
 
     async def end_lease(self, event: str, worker: str) -> None:
         if event == "late" and self.done:
@@ -854,8 +900,9 @@ class Driver:
         )
         assert gauges["tickets"] == 0 or self.buffer._admission.admit(int(gauges["tickets"]) - 1)  # never above B
         assert sorted(self.buffer._held) == sorted(
-            ledger.numbers(GroupState.FINISHED) + ledger.numbers(GroupState.SAMPLED)
+            ledger.numbers(GroupState.FINISHED) + ledger.numbers(GroupState.SAMPLED) + ledger.unsettled()
         )
+        assert not any(self.buffer._held[number].group for number in ledger.unsettled())
         assert set(self.trained.values()) <= {1}
         assert len(self.trained) == counts[GroupState.TRAINED]
         assert not self.buffer._changed.locked()
@@ -897,9 +944,14 @@ def test_random_schedules(
         await driver.submitted()
         await driver.check()
         assert buffer.version >= target
+        replayed = Ledger.from_journal(await buffer.journal())
+        replayed.settle(buffer._ledger._settled)
+        assert vars(replayed) == vars(buffer._ledger)
+        end = buffer._ledger.length
+        await buffer.settle(end)
         await store.settle()
-        assert store._folder.numbers() == sorted({one.segment.number for one in buffer._held.values()})
-        assert vars(Ledger.from_journal(await buffer.journal())) == vars(buffer._ledger)
+        newest = {number for number, segment in store._segments.items() if segment.end == end}
+        assert set(store._folder.numbers()) == {one.segment.number for one in buffer._held.values()} | newest
         await buffer.close()
 
     asyncio.run(scenario())
@@ -935,8 +987,9 @@ def test_real_tasks_train_every_group_once_and_in_bound(memory_bytes: int, tmp_p
         await asyncio.gather(*actors.values())
         gauges = await buffer.gauges()
         assert len(set(numbers)) == len(numbers) == gauges["groups_trained"] == 240
-        assert (gauges["violations"], gauges["tickets"]) == (0, 0)
+        assert (gauges["violations"], gauges["tickets"], gauges["held_bytes"]) == (0, 0, 0)
+        await buffer.settle(buffer._ledger.length)
         await store.settle()
-        assert list(tmp_path.iterdir()) == []
+        assert names(tmp_path) == []
 
     asyncio.run(scenario())
