@@ -6,18 +6,24 @@
 - A place that is drained gets no further lease, finishes what it has, and ends; after `rollout.drain_seconds` its
   leases go back instead and its actor is killed, as is one that still waits for its resources. The learner and the
   other places never notice.
+- A node that Ray drains (preemption, scaling down) takes its places with it: they are drained before its deadline, and
+  as many start elsewhere. That is no failure and costs no restart.
 - When the last place has no restart left, the fleet raises: a run is never left waiting for dead producers.
 - Nothing of the fleet is left after `stop`.
 """
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError
+from ray._private.state import state as cluster_state
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from actors.failure import FailureKind, comes_back, failure_kind
 from actors.producer import MakeProducer
@@ -28,6 +34,7 @@ from common.errors import RunError, one_line
 ANSWER_SECONDS = 1.0
 STOP_SECONDS = 10.0
 RETRY_SECONDS = 0.2
+NODE_MARGIN_SECONDS = 2.0  # before its node's deadline, by when an actor gives its leases back
 COUNTERS = (
     *("row_forwards", "token_forwards", "probed_positions", "probed_kl", "probed_flips"),
     *("damaged_weights", "adoptions", "adopt_seconds"),
@@ -50,6 +57,8 @@ class _Place:
     """Gauges that its actor was asked for and that are still to come."""
     gauges: dict[str, float] | None = None
     draining: bool = False
+    node: str = ""
+    """Where its actor lives; empty until it was asked."""
 
 
 async def patiently(call: Callable[[], Any]) -> Any:
@@ -61,6 +70,13 @@ async def patiently(call: Callable[[], Any]) -> Any:
             if not comes_back(error):
                 raise
             await asyncio.sleep(RETRY_SECONDS)
+
+
+def draining_nodes() -> dict[str, float]:
+    """Id -> deadline (Unix seconds) of every node that Ray drains. Ray has no public call for it; its own libraries use
+    this one. A deadline of 0 is none: the node goes when it is empty."""
+    nodes = cluster_state.get_draining_nodes()
+    return {node: deadline / 1000 if deadline else math.inf for node, deadline in nodes.items()}
 
 
 class Fleet:
@@ -125,10 +141,7 @@ class Fleet:
         kept = [place for place in self._places if not place.draining]
         self._start_places(actors - len(kept))
         for place in kept[actors:]:
-            place.draining = True
-            drain = asyncio.ensure_future(self._drain(place))
-            self._drains.add(drain)  # the loop itself keeps only a weak reference
-            drain.add_done_callback(self._drains.discard)
+            self._begin_drain(place, self._config.drain_seconds)
         return was
 
     async def stop(self) -> None:
@@ -156,17 +169,37 @@ class Fleet:
             self._started += 1
         self._changed.set()
 
-    async def _drain(self, place: _Place) -> None:
+    async def leave_drained_nodes(self) -> None:
+        """Called by the controller now and then: drains the places whose node is being drained, and starts others."""
+        for place in self._places:
+            if place.answered and not place.node and place.actor is not None:
+                with suppress(RayError):  # dead meanwhile, which `_keep` sees
+                    place.node = await place.actor.node.remote()
+        deadlines = await asyncio.to_thread(draining_nodes)
+        leaving = [place for place in self._places if place.node in deadlines and not place.draining]
+        for place in leaving:
+            seconds = deadlines[place.node] - time.time() - NODE_MARGIN_SECONDS
+            log.warning("the node of %s is being drained; it leaves within %.0f s", place.name, max(0.0, seconds))
+            self._begin_drain(place, seconds)
+        self._start_places(len(leaving))
+
+    def _begin_drain(self, place: _Place, seconds: float) -> None:
+        place.draining = True
+        drain = asyncio.ensure_future(self._drain(place, max(0.0, min(seconds, self._config.drain_seconds))))
+        self._drains.add(drain)  # the loop itself keeps only a weak reference
+        drain.add_done_callback(self._drains.discard)
+
+    async def _drain(self, place: _Place, seconds: float) -> None:
         name, actor = place.name, place.actor
         if actor is None:  # between two lives: `_keep` begins no other
             return
         await patiently(lambda: self._buffer.drain.remote(name))
         if not await self._answers(place):
             log.info("%s does not answer, or never started; it is killed", name)
-        elif (await asyncio.wait({place.task}, timeout=self._config.drain_seconds))[0]:
+        elif (await asyncio.wait({place.task}, timeout=seconds))[0]:
             return
         else:
-            log.warning("%s did not finish within drain_seconds=%g", name, self._config.drain_seconds)
+            log.warning("%s did not finish within %g s (rollout.drain_seconds, or its node's deadline)", name, seconds)
         await patiently(lambda: self._buffer.return_worker.remote(name))
         ray.kill(actor)
 
@@ -184,7 +217,7 @@ class Fleet:
             if place.draining or self._stopping:
                 return None
             place.name = name = f"rollout-{place.number}.{attempt}"
-            place.answered, place.asked = False, None
+            place.answered, place.asked, place.node = False, None, ""
             place.actor = (
                 ray.remote(self._actor)
                 .options(num_cpus=self._config.cpus, num_gpus=self._config.gpus, max_concurrency=2, name=name)

@@ -72,6 +72,10 @@ class RolloutActor:
         """Called by the fleet, from another thread: end the loop at once; leases go back by `return_worker`."""
         self._events.put(self._abandon)
 
+    def node(self) -> str:
+        """Called by the fleet, from another thread: the id of the node that it lives on."""
+        return ray.get_runtime_context().get_node_id()
+
     def gauges(self) -> dict[str, float]:
         """Called by the fleet, from another thread: counters of this actor."""
         return self._producer.gauges() | {

@@ -19,6 +19,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +33,7 @@ from common.config import Config
 from common.errors import RunError, UserError, one_line
 from common.replay_buffer import ReplayBuffer
 from common.segment_store import SegmentStore
+from common.tasks import build_task
 from learner.exporter import Exporter
 from learner.learner_actor import LearnerActor
 from learner.parts import POLICY, Parts
@@ -392,7 +394,9 @@ class Controller:
     async def _report_quarantine(self) -> None:
         """Write the failures down with their tracebacks, and tell the last line of the newest."""
         found = await self._buffer.quarantine.remote()
-        self._directory.write_json("quarantine.json", [{"group": n, "reason": reason} for n, reason in found])
+        task = build_task(self.config.task)
+        kept = [{"group": n, "example": asdict(task.example("train", n)), "reason": reason} for n, reason in found]
+        self._directory.write_json("quarantine.json", kept)
         group, reason = found[-1]
         await self._tell("quarantine", {"group": group, "reason": reason.strip().splitlines()[-1]})
 
@@ -422,6 +426,7 @@ class Controller:
             return
         if self._stopping.is_set():  # a buffer that was started anew does not know
             await self._buffer.close.remote()
+        await self._fleet.leave_drained_nodes()
         gauges, fleet = await asyncio.gather(self._buffer.gauges.remote(), self._fleet.gauges())
         mark = tuple(gauges[f"groups_{state}"] for state in ("finished", "sampled", "trained"))
         if mark != self._progress_mark:
