@@ -69,7 +69,7 @@ def run(options: Options) -> dict[str, Any]:
     return result
 
 
-class _Run:
+class ChaosRun:
     """A driver in a process of its own, and what lives below it."""
 
     def __init__(self, folder: Path, name: str, parts: str, tree: dict[str, Any]) -> None:
@@ -134,7 +134,7 @@ def _descendants(pid: int) -> list[psutil.Process]:
         return []
 
 
-def _simulated(steps: int, *, actors: int, slots: int, **rollout: Any) -> dict[str, Any]:
+def simulated(steps: int, *, actors: int, slots: int, **rollout: Any) -> dict[str, Any]:
     return {
         "rollout": {"actors": actors, "slots": slots, "cpus": 0.1, "max_restarts": 1000} | rollout,
         "learner": {"steps": steps, "groups_per_step": 8, "group_size": 2, "cpus": 0.1, "max_restarts": 1000},
@@ -150,7 +150,7 @@ def _kills(folder: Path, options: Options) -> dict[str, Any]:
     for seed in range(options.seeds):
         wanted = 50 if options.quick else 100
         draw = random.Random(seed)
-        run = _Run(folder, f"kills-{seed}", "simulated", _simulated(8 * wanted, actors=3, slots=6))
+        run = ChaosRun(folder, f"kills-{seed}", "simulated", simulated(8 * wanted, actors=3, slots=6))
         run.wait_for("the first step", run.steps)
         kills = 0
         while kills < wanted and run.process.poll() is None:
@@ -169,12 +169,12 @@ def _kills(folder: Path, options: Options) -> dict[str, Any]:
                 run.wait_for("a step after the resumption", lambda run=run, before=before: run.steps() > before)
         total["unfinished"] += run.end() != 0
         total["kills"] += kills
-        total.update(_account(run))
+        total.update(account(run))
         options.console.print(f"seed {seed}: {kills} kills {dict(by)}, {dict(total)}")
     return {**total, "kills_by": dict(by)}
 
 
-def _account(run: _Run) -> dict[str, int]:
+def account(run: ChaosRun) -> dict[str, int]:
     """What was promised against what the final weights contain."""
     promised = audit(run.path)
     store = CheckpointStore(run.path / "checkpoints")
@@ -197,7 +197,7 @@ def _account(run: _Run) -> dict[str, int]:
 
 def _throughput(folder: Path, options: Options) -> dict[str, Any]:
     windows, seconds, every = (2, 30.0, 10.0) if options.quick else (6, 30.0, 10.0)
-    run = _Run(folder, "throughput", "simulated", _simulated(100_000, actors=4, slots=16))
+    run = ChaosRun(folder, "throughput", "simulated", simulated(100_000, actors=4, slots=16))
     run.wait_for("some steps", lambda: run.steps() > 10)
     rates: dict[bool, list[float]] = {False: [], True: []}
     victim = 0
@@ -223,7 +223,7 @@ def _throughput(folder: Path, options: Options) -> dict[str, Any]:
 
 
 def _all_dead(folder: Path, options: Options) -> dict[str, Any]:
-    run = _Run(folder, "dead", "simulated", _simulated(100_000, actors=2, slots=6, max_restarts=1))
+    run = ChaosRun(folder, "dead", "simulated", simulated(100_000, actors=2, slots=6, max_restarts=1))
     run.wait_for("some steps", lambda: run.steps() > 2)
     killed: set[int] = set()
     last = time.monotonic()
@@ -253,9 +253,9 @@ def _resume(folder: Path, options: Options) -> dict[str, Any]:
             "run": {"checkpoint_every": 5},
         }
 
-    whole = _Run(folder, "whole", "policy", tree())
+    whole = ChaosRun(folder, "whole", "policy", tree())
     whole.end()
-    killed = _Run(folder, "killed", "policy", tree())
+    killed = ChaosRun(folder, "killed", "policy", tree())
     for kind, step in ((LEARNER, 8), (DRIVER, 19)):
         killed.wait_for(f"step {step}", lambda step=step: killed.steps() >= step)
         for victim in killed.victims(kind):
@@ -281,7 +281,7 @@ def _resume(folder: Path, options: Options) -> dict[str, Any]:
 LAST = Path("checkpoints/step-000024")
 
 
-def _regenerated(run: _Run) -> int:
+def _regenerated(run: ChaosRun) -> int:
     promised = audit(run.path)
     return sum(max(promised["started"][number]) > min(times) for number, times in promised["acknowledged"].items())
 
@@ -355,7 +355,7 @@ def _recovery_and_checkpoints(folder: Path, options: Options) -> dict[str, Any]:
     tree["rollout"] |= {"max_restarts": 1000}
     tree["evaluation"]["drift_every"] = 0
     tree["run"] = {"checkpoint_every": 5}
-    run = _Run(folder, "recovery", "policy", tree)
+    run = ChaosRun(folder, "recovery", "policy", tree)
     run.wait_for("some steps", lambda: run.steps() > 2)
     recoveries, imports = [], []
     for _ in range(3 if options.quick else 10):
@@ -383,7 +383,7 @@ def _recovery_and_checkpoints(folder: Path, options: Options) -> dict[str, Any]:
     }
 
 
-def _first_group(run: _Run, known: set[Path]) -> float | None:
+def _first_group(run: ChaosRun, known: set[Path]) -> float | None:
     """When a process that was not there before had its first group acknowledged."""
     for file in set((run.path / AUDIT).iterdir()) - known:
         for line in file.read_text().splitlines(keepends=True):
