@@ -103,7 +103,7 @@ def act(what: str) -> Any:
             held.append(bytearray(2**24))
     elif what == "objects":
         while True:
-            held.append([None] * 50)
+            held.append(bytes(400))  # from Python's own allocator
     elif what == "one array":
         np.ones(2**30)
     elif what == "raise":
