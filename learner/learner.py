@@ -166,7 +166,10 @@ class Learner:
         if config.diagnostics_every and self.steps_done % config.diagnostics_every == 0:
             metrics |= self._surrogate_kl(batch)
         rows = (advantage != 0) if self.reference is None else torch.ones_like(advantage, dtype=torch.bool)
-        if self.steps_done == 0 and self._learns_threshold:
+        first = self.steps_done == 0 and self._learns_threshold and self.policy.head.config.standardise
+        # a batch that is refused may have changed something: its features were fitted, or it is a later update
+        before = self._copy() if first or config.inner_updates > 1 else None
+        if first:
             self._standardise(batch)
         if not rows.any():
             self.steps_done += 1
@@ -174,12 +177,11 @@ class Learner:
         kept = rows.nonzero().squeeze(-1)
         micro = self._micro_batches(batch.select(kept), advantage[kept])
         totals = {"completions": float(len(advantage)), "tokens": float(batch.scored.sum())}
-        before = self._copy() if config.inner_updates > 1 else None
         try:
             for proximal in self._proximal(micro):
                 metrics |= self._update(micro, proximal, totals, version)
         except BatchRefused:
-            if before is not None:  # earlier updates of the batch have moved the weights
+            if before is not None:
                 self.policy.load_state_dict(before["policy"])
                 self.restore(before)
             raise
@@ -212,7 +214,7 @@ class Learner:
     def _standardise(self, batch: Batch) -> None:
         """Fit the head's features to the first batch; its thresholds do not depend on them, the weights are still 0."""
         head = self.policy.head
-        if head.config.standardise and not head.linear.weight.any() and len(batch.prompts) > 1:
+        if not head.linear.weight.any() and len(batch.prompts) > 1:
             latents = mean_field(batch, batch.reveal_step[:, :0])
             features = surrogate_log_probs(self.policy, batch, latents, features=True).features
             if features is not None:

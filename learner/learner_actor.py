@@ -139,7 +139,7 @@ class LearnerActor:
         self._skipped += 1
         self._skipped_in_row += 1
         step = self._trainer.steps
-        folder = self._directory.set_aside(step, sampled.version)
+        folder = self._directory.set_aside(step, sampled.version, sampled.numbers[0])
         folder.mkdir(parents=True)
         self._trainer.saved()(folder)
         SegmentFolder(folder / "groups").write(

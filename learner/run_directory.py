@@ -91,9 +91,9 @@ class RunDirectory:
     def segments(self) -> Path:
         return self.path / "segments"
 
-    def set_aside(self, step: int, version: int) -> Path:
-        """Folder of a batch that could not be trained on."""
-        return self.path / "set_aside" / f"step-{step:06d}-version-{version}"
+    def set_aside(self, step: int, version: int, group: int) -> Path:
+        """Folder of a batch that could not be trained on, by its first group: the next one meets the same weights."""
+        return self.path / "set_aside" / f"step-{step:06d}-version-{version}-group-{group}"
 
     @property
     def pareto(self) -> Path:

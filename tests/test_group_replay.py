@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from actors.reveal_rules import entropy_bound
+from common.checkpoint_store import CheckpointStore
 from common.config import Config
 from common.config_file import dump_config, load_config
 from common.errors import RunError, UserError
@@ -108,10 +109,18 @@ def run(config: Config, group: FinishedGroup, tmp_path: Path) -> RunDirectory:
     (directory.path / "config.yaml").write_text(dump_config(config))
     SegmentFolder(directory.segments).write([replace(group, number=5), group])
     for seed, step, version in ((0, 3, 3), (1, 6, 6)):
-        folder = directory.checkpoint_path(step)
-        policy_of(config, seed).save(folder)
-        (folder / "manifest.json").write_text(json.dumps({"step": step, "version": version}))
+        checkpoint(directory, policy_of(config, seed), step, version)
     return directory
+
+
+def checkpoint(run: RunDirectory, policy: Policy, step: int, version: int) -> None:
+    draft = CheckpointStore(run.path / "checkpoints").begin(step)
+    policy.save(draft.path)
+    draft.commit(version=version, journal_index=0)
+
+
+def folder_of(run: RunDirectory, step: int) -> Path:
+    return run.path / "checkpoints" / f"step-{step:06d}"
 
 
 VARIANTS = [
@@ -314,7 +323,7 @@ def test_sets_are_the_same_within_a_tolerance() -> None:
 def test_weights_of_the_tokens_version_are_chosen(run: RunDirectory, config: Config) -> None:
     source, found = replay_saved(run, config, NUMBER, None, 1e-3)
     assert found.agrees
-    assert source["weights"] == str(run.checkpoint_path(3))
+    assert source["weights"] == str(folder_of(run, 3))
     assert (source["weights_version"], source["why"]) == (3, "drew tokens")
     assert source["place"] == str(run.segments)
     assert list(source["token_versions"]) == ["3"]
@@ -330,12 +339,11 @@ def test_else_the_next_weights_are_chosen(
     """By step: the next later version, or the latest; version 0 is the warm start, which is older than all here."""
     policy_of(config).save(run.warm_start)
     for step in (3, 6):
-        run.checkpoint_path(step).rename(run.path / f"away-{step}")
+        folder_of(run, step).rename(run.path / f"away-{step}")
     for step, version in versions.items():
-        policy_of(config, 1).save(run.checkpoint_path(step))
-        (run.checkpoint_path(step) / "manifest.json").write_text(json.dumps({"step": step, "version": version}))
+        checkpoint(run, policy_of(config, 1), step, version)
     source, found = replay_saved(run, config, NUMBER, None, 1e-3)
-    assert source["weights"] == str(run.checkpoint_path(chosen) if chosen else run.warm_start)
+    assert source["weights"] == str(folder_of(run, chosen) if chosen else run.warm_start)
     assert source["why"] == "nearest to the tokens' versions"
     assert found.agrees
 
@@ -347,13 +355,13 @@ def test_a_group_that_was_set_aside_is_replayed_with_its_policy(
     policy_of(config, 0).save(folder)
     (folder / "why.json").write_text(json.dumps({"step": 4, "version": 3, "reason": "NaN", "numbers": [NUMBER]}))
     SegmentFolder(folder / "groups").write([changed(group, lose_logprob)])
-    SegmentFolder(run.checkpoint_path(3) / "groups").write([replace(group, number=9)])
+    SegmentFolder(folder_of(run, 3) / "groups").write([replace(group, number=9)])
     source, found = replay_saved(run, config, NUMBER, None, 1e-3)
     assert source["weights"] == str(folder)
     assert (source["weights_version"], source["also"]) == (3, [str(run.segments)])
     assert not found.agrees
     elsewhere, found = replay_saved(run, config, 9, None, 1e-3)
-    assert elsewhere["place"] == str(run.checkpoint_path(3) / "groups")
+    assert elsewhere["place"] == str(folder_of(run, 3) / "groups")
     assert found.agrees
 
 
@@ -388,7 +396,7 @@ def test_command(
     code, out, err = diffpo(monkeypatch, capsys, "made", str(NUMBER))
     assert (code, err) == (0, "")
     assert out.splitlines()[-1].startswith("agrees within 0.001")
-    code, out, err = diffpo(monkeypatch, capsys, str(run.path), str(NUMBER), "--weights", str(run.checkpoint_path(6)))
+    code, out, err = diffpo(monkeypatch, capsys, str(run.path), str(NUMBER), "--weights", str(folder_of(run, 6)))
     assert (code, err) == (0, "")
     assert "other weights" in out
     SegmentFolder(run.segments).write([replace(changed(group, lose_logprob), number=8)])
@@ -413,6 +421,6 @@ def test_command(
 
 def test_a_run_without_weights_says_so(run: RunDirectory, config: Config) -> None:
     for step in (3, 6):
-        run.checkpoint_path(step).rename(run.path / f"away-{step}")
+        folder_of(run, step).rename(run.path / f"away-{step}")
     with pytest.raises(UserError, match="neither checkpoints nor a warm start; give the weights with --weights"):
         replay_saved(run, config, NUMBER, None, 1e-3)

@@ -5,12 +5,14 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 from learner_fixtures import (
+    PROMPTS,
     generate_batch,
     learner_config,
     loop_log_probs,
@@ -22,7 +24,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import learner.learner as module
-from common.errors import RunError
+from common.config import ThresholdConfig
 from common.metrics import CATALOGUE, split_labels
 from common.policy import Policy
 from common.trajectory import Completion, decode_group, encode_group
@@ -36,6 +38,7 @@ from learner.surrogate import (
     surrogate_gap,
     surrogate_log_probs,
 )
+from learner.trainer import BatchRefused
 
 HUGE, ONE_GROUP = 1 << 20, 1
 
@@ -471,7 +474,7 @@ def test_a_weight_that_is_not_a_number_is_refused_even_where_the_loss_does_not_s
     broken = batch.behaviour_logprob.clone()
     broken[0, int(batch.scored[0].nonzero()[0])] = math.nan
     learner = Learner(policy, learner_config(train=train, importance_weight=kind, weight_level=level))
-    with pytest.raises(RunError, match="weights unchanged"):
+    with pytest.raises(BatchRefused, match="weights unchanged"):
         learner.step(replace(batch, behaviour_logprob=broken), version=0)
     assert (parameters(policy) == parameters(original)).all()
 
@@ -507,7 +510,7 @@ def test_a_reward_that_is_not_finite_is_refused(original: Policy, policy: Policy
     reward = batch.reward.clone()
     reward[5] = value
     learner = Learner(policy, learner_config())
-    with pytest.raises(RunError, match="rewards of the batch at version 3 are not finite"):
+    with pytest.raises(BatchRefused, match="rewards of the batch at version 3 are not finite"):
         learner.step(with_reward(batch, reward), version=3)
     assert (parameters(policy) == parameters(original)).all()
 
@@ -519,19 +522,101 @@ def test_a_loss_that_is_not_finite_changes_neither_weights_nor_optimizer(
     broken = batch.behaviour_logprob.clone()
     broken[-1, int(batch.scored[-1].nonzero()[0])] = math.nan  # in the last micro-batch
     learner = Learner(policy, learner_config(micro_batch_tokens=budget))
-    with pytest.raises(RunError, match=r"not finite at version 0.*weights unchanged"):
+    with pytest.raises(BatchRefused, match=r"not finite at version 0.*weights unchanged"):
         learner.step(replace(batch, behaviour_logprob=broken), version=0)
     assert (parameters(policy) == parameters(original)).all()
     assert not learner.optimizer.state_dict()["state"]
     assert learner.updates_done == learner.scheduler.last_epoch == 0
 
 
-def test_an_inner_update_that_fails_keeps_the_one_before_it(original: Policy, policy: Policy, batch: Batch) -> None:
-    learner = Learner(policy, learner_config(train="model", inner_updates=2, learning_rate=1e200))
-    with pytest.raises(RunError, match="weights unchanged"):
-        learner.step(batch, version=0)
-    assert learner.updates_done == 1
-    assert (parameters(policy) != parameters(original)).any()
+REFUSALS = [
+    {"train": "model", "inner_updates": 2},
+    {"train": "joint", "inner_updates": 2, "kl_beta": 0.1, "importance_weight": "self_normalised"},
+    {"train": "model", "inner_updates": 3, "drift_remedy": "hold_nfe"},
+    {"train": "joint", "inner_updates": 1},
+]
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("changes", REFUSALS, ids=str)
+def test_a_refused_batch_leaves_everything_bit_equal(batch: Batch, changes: dict, steps: int) -> None:
+    """The last inner update is the one that fails; those before it are taken back."""
+    policy = tiny_policy(double=False, threshold=ThresholdConfig(gamma_init=1.5, standardise=True))
+    with torch.no_grad():
+        policy.head.linear.weight.zero_()  # features are fitted to the first batch
+    learner = Learner(policy, learner_config(warmup_steps=3, **changes))
+    for version in range(steps):
+        learner.step(batch, version=version)
+    before = everything(learner)
+
+    update, updates = learner._update, []
+
+    def fails_at_last(micro: list, proximal: module._Proximal, *others: object) -> dict[str, float]:
+        updates.append(learner.updates_done)
+        if proximal.update < learner.config.inner_updates - 1:
+            return update(micro, proximal, *others)  # type: ignore[arg-type]
+        assert_same(everything(learner), before, same=proximal.update == 0 and steps > 0)
+        broken = [(replace(part, behaviour_logprob=part.behaviour_logprob * math.nan), own) for part, own in micro]
+        return update(broken, proximal, *others)  # type: ignore[arg-type]
+
+    learner._update = fails_at_last
+    with pytest.raises(BatchRefused, match="weights unchanged"):
+        learner.step(batch, version=steps)
+    assert len(updates) == learner.config.inner_updates
+    assert_same(everything(learner), before)
+    learner._update = update
+    twin = copy.deepcopy(policy)
+    learner.step(batch, version=steps)
+    assert (parameters(policy) != parameters(twin)).any(), "the next batch is trained on"
+
+
+def everything(learner: Learner) -> dict[str, Any]:
+    """A copy of all that a step may change."""
+    return copy.deepcopy({"policy": learner.policy.state_dict()} | learner.state())
+
+
+def assert_same(found: object, expected: object, *, same: bool = True) -> None:
+    """Bit for bit, or not."""
+    leaves, _ = torch.utils._pytree.tree_flatten(found)
+    others, _ = torch.utils._pytree.tree_flatten(expected)
+    equal = len(leaves) == len(others) and all(
+        torch.equal(one, other) if isinstance(one, Tensor) else one == other
+        for one, other in zip(leaves, others, strict=True)
+    )
+    assert equal == same
+
+
+CONTINUATIONS = [
+    {},
+    {"kl_beta": 0.1, "inner_updates": 2, "warmup_steps": 3},
+    {"train": "model", "drift_remedy": "hold_nfe", "importance_weight": "self_normalised"},
+    {"train": "model", "drift_remedy": "hold_entropy", "inner_updates": 2},
+    {"train": "threshold"},
+]
+
+
+@pytest.mark.parametrize("changes", CONTINUATIONS, ids=str)
+def test_a_restored_learner_goes_on_bit_equal(changes: dict) -> None:
+    """With the optimizer's moments, schedule, counters, reference, what the remedy holds to, and torch's generator."""
+    policy = tiny_policy(double=False)
+    batches = [
+        generate_batch(policy, prompts=prompts) for prompts in (PROMPTS, ((5, 6), (6, 7, 8), (4,)), ((8, 8), (7,), (5,)))
+    ]
+    learner = Learner(copy.deepcopy(policy), learner_config(learning_rate=1e-2, diagnostics_every=2, **changes))
+    learner.step(batches[0], version=0)
+    saved = everything(learner)
+    onward = [learner.step(batch, version=1 + n) for n, batch in enumerate(batches[1:])]
+    drawn = torch.rand(3)
+
+    other = Learner(copy.deepcopy(policy), learner.config)  # the reference is the policy of the start
+    other.policy.load_state_dict(saved.pop("policy"))
+    other.restore(saved)
+    again = [other.step(batch, version=1 + n) for n, batch in enumerate(batches[1:])]
+    assert again == onward
+    assert torch.equal(torch.rand(3), drawn)
+    assert_same(everything(other), everything(learner))
+    moved = Learner(copy.deepcopy(policy), learner.config)
+    assert_same(everything(moved), everything(learner), same=False)
 
 
 def test_the_kl_term_works_with_one_update_and_pulls_back(policy: Policy, batch: Batch) -> None:

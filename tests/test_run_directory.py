@@ -1,20 +1,18 @@
-"""RunDirectory and checkpoints: nothing is overwritten, and a reader never sees half of one."""
+"""RunDirectory: nothing is overwritten, a reader never sees half a file, and one driver at a time works on a run."""
 
 import json
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import torch
-from learner_fixtures import MODEL, generate_batch, learner_config, parameters, tiny_policy
 
-from common.config import Config, ThresholdConfig
+from common.config import Config
 from common.config_file import load_config
 from common.errors import UserError
-from common.policy import load_policy
-from learner.checkpoint import LEARNER_STATE, write_checkpoint
-from learner.learner import Learner
-from learner.run_directory import MANIFEST, RunDirectory
+from learner.run_directory import RunDirectory
 
 
 def config_for(root: Path, name: str = "first") -> Config:
@@ -24,15 +22,6 @@ def config_for(root: Path, name: str = "first") -> Config:
 @pytest.fixture
 def directory(tmp_path: Path) -> RunDirectory:
     return RunDirectory.create(config_for(tmp_path))
-
-
-@pytest.fixture(scope="module")
-def learner() -> Learner:
-    """After one step, so that the optimizer has a state."""
-    policy = tiny_policy(double=False)
-    found = Learner(policy, learner_config())
-    found.step(generate_batch(policy), version=0)
-    return found
 
 
 def test_a_new_directory_holds_the_resolved_configuration(tmp_path: Path) -> None:
@@ -46,8 +35,9 @@ def test_an_existing_directory_is_refused_and_left_alone_with_a_free_name(tmp_pa
     for name in ("first", "first-2"):
         RunDirectory.create(config_for(tmp_path, name))
     (tmp_path / "first/metrics.jsonl").write_text("precious\n")
-    with pytest.raises(UserError, match=r"first exists; choose another run\.name \(run\.name=first-3 is free\)"):
+    with pytest.raises(UserError, match="first exists; go on with it .*run.name=first-3 is free") as refused:
         RunDirectory.create(config_for(tmp_path))
+    assert f"diffpo train --resume {tmp_path / 'first'}" in str(refused.value)
     assert (tmp_path / "first/metrics.jsonl").read_text() == "precious\n"
     RunDirectory.create(config_for(tmp_path, "first-3"))
 
@@ -98,79 +88,55 @@ def test_what_cannot_be_written_leaves_nothing(directory: RunDirectory) -> None:
     assert not list(directory.path.glob("*.partial"))
 
 
-def fake_checkpoint(directory: RunDirectory, step: int, *, complete: bool = True) -> Path:
-    folder = directory.checkpoint_path(step)
-    folder.mkdir(parents=True)
-    (folder / "model.safetensors").write_text("")
-    if complete:
-        (folder / MANIFEST).write_text("{}")
-    return folder
+@pytest.mark.parametrize(
+    ("content", "steps"),
+    [
+        (None, None),
+        ('{"steps": 6, "area": 1.0}', 6),
+        ('{"area": 1.0}', None),
+        ('{"steps": null}', None),
+        ('{"steps": 6', None),
+        ("[6]", None),
+    ],
+)
+def test_a_run_has_finished_once_it_was_evaluated(
+    directory: RunDirectory, content: str | None, steps: int | None
+) -> None:
+    if content is not None:
+        (directory.path / "evaluation.json").write_text(content)
+    assert directory.finished_steps() == steps
 
 
-def test_only_folders_with_a_manifest_are_checkpoints_oldest_first(directory: RunDirectory) -> None:
-    assert directory.checkpoints() == []
-    wanted = [fake_checkpoint(directory, step) for step in (100, 9, 20)]
-    fake_checkpoint(directory, 50, complete=False)
-    assert directory.checkpoints() == [wanted[1], wanted[2], wanted[0]]
+def test_a_run_is_found_by_its_folder_or_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for root, name in (("runs", "one"), ("runs", "two"), ("elsewhere", "three")):
+        RunDirectory.create(config_for(Path(root), name))
+    (tmp_path / "runs/no-run").mkdir()
+    assert RunDirectory.find("one").path == tmp_path / "runs/one"
+    assert RunDirectory.find("elsewhere/three").path == tmp_path / "elsewhere/three"
+    with pytest.raises(UserError, match=r"run 'three': no folder of that name, nor runs/three; runs: one, two"):
+        RunDirectory.find("three")
 
 
-@pytest.mark.parametrize(("keep", "left"), [(1, [30]), (2, [20, 30]), (9, [10, 20, 30])])
-def test_pruning_keeps_the_newest(directory: RunDirectory, keep: int, left: list[int]) -> None:
-    for step in (10, 20, 30):
-        fake_checkpoint(directory, step)
-    unfinished = fake_checkpoint(directory, 25, complete=False)
-    directory.prune_checkpoints(keep)
-    assert directory.checkpoints() == [directory.checkpoint_path(step) for step in left]
-    assert unfinished.exists()
+def test_one_driver_at_a_time_works_on_a_run(directory: RunDirectory) -> None:
+    refused = f"run {re.escape(str(directory.path))} is going on in another process; stop that one first"
+    with directory.lock(), pytest.raises(UserError, match=refused), RunDirectory(directory.path).lock():
+        pytest.fail("both hold it")
+    with directory.lock():
+        pass
 
 
-def test_a_checkpoint_that_was_not_renamed_is_not_listed(directory: RunDirectory) -> None:
-    whole = fake_checkpoint(directory, 10)
-    half = directory.checkpoint_path(20)
-    fake_checkpoint(directory, 20).rename(half.with_name(f"partial-{half.name}"))
-    assert directory.checkpoints() == [whole]
-
-
-def test_the_newest_of_seven_digits_is_newest(directory: RunDirectory) -> None:
-    wanted = [fake_checkpoint(directory, step) for step in (999_999, 1_000_000)]
-    assert directory.checkpoints() == wanted
-
-
-def test_a_checkpoint_is_a_policy_and_the_learners_state(learner: Learner, directory: RunDirectory) -> None:
-    folder = write_checkpoint(learner, directory.checkpoint_path(learner.steps_done), version=5)
-    assert directory.checkpoints() == [folder]
-    assert [path.name for path in folder.parent.iterdir()] == ["step-000001"]
-    manifest = json.loads((folder / MANIFEST).read_text())
-    assert (manifest["step"], manifest["version"]) == (1, 5)
-    assert {*manifest["files"], MANIFEST} == {path.name for path in folder.iterdir()}
-
-    other_threshold = ThresholdConfig(gamma_grid=(0.1, 0.2))  # the head beside the model wins
-    loaded = load_policy(folder, MODEL, other_threshold)
-    assert (parameters(loaded) == parameters(learner.policy)).all()
-    assert loaded.vocabulary == learner.policy.vocabulary
-    assert loaded.head.config == learner.policy.head.config
-    assert loaded.head.config.gamma_grid != other_threshold.gamma_grid
-
-    state = torch.load(folder / LEARNER_STATE, weights_only=True)
-    assert (state["steps_done"], state["updates_done"]) == (1, 1)
-    fresh = Learner(loaded, learner_config())
-    fresh.optimizer.load_state_dict(state["optimizer"])
-    moments = learner.optimizer.state_dict()["state"]
-    for index, moment in fresh.optimizer.state_dict()["state"].items():
-        assert torch.equal(moment["exp_avg"], moments[index]["exp_avg"])
-
-
-def test_what_a_killed_writer_left_is_replaced(learner: Learner, directory: RunDirectory) -> None:
-    folder = directory.checkpoint_path(1)
-    partial = folder.with_name(f"partial-{folder.name}")
-    partial.mkdir(parents=True)
-    (partial / "left over").write_text("")
-    write_checkpoint(learner, folder, version=1)
-    assert not (folder / "left over").exists()
-    assert not partial.exists()
-
-
-def test_an_incomplete_checkpoint_is_replaced_as_the_docstring_says(learner: Learner, directory: RunDirectory) -> None:
-    folder = fake_checkpoint(directory, 1, complete=False)
-    write_checkpoint(learner, folder, version=1)
-    assert directory.checkpoints() == [folder]
+def test_the_lock_ends_with_the_process_that_held_it(directory: RunDirectory) -> None:
+    hold = "import sys, pathlib; from learner.run_directory import RunDirectory\n"
+    hold += "with RunDirectory(pathlib.Path(sys.argv[1])).lock(): print('held', flush=True); sys.stdin.read()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", hold, str(directory.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match="another process"), directory.lock():
+        pytest.fail("both hold it")
+    holder.kill()
+    holder.communicate(timeout=30)
+    with directory.lock():
+        pass
