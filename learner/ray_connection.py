@@ -1,14 +1,21 @@
-"""Ray connection: joins a Ray that is there, or starts a local one; what goes wrong is one line."""
+"""Ray connection: joins a Ray that is there, or starts a local one; what goes wrong is one line.
+
+- A local Ray listens on the loopback address alone. Ray binds to all addresses unless it thinks that this machine can
+  have no cluster; it is told so.
+- Ray asks for its token by default (`RAY_AUTH_MODE`); nothing here changes that.
+"""
 
 import logging
 import os
 import socket
 
 import ray
+from ray._private import ray_constants
 
 from common.errors import UserError, one_line
 
 LOCAL = "local"
+LOOPBACK = "127.0.0.1"
 PROBE_SECONDS = 5.0
 
 
@@ -31,6 +38,7 @@ def connect(address: str, *, way_out: str, namespace: str | None = None, logging
     """
     try:
         probe(address)
+        _bind(loopback=address == LOCAL or address.startswith(f"{LOOPBACK}:"))
         ray.init(
             address=address,
             namespace=namespace,
@@ -47,6 +55,12 @@ def connect(address: str, *, way_out: str, namespace: str | None = None, logging
                 "free memory, or start one (`ray start --head`) and give its address in RAY_ADDRESS"
             ) from error
         raise UserError(f"Ray at {address!r} cannot be reached ({one_line(error)}); {way_out}") from error
+
+
+def _bind(*, loopback: bool) -> None:
+    """Of this process and of those that Ray starts from it."""
+    ray_constants.ENABLE_RAY_CLUSTER = not loopback
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0" if loopback else "1"
 
 
 def probe(address: str) -> None:

@@ -6,6 +6,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,8 @@ def controller_of(run: str) -> Iterator[Any]:
     try:
         where = json.loads((folder / CONTROLLER_FILE).read_text())
         address, namespace = where["ray_address"], where["namespace"]
+        if not re.fullmatch(r"[^/\s]+:[0-9]+", address):
+            raise ValueError(f"ray_address {address!r} is not HOST:PORT")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder / CONTROLLER_FILE}: {one_line(error)}; a run that has started training has it"
