@@ -268,8 +268,8 @@ def _check(table: pa.Table, policy: Policy, width: int | None) -> None:
         short = [name for name in PER_POSITION if len(row[name]) != length]
         if short or row["prompt_ids"] != rows[0]["prompt_ids"]:
             raise RunError(
-                f"completion {index} has another number of {short[0] if short else 'prompt_ids'} than its group; the group "
-                "is damaged"
+                f"completion {index} has another {short[0] if short else 'prompt_ids'} than the group's first one "
+                f"({length} positions); the group is damaged"
             )
         wrong = [token for token in row["prompt_ids"] + row["completion_ids"] if not 0 <= token < size]
         if wrong:

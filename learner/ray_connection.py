@@ -16,6 +16,7 @@ from common.errors import UserError, one_line
 
 LOCAL = "local"
 LOOPBACK = "127.0.0.1"
+_USUAL = ray_constants.ENABLE_RAY_CLUSTER
 PROBE_SECONDS = 5.0
 
 
@@ -24,7 +25,14 @@ def chosen_address(address: str | None = None) -> str:
     return address or os.environ.get("RAY_ADDRESS") or LOCAL
 
 
-def connect(address: str, *, way_out: str, namespace: str | None = None, logging_level: int = logging.WARNING) -> None:
+def connect(
+    address: str,
+    *,
+    way_out: str,
+    namespace: str | None = None,
+    logging_level: int = logging.WARNING,
+    loopback: bool = False,
+) -> None:
     """Connect this process to Ray.
 
     Args:
@@ -32,13 +40,14 @@ def connect(address: str, *, way_out: str, namespace: str | None = None, logging
         way_out: what to do where nothing answers at the address; ends the message.
         namespace: Ray namespace of named actors.
         logging_level: of Ray's own messages.
+        loopback: whether the Ray at that address is the local one of another process.
 
     Raises:
         UserError: when Ray cannot be reached or started; nothing is left connected.
     """
     try:
         probe(address)
-        _bind(loopback=address == LOCAL or address.startswith(f"{LOOPBACK}:"))
+        _bind(loopback=loopback or address == LOCAL)
         ray.init(
             address=address,
             namespace=namespace,
@@ -59,8 +68,9 @@ def connect(address: str, *, way_out: str, namespace: str | None = None, logging
 
 def _bind(*, loopback: bool) -> None:
     """Of this process and of those that Ray starts from it."""
-    ray_constants.ENABLE_RAY_CLUSTER = not loopback
-    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0" if loopback else "1"
+    enabled = _USUAL and not loopback
+    ray_constants.ENABLE_RAY_CLUSTER = enabled
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = str(int(enabled))
 
 
 def probe(address: str) -> None:

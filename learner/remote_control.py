@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from common.errors import RunError, UserError, one_line
 from learner.driver import CONTROLLER, CONTROLLER_FILE
-from learner.ray_connection import connect
+from learner.ray_connection import LOOPBACK, connect
 from learner.run_directory import RunDirectory
 
 
@@ -39,7 +39,13 @@ def controller_of(run: str) -> Iterator[Any]:
             f"{folder / CONTROLLER_FILE}: {one_line(error)}; a run that has started training has it"
         ) from error
     way_out = f"run {run} is not going any more, or its Ray wants another RAY_AUTH_MODE (token, unless you changed it)"
-    connect(str(address), namespace=str(namespace), logging_level=logging.ERROR, way_out=way_out)
+    connect(
+        address,
+        namespace=str(namespace),
+        logging_level=logging.ERROR,
+        way_out=way_out,
+        loopback=address.startswith(f"{LOOPBACK}:"),
+    )
     try:
         controller = ray.get_actor(CONTROLLER)
         found: Any = ray.get(controller.directory.remote())
