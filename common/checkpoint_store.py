@@ -475,5 +475,14 @@ def _decode(encoded: bytes, step: int) -> Checkpoint:
         )
     if described["step"] != step:
         raise ValueError(f"it is that of step {described['step']}, so its folder was renamed or copied")
-    files = {name: StoredFile(**stored) for name, stored in described["files"].items()}
-    return Checkpoint(step, described["version"], described["journal_index"], described["facts"], files)
+    try:
+        files = {name: StoredFile(**stored) for name, stored in described["files"].items()}
+        found = Checkpoint(step, described["version"], described["journal_index"], described["facts"], files)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"it lacks a field or has an odd one: {cause(error)}") from error
+    if not isinstance(found.version, int) or not isinstance(found.journal_index, int):
+        raise ValueError(f"version {found.version!r} or journal index {found.journal_index!r} is no whole number")
+    for name in files:
+        if name.startswith("/") or ".." in name.split("/"):
+            raise ValueError(f"it names a file outside its folder, {name!r}")
+    return found

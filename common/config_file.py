@@ -1,21 +1,27 @@
 """Config file: YAML and dotted overrides in, a validated `Config` out, and back.
 
-Every mistake becomes one `UserError` line with the key, the value and the way out; unknown keys name the nearest valid
-one.
+- Every mistake becomes one `UserError` line with the key, the value and the way out; unknown keys name the nearest
+  valid one.
+- YAML is read without tags that construct anything, and aliases and interpolations are few, so no file grows as it is
+  read.
+- No credentials: what is read is written to `config.yaml` and shown in messages.
 """
 
 import difflib
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
-from yaml import YAMLError
 
 from common.config import Config
-from common.errors import UserError
+from common.errors import UserError, shown, without_secrets
 from common.tasks import TASKS, CountdownConfig, SudokuConfig
+
+MOST_REFERENCES = 30  # aliases and `${...}` of a file: ten levels of three are 59,049 copies
+UNREADABLE = (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, RecursionError)
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
@@ -41,15 +47,16 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
                 raise UserError(f"override {item!r} is not of the form key.sub=value, e.g. learner.steps=20")
         tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides or [])))
         data = OmegaConf.to_container(tree, resolve=True)
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, TypeError) as error:
-        raise UserError(f"config {path or ''} {overrides or ''}: {' '.join(str(error).split())}") from error
+    except UNREADABLE as error:
+        where = without_secrets(f"config {path or ''} {overrides or ''}")
+        raise UserError(f"{where}: {shown(error)}") from error
     return parse_config(data)
 
 
 def _read(path: str | Path) -> Any:
     sections = ", ".join(Config.model_fields)
     try:
-        tree = OmegaConf.load(path)
+        tree = read_yaml(path)
     except OSError as error:  # omegaconf's error for a scalar, and the system's
         raise UserError(f"config {path}: {error}; the top level must be a mapping of sections ({sections})") from error
     if not OmegaConf.is_dict(tree):
@@ -57,12 +64,48 @@ def _read(path: str | Path) -> Any:
     return tree
 
 
+def read_yaml(path: str | Path) -> Any:
+    """The tree of a file.
+
+    Raises:
+        UserError: when it refers to itself too often.
+        OSError, `UNREADABLE`: when it is not readable, or no such YAML.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    aliases = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader))
+    references = aliases + text.count("${")
+    if references > MOST_REFERENCES:
+        raise UserError(
+            f"{path}: {references} aliases and ${{...}} exceed {MOST_REFERENCES}, with which a file can grow without "
+            "end; write values out"
+        )
+    return OmegaConf.load(path)
+
+
 def parse_config(data: Any) -> Config:
     """Validate a plain mapping; mistakes become one `UserError` line each."""
+    _check_texts(data, "")
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        raise UserError("; ".join(_explain(item) for item in error.errors())) from error
+        raise UserError("; ".join(" ".join(_explain(item).split()) for item in error.errors())) from error
+
+
+def _check_texts(value: Any, key: str) -> None:
+    """Refuse texts that cannot be a file's name or content, and those that must not be written down."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _check_texts(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for item in value:
+            _check_texts(item, key)
+    elif isinstance(value, str) and ("\0" in value or value.encode(errors="ignore").decode() != value):
+        raise UserError(f"{key}: {value[:60]!a} holds a NUL or half a character; leave it out")
+    elif isinstance(value, str) and (hidden := without_secrets(value)) != value:
+        raise UserError(
+            f"{key}: {hidden} holds credentials, which config.yaml would keep; leave them out of it, and set the "
+            "environment variables of the store, e.g. AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
 
 
 def dump_config(config: Config) -> str:
@@ -92,7 +135,7 @@ def _explain(item: Any) -> str:
     if item["type"] == "missing" and key == "task":
         return f"task is missing; give --config FILE or task.name=NAME ({', '.join(_task_names())})"
     message = item["msg"].removeprefix("Value error, ")
-    shown = "" if item["type"] == "value_error" else f" (given {item['input']!r})"
+    shown = "" if item["type"] == "value_error" else f" (given {repr(item['input'])[:200]})"
     return f"{key}: {message}{shown}"
 
 

@@ -6,6 +6,10 @@
 """
 
 import os
+import re
+
+_USER_INFO = re.compile(r"(?<=://)[^/\s@'\"]*:[^/\s@'\"]*(?=@)")
+_QUERY = re.compile(r"(?<=[?&])([\w-]*(?:secret|password|token|account_key|sas|sig)[\w-]*=)[^&\s'\"]*", re.IGNORECASE)
 
 
 class UserError(Exception):
@@ -14,6 +18,16 @@ class UserError(Exception):
 
 class RunError(Exception):
     """A run that could not go on; shown as one line with the cause, logged with its traceback."""
+
+
+def without_secrets(text: str) -> str:
+    """A text with the credentials of the URIs in it as `***`; unchanged where there are none."""
+    return _QUERY.sub(r"\1***", _USER_INFO.sub("***", text))
+
+
+def shown(error: BaseException) -> str:
+    """An error's message as a command prints it: one line, no credentials."""
+    return without_secrets(" ".join(str(error).split()))
 
 
 def one_line(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 - Everything downstream sees this and nothing of the model's family.
 - `hidden` is one function evaluation; `logits` applies the output head to selected positions only.
 - Positions are counted from the first attended token, so left padding changes nothing.
+- Nothing of a folder is executed: safetensors only, no pickles; no code of its own.
 - Saved as a standard Hugging Face folder plus `threshold.safetensors`; `from_pretrained` reads the folder.
 """
 
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -210,7 +212,12 @@ def load_policy(path: str | Path, config: ModelConfig, threshold: ThresholdConfi
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         read_vocabulary(tokenizer, AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
         )
         model, info = loaded
         missing = sorted(info["missing_keys"])
@@ -248,13 +255,18 @@ def open_policy(config: Config, task: Task) -> Policy:
 
 
 def open_tokenizer(config: Config, task: Task) -> tuple[PreTrainedTokenizerBase, int]:
-    """Tokenizer and number of positions of the policy that a run starts from, without its weights; ids are checked."""
+    """Tokenizer and number of positions of the policy that a run starts from, without its weights; ids are checked,
+    and that weights and threshold can be read."""
     if config.model.path is None:
         return character_tokenizer(task.alphabet), config.model.max_positions
     folder = _folder(config.model.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         described = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        for file in sorted(folder.glob("*.safetensors")):
+            safe_open(file, "pt").keys()  # its header, held against the file's length
+        if (folder / THRESHOLD_CONFIG).is_file():
+            ThresholdConfig.model_validate_json((folder / THRESHOLD_CONFIG).read_bytes())
     except Exception as error:
         raise _not_loadable(folder, error) from error
     read_vocabulary(tokenizer, described)

@@ -114,4 +114,6 @@ def decode_group(payload: bytes) -> pa.Table:
         raise RunError(
             f"trajectory schema version {found}, this code reads {SCHEMA_VERSION}; use the code that wrote it"
         )
+    if not table.schema.equals(SCHEMA):
+        raise RunError(f"a group has the columns {table.schema.names}, this code reads {SCHEMA.names}")
     return table

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from common.config import IN_RAY_JOB
-from common.errors import RunError, Stopped, UserError
+from common.errors import RunError, Stopped, UserError, shown
 
 app = typer.Typer(
     name="diffpo",
@@ -30,13 +30,19 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved conf
 
 
 def _load(config: Path | None, overrides: list[str] | None, dry_run: bool) -> Any:
-    from common.config_file import dump_config, load_config
+    from common.config_file import load_config
 
     loaded = load_config(config, overrides)
+    _end_dry_run(loaded, dry_run)
+    return loaded
+
+
+def _end_dry_run(loaded: Any, dry_run: bool) -> None:
+    from common.config_file import dump_config
+
     if dry_run:
         typer.echo(dump_config(loaded), nl=False)
         raise typer.Exit
-    return loaded
 
 
 @app.command()
@@ -53,6 +59,8 @@ def train(
     Example: diffpo train --config deploy/configs/sudoku.yaml run.name=first
     Example: diffpo train --resume runs/first
     """
+    if resume == "":
+        raise UserError("--resume is empty; give a run: its folder, or its name below runs/")
     loaded = None if resume else _load(config, overrides, dry_run)
     # a job that Ray runs again finds its run there, and goes on with it
     again = loaded is not None and IN_RAY_JOB in os.environ and loaded.run_directory.exists()
@@ -62,6 +70,7 @@ def train(
 
         folder = loaded.run_directory if loaded is not None else RunDirectory.find(str(resume)).path
         loaded = resumed_config(folder, file=config, overrides=overrides or [])
+        _end_dry_run(loaded, dry_run)
     from learner.display import Display
     from learner.driver import train as run
 
@@ -127,6 +136,10 @@ def evaluate(
     from learner.run_directory import RunDirectory
 
     folders = {"before": against, "after": folder} if against else {"policy": folder}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made ({error.strerror}); choose another folder") from error
     display = Display(warm_start_steps=0, learner_steps=0)
     points = {}
     for name, path in folders.items():
@@ -139,7 +152,6 @@ def evaluate(
             ),
         )
     results = summarise(loaded, points)
-    out.mkdir(parents=True, exist_ok=True)
     RunDirectory(out).write_json("evaluation.json", results)
     draw_pareto(points, out / "pareto.png", title=f"{loaded.task.name}: {folder}")
     display.results(results)
@@ -297,10 +309,10 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {shown(error)}", err=True)
         sys.exit(2)
-    except RunError as error:
-        typer.echo(f"run failed: {error}", err=True)
+    except (RunError, OSError, MemoryError) as error:  # the last two: the machine has no room, or a file went away
+        typer.echo(f"run failed: {shown(error) or type(error).__name__}", err=True)
         sys.exit(1)
     except Stopped as stop:
         sys.exit(128 + signal.Signals[str(stop)].value)

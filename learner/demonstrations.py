@@ -51,7 +51,7 @@ def read_demonstrations(path: str) -> list[tuple[str, str]]:
     try:
         # not splitlines(): JSON allows U+2028 inside a string
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"warm_start.file={path} cannot be read ({error}); give {expected}") from error
     pairs = []
     for number, line in enumerate(lines, 1):
@@ -60,7 +60,8 @@ def read_demonstrations(path: str) -> list[tuple[str, str]]:
         try:
             row = json.loads(line)
             pair = (row["prompt"], row["completion"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            json.dumps(pair, ensure_ascii=False).encode()  # half a character is no text
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: {line[:60]!r} ({error}); give {expected}") from error
         if not all(isinstance(text, str) for text in pair):
             raise UserError(f"{path}, line {number}: {line[:60]!r} holds a value that is no text; give {expected}")

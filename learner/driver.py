@@ -51,6 +51,7 @@ def train(
     if not resume:
         RunDirectory.check_free(config.run_directory)
     check_port(config.metrics.host, config.metrics.port)
+    RunDirectory(config.run_directory).checkpoint_store(config)  # refuses a URI that is not understood
     if parts is POLICY:
         from learner.preflight import preflight
 
@@ -73,6 +74,7 @@ def _run(
             directory = RunDirectory.create(config)
             with directory.lock():
                 return _follow_in(config, directory, show, parts)
+        directory.write_config(config)
         return _follow_in(config, directory, show, parts)
     finally:
         ray.shutdown()

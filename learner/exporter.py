@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from common.errors import UserError
+from common.errors import UserError, cause
 from common.metrics import CATALOGUE, PREFIX, split_labels
 
 
@@ -69,18 +69,20 @@ class Exporter(Collector):
 
 
 def check_port(host: str, port: int) -> None:
-    """Refuse a port that is in use, before anything is started.
+    """Refuse a port that is in use, or an address that is not this machine's, before anything is started.
 
     Raises:
         UserError: naming the address and the way out.
     """
-    if port <= 0:
+    if port < 0:
         return
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise UserError(
-                f"metrics.port={port} on {host} is not usable ({error.strerror}); set metrics.port=0 for a free port"
-            ) from error
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except (OSError, UnicodeError) as error:  # the latter: a name with a part that is too long
+        raise UserError(
+            f"metrics.port={port} on {host} is not usable ({cause(error)}); set metrics.port=0 for a free port, and "
+            "metrics.host=127.0.0.1 or another address of this machine"
+        ) from error

@@ -26,7 +26,7 @@ from common.config import Config
 from common.errors import RunError, UserError, one_line
 from common.policy import Policy, load_policy
 from common.tasks import Task, build_task
-from common.trajectory import NOT_DRAWN, decode_group
+from common.trajectory import NOT_DRAWN, SCHEMA, decode_group
 from learner.batch import Batch, build_batch
 from learner.learner import Learner, Terms
 from learner.objective import token_mean
@@ -34,6 +34,8 @@ from learner.preflight import check_device
 from learner.run_directory import RunDirectory
 from learner.saved_group import choose_weights, find_group
 from learner.surrogate import mean_field, surrogate_log_probs, with_decision
+
+PER_POSITION = [field.name for field in SCHEMA if pa.types.is_list(field.type) and field.name != "prompt_ids"]
 
 
 @dataclass(frozen=True)
@@ -244,8 +246,8 @@ def replay_group(
     Raises:
         RunError: when ids or reveal steps are such that nothing can be computed.
     """
-    _check(table, policy)
     width = config.sampler.max_prompt_tokens if config.deterministic else None
+    _check(table, policy, width)
     batch = build_batch([table], policy.vocabulary, width=width, device=policy.device)
     learner = Learner(policy, config.learner)
     if learner.reference is not None and reference is not None:
@@ -255,11 +257,20 @@ def replay_group(
     return _compare(policy, config, task, table, batch, terms, exact, version=version, tolerance=tolerance)
 
 
-def _check(table: pa.Table, policy: Policy) -> None:
+def _check(table: pa.Table, policy: Policy, width: int | None) -> None:
     """Refuse what would break a forward pass, or loop for ever."""
     size = policy.model.config.vocab_size
-    for row in table.to_pylist():
-        index, length = row["completion_index"], len(row["completion_ids"])
+    rows = table.to_pylist()
+    if not rows or not 0 < len(rows[0]["prompt_ids"]) <= (width or policy.max_positions):
+        raise RunError(f"a group of {len(rows)} completions has no prompt that these weights take; it is damaged")
+    for row in rows:
+        index, length = row["completion_index"], len(rows[0]["completion_ids"])
+        short = [name for name in PER_POSITION if len(row[name]) != length]
+        if short or row["prompt_ids"] != rows[0]["prompt_ids"]:
+            raise RunError(
+                f"completion {index} has another {short[0] if short else 'prompt_ids'} than the group's first one "
+                f"({length} positions); the group is damaged"
+            )
         wrong = [token for token in row["prompt_ids"] + row["completion_ids"] if not 0 <= token < size]
         if wrong:
             raise RunError(

@@ -72,7 +72,9 @@ class PolicyTrainer:
             self._learner.restore(state)
         except Exception as error:  # a state can be wrong in more ways than torch has errors for
             reason = one_line(error) or type(error).__name__
-            raise RunError(f"checkpoint {folder} does not fit this run: {reason}; resume the run it belongs to") from error
+            raise RunError(
+                f"checkpoint {folder} does not fit this run: {reason}; resume the run it belongs to"
+            ) from error
 
     def train(self, payloads: Sequence[bytes], version: int) -> dict[str, float]:
         config = self.config

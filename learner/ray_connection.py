@@ -1,14 +1,22 @@
-"""Ray connection: joins a Ray that is there, or starts a local one; what goes wrong is one line."""
+"""Ray connection: joins a Ray that is there, or starts a local one; what goes wrong is one line.
+
+- A local Ray listens on the loopback address alone. Ray binds to all addresses unless it thinks that this machine can
+  have no cluster; it is told so.
+- Ray asks for its token by default (`RAY_AUTH_MODE`); nothing here changes that.
+"""
 
 import logging
 import os
 import socket
 
 import ray
+from ray._private import ray_constants
 
 from common.errors import UserError, one_line
 
 LOCAL = "local"
+LOOPBACK = "127.0.0.1"
+_USUAL = ray_constants.ENABLE_RAY_CLUSTER
 PROBE_SECONDS = 5.0
 
 
@@ -17,7 +25,14 @@ def chosen_address(address: str | None = None) -> str:
     return address or os.environ.get("RAY_ADDRESS") or LOCAL
 
 
-def connect(address: str, *, way_out: str, namespace: str | None = None, logging_level: int = logging.WARNING) -> None:
+def connect(
+    address: str,
+    *,
+    way_out: str,
+    namespace: str | None = None,
+    logging_level: int = logging.WARNING,
+    loopback: bool = False,
+) -> None:
     """Connect this process to Ray.
 
     Args:
@@ -25,12 +40,14 @@ def connect(address: str, *, way_out: str, namespace: str | None = None, logging
         way_out: what to do where nothing answers at the address; ends the message.
         namespace: Ray namespace of named actors.
         logging_level: of Ray's own messages.
+        loopback: whether the Ray at that address is the local one of another process.
 
     Raises:
         UserError: when Ray cannot be reached or started; nothing is left connected.
     """
     try:
         probe(address)
+        _bind(loopback=loopback or address == LOCAL)
         ray.init(
             address=address,
             namespace=namespace,
@@ -47,6 +64,13 @@ def connect(address: str, *, way_out: str, namespace: str | None = None, logging
                 "free memory, or start one (`ray start --head`) and give its address in RAY_ADDRESS"
             ) from error
         raise UserError(f"Ray at {address!r} cannot be reached ({one_line(error)}); {way_out}") from error
+
+
+def _bind(*, loopback: bool) -> None:
+    """Of this process and of those that Ray starts from it."""
+    enabled = _USUAL and not loopback
+    ray_constants.ENABLE_RAY_CLUSTER = enabled
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = str(int(enabled))
 
 
 def probe(address: str) -> None:

@@ -6,6 +6,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from common.errors import RunError, UserError, one_line
 from learner.driver import CONTROLLER, CONTROLLER_FILE
-from learner.ray_connection import connect
+from learner.ray_connection import LOOPBACK, connect
 from learner.run_directory import RunDirectory
 
 
@@ -31,12 +32,20 @@ def controller_of(run: str) -> Iterator[Any]:
     try:
         where = json.loads((folder / CONTROLLER_FILE).read_text())
         address, namespace = where["ray_address"], where["namespace"]
+        if not re.fullmatch(r"[^/\s]+:[0-9]+", address):
+            raise ValueError(f"ray_address {address!r} is not HOST:PORT")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder / CONTROLLER_FILE}: {one_line(error)}; a run that has started training has it"
         ) from error
     way_out = f"run {run} is not going any more, or its Ray wants another RAY_AUTH_MODE (token, unless you changed it)"
-    connect(str(address), namespace=str(namespace), logging_level=logging.ERROR, way_out=way_out)
+    connect(
+        address,
+        namespace=str(namespace),
+        logging_level=logging.ERROR,
+        way_out=way_out,
+        loopback=address.startswith(f"{LOOPBACK}:"),
+    )
     try:
         controller = ray.get_actor(CONTROLLER)
         found: Any = ray.get(controller.directory.remote())

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from common.config import Config
-from common.config_file import dump_config, load_config
+from common.config_file import load_config
 from common.errors import UserError
-from learner.run_directory import RunDirectory, write_whole
+from learner.run_directory import CONFIG_FILE, RunDirectory
 
-CONFIG_FILE = "config.yaml"
 SAFE = (
     *("run.root", "run.name", "run.checkpoint_every", "run.keep_checkpoints", "run.stall_timeout", "run.ray_address"),
     *("rollout.actors", "rollout.slots", "rollout.cpus", "rollout.gpus", "rollout.max_restarts"),
@@ -24,7 +23,7 @@ SAFE = (
 
 
 def resumed_config(folder: Path, *, file: Path | None, overrides: list[str]) -> Config:
-    """The configuration with which the run in `folder` goes on, written into it.
+    """The configuration with which the run in `folder` goes on; the driver writes it there.
 
     Args:
         folder: the run directory.
@@ -52,7 +51,6 @@ def resumed_config(folder: Path, *, file: Path | None, overrides: list[str]) -> 
         raise UserError(
             f"run {folder} has finished its {done} steps; give more with learner.steps=N, or start another run.name"
         )
-    write_whole(saved_file, dump_config(given))
     return given
 
 

@@ -28,8 +28,9 @@ from filelock import FileLock, Timeout
 from common.checkpoint_store import CheckpointStore
 from common.config import Config
 from common.config_file import dump_config
-from common.errors import UserError
+from common.errors import UserError, cause
 
+CONFIG_FILE = "config.yaml"
 EVALUATION = "evaluation.json"
 ROOT = Path("runs")
 
@@ -67,8 +68,12 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"run directory {path} cannot be made: {error}; choose another run.root") from error
         directory = cls(path)
-        (directory.path / "config.yaml").write_text(dump_config(config))
+        directory.write_config(config)
         return directory
+
+    def write_config(self, config: Config) -> None:
+        """For a run that begins, or goes on with other keys of `learner.resumption.SAFE`; under the lock."""
+        write_whole(self.path / CONFIG_FILE, dump_config(config))
 
     @classmethod
     def find(cls, run: str) -> "RunDirectory":
@@ -119,6 +124,11 @@ class RunDirectory:
         except Timeout as error:
             raise UserError(
                 f"run {self.path} is going on in another process; stop that one first, or choose another run.name"
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"run {self.path} cannot be locked ({cause(error)}); mend the permissions of the folder and of `lock` "
+                "in it, or choose another run.name"
             ) from error
         try:
             yield

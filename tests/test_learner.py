@@ -600,7 +600,8 @@ def test_a_restored_learner_goes_on_bit_equal(changes: dict) -> None:
     """With the optimizer's moments, schedule, counters, reference, what the remedy holds to, and torch's generator."""
     policy = tiny_policy(double=False)
     batches = [
-        generate_batch(policy, prompts=prompts) for prompts in (PROMPTS, ((5, 6), (6, 7, 8), (4,)), ((8, 8), (7,), (5,)))
+        generate_batch(policy, prompts=prompts)
+        for prompts in (PROMPTS, ((5, 6), (6, 7, 8), (4,)), ((8, 8), (7,), (5,)))
     ]
     learner = Learner(copy.deepcopy(policy), learner_config(learning_rate=1e-2, diagnostics_every=2, **changes))
     learner.step(batches[0], version=0)

@@ -100,7 +100,7 @@ def test_another_runs_weights_do_not_fit(config: Config, trainer: PolicyTrainer,
     other = PolicyTrainer(config.model_copy(update={"model": wider}), tmp_path / "warm_start")
     other.warm_start(lambda kind, values: None)
     other.saved()(tmp_path / "other")
-    with pytest.raises(RunError, match="does not fit this run: .*; resume the run it belongs to"):
+    with pytest.raises(RunError, match=r"does not fit this run: .*; resume the run it belongs to"):
         trainer.restore(tmp_path / "other")
 
 

@@ -35,7 +35,7 @@ def test_an_existing_directory_is_refused_and_left_alone_with_a_free_name(tmp_pa
     for name in ("first", "first-2"):
         RunDirectory.create(config_for(tmp_path, name))
     (tmp_path / "first/metrics.jsonl").write_text("precious\n")
-    with pytest.raises(UserError, match="first exists; go on with it .*run.name=first-3 is free") as refused:
+    with pytest.raises(UserError, match=r"first exists; go on with it .*run.name=first-3 is free") as refused:
         RunDirectory.create(config_for(tmp_path))
     assert f"diffpo train --resume {tmp_path / 'first'}" in str(refused.value)
     assert (tmp_path / "first/metrics.jsonl").read_text() == "precious\n"

@@ -20,6 +20,7 @@ BENCHMARKS = {
     "learner": "learner.benchmarks.learner",
     "main": "learner.benchmarks.main_job",
 }
+UNCONFIGURED = ("async", "engine")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ def run_benchmark(
     """Run one benchmark; the last line is its JSON object when asked for, a table before it always."""
     if name not in BENCHMARKS:
         raise UserError(f"benchmark {name!r} is unknown; known: {', '.join(BENCHMARKS)}")
+    if name in UNCONFIGURED and (config or overrides):
+        given = config or " ".join(overrides)
+        raise UserError(f"bench {name} takes no configuration, given {given}; leave it out")
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.2f}")
     module = importlib.import_module(BENCHMARKS[name])

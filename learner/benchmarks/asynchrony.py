@@ -29,7 +29,6 @@ what the same policy gives for the same draws where messages cost nothing.
 """
 
 import asyncio
-import logging
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +43,6 @@ from ray.util.queue import Queue
 from actors.fleet import Fleet
 from common.admission import ADMISSIONS, WindowedFifo
 from common.config import RolloutConfig
-from common.errors import UserError
 from common.lease import FinishedGroup, Lease
 from learner.benchmarks import Options
 from learner.benchmarks.engine_host import EngineHost
@@ -52,6 +50,7 @@ from learner.benchmarks.event_model import Outcome, Workload, simulate
 from learner.benchmarks.simulated_producer import MakeSimulated
 from learner.benchmarks.simulated_run import FREE, SimulatedLearner, make_buffer, simulated_run
 from learner.exporter import Exporter
+from learner.ray_connection import LOCAL, connect
 
 CVS = {"cv0": 0.0, "cv05": 0.5, "cv1": 1.0}
 ETAS = (1, 2, 4)
@@ -61,9 +60,7 @@ GAUGE_SECONDS = 2.0  # as the controller
 
 def run(options: Options) -> dict[str, Any]:
     """All measurements; each is printed as it comes."""
-    if options.config is not None or options.overrides:
-        raise UserError("bench async simulates generation and learner: it takes no configuration; leave it out")
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    connect(LOCAL, way_out="")
     try:
         with tempfile.TemporaryDirectory() as folder:
             return _Measurements(options, Path(folder)).all()

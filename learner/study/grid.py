@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError, field_validator, model_validator
-from yaml import YAMLError
 
 from common.config import Config
-from common.config_file import load_config
-from common.errors import UserError
+from common.config_file import UNREADABLE, load_config, read_yaml
+from common.errors import UserError, shown
 from common.section import Section
 from learner.study.measures import EQUAL, before, check_measure
 
@@ -187,12 +185,13 @@ def load_study(name: str, *, out: Path = OUT) -> tuple[str, Study]:
             "another --out, or rename the file"
         )
     try:
-        data = OmegaConf.to_container(OmegaConf.load(path), resolve=True, throw_on_missing=True)
+        data = OmegaConf.to_container(read_yaml(path), resolve=True, throw_on_missing=True)
         return path.stem, Study.model_validate(data)
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"study {path}: {' '.join(str(error).split())}") from error
     except ValidationError as error:
-        raise UserError("; ".join(f"study {path}: {_explain(item)}" for item in error.errors())) from error
+        lines = (" ".join(_explain(item).split()) for item in error.errors())
+        raise UserError("; ".join(f"study {path}: {line}" for line in lines)) from error
+    except (*UNREADABLE, OSError) as error:
+        raise UserError(f"study {path}: {shown(error)}") from error
 
 
 def _explain(item: Any) -> str:

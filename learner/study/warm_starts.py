@@ -27,7 +27,7 @@ class WarmStarts:
         if not path.is_file():
             return None
         try:
-            found: Any = np.load(path)
+            found: Any = np.load(path, allow_pickle=False)
             wrong = _wrong(found, start_size(run.config))
         except (OSError, ValueError, EOFError) as error:
             found, wrong = None, one_line(error)
