@@ -18,4 +18,4 @@ def test_every_part_is_killed_and_nothing_is_lost_or_trained_twice(tmp_path: Pat
     assert run.end() == 0
     found = account(run)
     assert (found["groups_lost"], found["groups_twice"], found["regenerated"]) == (0, 0, 0)
-    assert found["trained"] == 60 * 8
+    assert (found["trained"], found["set_aside"]) == (60 * 8, 8)

@@ -7,8 +7,9 @@ was acknowledged from files that the rollout actors write. The other figures com
 
 - `kills`: SIGKILLs of rollout actors, replay buffer, learner and driver, in an order drawn from a seed, at drawn
   intervals; a killed driver is resumed. `groups_lost`: acknowledged groups with spread that the final weights do not
-  contain; `groups_twice`: groups that they contain twice; `regenerated`: groups whose generation started after they had
-  been acknowledged. `kills_by`: how many of each; `unfinished`: runs that did not come to their end.
+  contain (but for one batch that is set aside on purpose); `groups_twice`: groups that they contain twice;
+  `regenerated`: groups whose generation started after they had been acknowledged. `kills_by`: how many of each;
+  `unfinished`: runs that did not come to their end.
 - `throughput_under_kills`: acknowledged groups per second while one of 4 rollout actors is killed every 10 s, over the
   same without, windows of both in turn.
 - `recovery_s`: from the kill of a rollout actor of the tiny model to the first group that its replacement hands in,
@@ -23,6 +24,8 @@ was acknowledged from files that the rollout actors write. The other figures com
   manifest half-written; a full disk) that were named, with the previous checkpoint used; `corruption_cases`: how many.
 """
 
+import atexit
+import json
 import random
 import resource
 import shutil
@@ -86,6 +89,7 @@ class ChaosRun:
         command = [sys.executable, "-m", "learner.benchmarks.chaos_parts", self._parts, str(self._file), *rest]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        atexit.register(self.process.kill)
 
     def victims(self, kind: str) -> list[psutil.Process]:
         """Processes of a part, the youngest last."""
@@ -181,6 +185,7 @@ def account(run: ChaosRun) -> dict[str, int]:
     last = max(store.checkpoints(), key=lambda one: one.version)
     counts = np.load(run.path / "checkpoints" / last.name / COUNTS, allow_pickle=False)[1:]
     acknowledged = {number: min(times) for number, times in promised["acknowledged"].items()}
+    set_aside = {n for file in run.path.glob("set_aside/*/why.json") for n in json.loads(file.read_text())["numbers"]}
     again = [
         number
         for number, times in promised["started"].items()
@@ -188,7 +193,10 @@ def account(run: ChaosRun) -> dict[str, int]:
     ]
     return {
         "groups": len(acknowledged),
-        "groups_lost": sum(bool(has_spread(number) and counts[number] == 0) for number in acknowledged),
+        "set_aside": len(set_aside),
+        "groups_lost": sum(
+            bool(has_spread(number) and counts[number] == 0) for number in acknowledged.keys() - set_aside
+        ),
         "groups_twice": int((counts > 1).sum()),
         "regenerated": len(again),
         "trained": int(counts.sum()),

@@ -25,12 +25,13 @@ from common.lease import FinishedGroup, LeaseReply, SubmitReply
 from learner.benchmarks.event_model import Workload
 from learner.benchmarks.simulated_producer import MakeSimulated, SimulatedProducer
 from learner.parts import POLICY, Parts
-from learner.trainer import Report
+from learner.trainer import BatchRefused, Report
 
 COUNTS = "counts.npy"
 AUDIT = "audit"
 NUMBER_BYTES = 8
 PAYLOAD_BYTES = 10_000
+REFUSED = 30  # the batch that holds this group is set aside
 FLAT_EVERY = 7  # every so-manieth group has no spread
 GENERATION_SECONDS, CV = 0.5, 0.5
 TRAIN_SECONDS = 0.1
@@ -56,8 +57,10 @@ class CountingTrainer:
 
     def train(self, payloads: Sequence[bytes], version: int) -> dict[str, float]:
         time.sleep(TRAIN_SECONDS)
-        for payload in payloads:
-            self._counts[int.from_bytes(payload[:NUMBER_BYTES], "little")] += 1
+        numbers = [int.from_bytes(payload[:NUMBER_BYTES], "little") for payload in payloads]
+        if REFUSED in numbers:
+            raise BatchRefused(f"group {REFUSED} is refused, to see its batch set aside")
+        self._counts[numbers] += 1
         self._steps += 1
         return {}
 
