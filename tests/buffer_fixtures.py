@@ -14,6 +14,7 @@ from common.errors import RunError
 from common.replay_buffer import ReplayBuffer
 
 PATIENCE = 20.0
+WHEN = ("before", "after", "noted")
 
 
 def unavailable() -> ActorUnavailableError:
@@ -42,7 +43,7 @@ class Handle:
         self.lives = 1
 
     def dies(self, name: str, when: str) -> None:
-        """The next call of this name finds the buffer dead: it dies `before` it, or `after` it but before the reply."""
+        """The next call of this name gets no reply: the buffer dies before it, after it, or once files have noted it."""
         self._deaths[name] = when
 
     def __getattr__(self, name: str) -> Any:
@@ -69,7 +70,9 @@ class Handle:
             raise unavailable() from error
         finally:
             self._under_way.discard(call)
-        if when == "after":
+        if when == "noted":
+            await self._buffer._store.write([])
+        if when:
             await self._die()
             raise unavailable()
         return reply

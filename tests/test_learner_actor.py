@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from buffer_fixtures import PATIENCE, Handle, living, without_objects
+from buffer_fixtures import PATIENCE, WHEN, Handle, living, without_objects
 from ray.exceptions import ActorUnavailableError
 
 from actors import rollout_actor
@@ -231,7 +231,7 @@ def test_a_run_without_deaths(tmp_path: Path) -> None:
 CALLS = ["sample", "publish", "export", "settle", "lease", "submit"]
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", WHEN)
 @pytest.mark.parametrize("name", CALLS)
 def test_the_buffer_may_die_at_any_call(tmp_path: Path, name: str, when: str) -> None:
     """At the first call of the name, and at a later one; one of an actor's while the learner sees nothing of it."""
@@ -275,7 +275,7 @@ def test_a_learner_that_dies_again_and_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["rewind", "publish", "sample"])
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", WHEN)
 def test_both_may_die(tmp_path: Path, name: str, when: str) -> None:
     """The buffer dies while the new learner takes its run up again."""
     with world(tmp_path) as found:
@@ -319,7 +319,7 @@ def test_a_batch_that_cannot_be_trained_on_is_set_aside(tmp_path: Path) -> None:
         assert (gauges["skipped_groups"], gauges["groups_trained"]) == (4, STEPS * GROUPS)
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", WHEN)
 def test_the_buffer_may_die_while_a_batch_is_set_aside(tmp_path: Path, when: str) -> None:
     with world(tmp_path) as found:
         found.refused = {4}

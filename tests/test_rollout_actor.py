@@ -1,55 +1,27 @@
 """The rollout actor's loop against a real replay buffer, without Ray: leases, weights, faults, drain, stop."""
 
-import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import numpy as np
 import pytest
+from buffer_fixtures import PATIENCE, WHEN, Handle, living
+from ray.exceptions import ActorUnavailableError, OwnerDiedError
 
 from actors import rollout_actor
 from actors.producer import Fault
 from actors.rollout_actor import RolloutActor
-from common.lease import Batch, FinishedGroup, Lease, LeaseReply
+from common.lease import Batch, FinishedGroup, Lease, LeaseReply, RejoinFirst
 from common.replay_buffer import ReplayBuffer
 from common.segment_store import SegmentStore
 from common.weight_store import Snapshot, digest
 from learner.benchmarks.event_model import Workload
 from learner.benchmarks.simulated_producer import MakeSimulated, SimulatedProducer
-
-PATIENCE = 10.0
-
-
-class Reference:
-    """Stands for Ray's reference to the reply of a call."""
-
-    def __init__(self, future: Any) -> None:
-        self._future = future
-
-    def future(self) -> Any:
-        return self._future
-
-
-class Handle:
-    """Stands for Ray's handle of the buffer: calls run on the buffer's own event loop."""
-
-    def __init__(self, buffer: ReplayBuffer, loop: asyncio.AbstractEventLoop) -> None:
-        self._buffer, self._loop = buffer, loop
-
-    def __getattr__(self, name: str) -> Any:
-        class Method:
-            @staticmethod
-            def remote(*arguments: Any) -> Reference:
-                call = getattr(self._buffer, name)(*arguments)
-                return Reference(asyncio.run_coroutine_threadsafe(call, self._loop))
-
-        return Method
-
-    def call(self, name: str, *arguments: Any) -> Any:
-        return getattr(self, name).remote(*arguments).future().result(PATIENCE)
 
 
 class Scene:
@@ -59,14 +31,29 @@ class Scene:
         self.buffer, self.actor = handle, actor
         self.thread = Thread(target=actor.run, daemon=True)
         self.version = -1
+        self.history: list[tuple[int, list[int]]] = []
 
     def publish(self, trained: list[int]) -> None:
         self.version += 1
+        self.history.append((self.version, trained))
+        self.asks("publish", self.snapshot(), trained)
+
+    def snapshot(self) -> Snapshot:
         flat = np.full(5, self.version, np.float32)
-        self.buffer.call("publish", Snapshot(self.version, digest(flat), [flat]), trained)
+        return Snapshot(self.version, digest(flat), [flat])
+
+    def asks(self, name: str, *arguments: Any) -> Any:
+        """A call of the learner; a buffer that came back is told first what it did."""
+        while True:
+            try:
+                return self.buffer.call(name, *arguments)
+            except (ActorUnavailableError, RejoinFirst):
+                self.buffer.call("rejoin", self.snapshot(), self.history, [])
+                if name == "publish":
+                    return None
 
     def train(self) -> Batch:
-        batch = self.buffer.call("sample")
+        batch = self.asks("sample")
         self.publish(batch.numbers)
         return batch
 
@@ -84,30 +71,25 @@ def simulated(seconds: float = 0.002) -> MakeSimulated:
 
 
 @contextmanager
-def scene(make: Callable[..., Any], **changed: Any) -> Iterator[Scene]:
-    loop = asyncio.new_event_loop()
-    looping = Thread(target=loop.run_forever, daemon=True)
-    looping.start()
-    values = {"groups_per_step": 2, "max_staleness": 1, "lease_seconds": 60.0, "drop_no_spread": False}
-    store = SegmentStore("mock:///segments", memory_bytes=2**20)
-    handle = Handle(ReplayBuffer(**{"store": store, **values, **changed}), loop)
-    acting = Scene(handle, RolloutActor(name="a", buffer=handle, make=make))
-    acting.thread.start()
-    acting.publish([])
-    try:
-        yield acting
-    finally:
-        handle.call("close")
-        acting.actor.stop()
-        ended = acting.ends()
-        loop.call_soon_threadsafe(loop.stop)
-        looping.join()
-        assert ended
+def scene(make: Callable[..., Any], folder: Path | str = "mock:///segments", **changed: Any) -> Iterator[Scene]:
+    """A buffer that shall come back needs a real `folder`."""
+    values = {"groups_per_step": 2, "max_staleness": 1, "lease_seconds": 60.0, "drop_no_spread": False, **changed}
+    with living(lambda: ReplayBuffer(**{"store": SegmentStore(folder, memory_bytes=2**20), **values})) as handle:
+        acting = Scene(handle, RolloutActor(name="a", buffer=handle, make=make))
+        acting.thread.start()
+        acting.publish([])
+        try:
+            yield acting
+        finally:
+            handle.call("close")
+            acting.actor.stop()
+            assert acting.ends()
 
 
 @pytest.fixture(autouse=True)
 def _objects(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rollout_actor.ray, "get", lambda flat: flat)
+    monkeypatch.setattr(rollout_actor, "RETRY_SECONDS", 0.01)
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -242,3 +224,68 @@ def test_the_loop_sleeps_while_it_has_nothing_to_do() -> None:
         before = steps
         time.sleep(0.3)
         assert steps - before <= 2
+
+
+class FaultyOnce(SimulatedProducer):
+    """Its first prompt is at fault, once."""
+
+    faulty = True
+
+    def step(self) -> list[FinishedGroup | Fault]:
+        ended = super().step()
+        if self.faulty and ended and ended[0].number == 0:
+            self.faulty = False
+            ended[0] = Fault(0, ended[0].attempt, "no good")
+        return ended
+
+
+@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize("name", ["lease", "submit", "renew", "fail"])
+def test_the_buffer_may_be_gone_for_any_call(name: str, when: str, tmp_path: Path) -> None:
+    """The actor tells the one that comes back what it holds and makes its call again; nothing is lost or done twice.
+
+    A lease that was granted, noted and never heard of would else wait for its deadline.
+    """
+    make = partial(lambda name, wake, made: FaultyOnce(made), made=simulated(0.2 if name == "renew" else 0.002))
+    with scene(make, tmp_path, lease_seconds=0.15 if name == "renew" else 60.0) as acting:
+        acting.buffer.dies(name, when)
+        numbers = [number for _ in range(6) for number in acting.train().numbers]
+        assert sorted(numbers) == list(range(12))
+        until(lambda: acting.buffer.lives == 2)
+        numbers += [number for _ in range(2) for number in acting.train().numbers]
+        assert sorted(numbers) == list(range(16))
+        gauges = acting.gauges()
+        assert (gauges["groups_trained"], gauges["groups_quarantined"]) == (16, 0)
+        assert (gauges["lost_groups"], gauges["violations"]) == (0, 0)
+
+
+def test_an_actor_that_is_stopped_while_the_buffer_is_gone_ends(tmp_path: Path) -> None:
+    with scene(simulated(60.0), tmp_path) as acting:
+        until(lambda: acting.gauges()["groups_leased"] == 2)
+        acting.buffer.dies("renew", "before")
+        acting.actor._events.put(lambda: setattr(acting.actor, "_renewed", 0.0))  # renews at once
+        until(lambda: acting.buffer.lives == 2)
+        acting.actor.stop()
+        assert acting.ends()
+
+
+def test_weights_whose_learner_died_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = True
+
+    def owner_is_dead(flat: np.ndarray) -> np.ndarray:
+        if lost and flat[0] == 1:
+            raise OwnerDiedError("00" * 28, "an owner", "a call")
+        return flat
+
+    monkeypatch.setattr(rollout_actor.ray, "get", owner_is_dead)
+    monkeypatch.setattr(rollout_actor, "DAMAGED_SECONDS", 0.05)
+    with scene(simulated()) as acting:
+        acting.train()
+        until(lambda: acting.gauges()["failed_leases"] > 0)  # leases that need version 1 go back
+        gauges = acting.actor.gauges()
+        assert (gauges["version"], gauges["damaged_weights"]) == (0, 0)
+        lost = False
+        for _ in range(4):
+            assert max(acting.train().staleness) <= 1
+        gauges = acting.gauges()
+        assert (gauges["groups_trained"], gauges["groups_quarantined"], gauges["violations"]) == (10, 0, 0)
