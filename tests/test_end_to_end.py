@@ -1,4 +1,4 @@
-"""The main job as a user starts it: to the end, stopped by a signal, with a dead fleet, and as a submitted Ray job."""
+"""The main job as a user starts it: to the end, stopped, with parts that die, resumed, and as a submitted Ray job."""
 
 import json
 import os
@@ -18,9 +18,11 @@ from transformers import AutoModelForCausalLM
 from common.config_file import load_config
 from common.metrics import CATALOGUE, PREFIX
 from common.policy import load_policy
+from common.version import step_of
 from common.weight_store import digest
 from common.weights import to_flat
 from learner.reference_loop import reference_loop
+from learner.run_directory import RunDirectory
 from learner.study.single_run import SingleRun
 
 ROOT = Path(__file__).parents[1]
@@ -59,9 +61,8 @@ def start(config: str, root: Path, *overrides: str) -> subprocess.Popen[str]:
 
 def rows(run: Path) -> list[dict[str, float]]:
     """Learner steps in a run's `metrics.jsonl`."""
-    file = run / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [row for row in map(json.loads, lines) if row["kind"] == "step"]
+    found = RunDirectory(run).read_metrics() if (run / "metrics.jsonl").exists() else []
+    return [row for row in found if row["kind"] == "step"]
 
 
 def wait_for_step(process: subprocess.Popen[str], run: Path, step: int, seconds: float = 120) -> None:
@@ -215,14 +216,40 @@ def metric(run: Path, name: str) -> float:
     return next(float(line.split()[1]) for line in lines if line.startswith(f"{PREFIX}{name} "))
 
 
-def test_a_dead_learner_ends_the_run_with_its_cause(tmp_path: Path) -> None:
-    """Nothing waits for a learner that was killed; the last line says so."""
-    process = start("sudoku", tmp_path, ENDLESS)
-    wait_for_step(process, tmp_path / "run", 2)
-    kill(process.pid, "LearnerActor")
+def test_a_run_survives_its_learner_its_buffer_and_its_driver(tmp_path: Path) -> None:
+    """SIGKILL to each of them in turn; `--resume` finishes the run, and no group that was accepted is lost."""
+    run = tmp_path / "run"
+    process = start("sudoku", tmp_path, ENDLESS, "run.checkpoint_every=2", "replay.max_staleness=1")
+    wait_for_step(process, run, 3)
+    for part in ("LearnerActor", "ReplayBuffer"):
+        kill(process.pid, part)
+        wait_for_step(process, run, len(rows(run)) + 4)  # more than was buffered: groups are generated again
+    assert (metric(run, "learner_restarts_total"), metric(run, "replay_lost_groups_total")) == (1, 0)
+    parts = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    killed = time.monotonic()
+    psutil.wait_procs(parts, timeout=30)
+    print("ENDED AFTER", time.monotonic() - killed)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1, output
-    assert "run failed: the learner or the replay buffer died" in output.splitlines()[-1]
+    assert "the learner died and is started again" in output
+    assert not (run / "evaluation.json").exists()
+
+    done, steps = len(rows(run)), int(rows(run)[-1]["learner_steps"]) + 4
+    resume = [sys.executable, "-m", "learner", "train", "--resume", str(run), f"learner.steps={steps}"]
+    resumed = subprocess.run(resume, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert json.loads((run / "evaluation.json").read_text())["steps"] == steps
+    after = [int(row["learner_steps"]) for row in rows(run)[done:]]
+    assert after == list(range(after[0], steps + 1))
+    versions = [int(row["weights_version"]) for row in rows(run)]
+    assert versions == sorted(set(versions)), "none stands for two sets of weights"
+    assert [step_of(version) for version in versions] == [row["learner_steps"] for row in rows(run)]
+    last = RunDirectory(run).checkpoint_store(load_config(run / "config.yaml", [])).checkpoints()[-1]
+    assert (last.step, last.version) == (steps, versions[-1])
+    assert last.facts["counters"]["lost_groups"] == last.facts["counters"]["violations"] == 0
+    again = subprocess.run(resume, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert again.returncode == 2
+    assert f"has finished its {steps} steps" in again.stderr
 
 
 def test_a_run_in_which_nothing_can_be_trained_ends(tmp_path: Path) -> None:
