@@ -21,7 +21,9 @@ from common.errors import UserError, shown, without_secrets
 from common.tasks import TASKS, CountdownConfig, SudokuConfig
 
 MOST_REFERENCES = 30  # aliases and `${...}` of a file: ten levels of three are 59,049 copies
-UNREADABLE = (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, RecursionError)
+# what yaml raises for `!!int`, `!!bool x`, `!!timestamp x` is not its own error
+UNREADABLE: tuple[type[Exception], ...] = (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError)
+UNREADABLE += (LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:

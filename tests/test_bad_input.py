@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -243,7 +243,7 @@ def beyond(field: Any) -> list[str]:
     return list(dict.fromkeys(found if len(found) > 3 else [*found, "-1"]))
 
 
-def limits() -> Iterator[Case]:
+def limits() -> Iterator[tuple[str, list[Case]]]:
     """For every key of every section, values of the wrong type and beyond each of its limits."""
     turn = count()
     for task in (SudokuConfig, CountdownConfig):
@@ -251,11 +251,10 @@ def limits() -> Iterator[Case]:
         fields += leaves(Config) if task is SudokuConfig else []
         for key, field in fields:
             values = beyond(field) if get_origin(field.annotation) is not tuple else ["[-1]", "[.nan]", "[[1]]"]
-            for value in values:
-                command = COMMANDS[next(turn) % 3]
-                given = [*TINY, f"task.name={task.model_fields['name'].default}", f"{key}={value}"]
-                said = "task" if key == "task.reward_weights" else key.rpartition(".")[2]
-                yield Case(f"{task.__name__}: {key}={value}", [*command, *given], [said])
+            given = [*COMMANDS[next(turn) % 3], *TINY, f"task.name={task.model_fields['name'].default}"]
+            said = "task" if key == "task.reward_weights" else key.rpartition(".")[2]
+            named = f"{given[0]}: {task.__name__}: {key}"
+            yield named, [Case(f"{named}={value}", [*given, f"{key}={value}"], [said]) for value in values]
 
 
 def configurations() -> Iterator[Case]:
@@ -490,7 +489,7 @@ def inputs() -> Iterator[Case]:
     yield Case("study: unknown", ["study", "luck"], ["known studies"])
     yield Case("study: path", ["study", "../../etc/passwd"], ["no file"])
     yield Case("study: out is a file", ["study", "study.yaml", "--out", "good.yaml"], ["another --out"])
-    yield Case("study: seeds", ["study", "study.yaml", "--seeds", "0"], ["seeds"])
+    yield Case("study: --seeds", ["study", "study.yaml", "--seeds", "0"], ["seeds"])
     yield Case("study: result", ["study", "study.yaml", "--out", "o", "--report"], ["one-seed0.json"], write(
         "o/study/one-seed0.json", "{"))  # fmt: skip
     yield Case("bench: unknown", ["bench", "luck"], ["benchmark 'luck' is unknown; known: async"])
@@ -503,23 +502,19 @@ def inputs() -> Iterator[Case]:
     yield Case("no such option", ["train", "--confg", "x"], ["--confg"])
 
 
-CASES = [*configurations(), *inputs(), *limits()]
+CASES = [*configurations(), *inputs()]
+LIMITS = dict(limits())
 
 
 def test_there_are_enough_and_each_once() -> None:
-    names = [case.name for case in CASES]
+    names = [case.name for case in [*CASES, *chain(*LIMITS.values())]]
     assert len(names) > 500
     assert sorted(set(names)) == sorted(names)
     covered = {case.arguments[0] for case in CASES}
     assert covered >= {"train", "sft", "eval", "generate", "bench", "scale", "study", "replay", "metrics"}
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case.name[:60] for case in CASES])
-def test_what_is_wrong_is_named_and_nothing_is_lost(
-    case: Case, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    case.before()
-    before = snapshot(place)
+def check(case: Case, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     code, error = ended(case.arguments, monkeypatch, capsys)
     assert code == case.code, error
     usage = error.startswith("Usage:")  # the command line's own errors take some lines
@@ -529,6 +524,25 @@ def test_what_is_wrong_is_named_and_nothing_is_lost(
     assert "SESAME" not in error
     for part in case.parts:
         assert part in error
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name[:60] for case in CASES])
+def test_what_is_wrong_is_named_and_nothing_is_lost(
+    case: Case, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case.before()
+    before = snapshot(place)
+    check(case, monkeypatch, capsys)
+    assert snapshot(place) == before
+
+
+@pytest.mark.parametrize("key", LIMITS)
+def test_every_key_refuses_what_is_beyond_it(
+    key: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = snapshot(place)
+    for case in LIMITS[key]:
+        check(case, monkeypatch, capsys)
     assert snapshot(place) == before
 
 
