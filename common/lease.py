@@ -3,7 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
+from common.errors import RunError
 from common.weight_store import Snapshot
+
+
+class RejoinFirst(RunError):
+    """The buffer was started anew and does not know what the learner did since: it shall `rejoin` and call again."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,8 @@ Contract:
   (`rewind`), and what was trained since is finished again.
 - A buffer that is made on the files of a dead one goes on where that one was (`common.recovery`). It knows what was
   acknowledged; what the learner did since is told by the learner (`rejoin`, or `rewind` by one that starts anew). Until
-  then it grants nothing and hands out no batch; results are taken.
+  then it grants nothing and answers the learner's other calls with `RejoinFirst`, since one that was busy while the
+  buffer died has seen nothing of it; results are taken.
 - Nobody holds the lock while a file is written or read; then, under the lock, it is decided anew: a lease that ended
   meanwhile makes its group late, a lower number that finished goes into the batch.
 
@@ -43,7 +44,7 @@ from common.admission import ADMISSIONS, Admission
 from common.checkpoint_store import CheckpointStore
 from common.errors import RunError, UserError
 from common.journal import encode_journal
-from common.lease import Batch, Export, FinishedGroup, Lease, LeaseReply, RenewReply, SubmitReply
+from common.lease import Batch, Export, FinishedGroup, Lease, LeaseReply, RejoinFirst, RenewReply, SubmitReply
 from common.ledger import GroupState
 from common.recovery import ATTEMPTS_PER_LIFE, NO_SPREAD, recover
 from common.segment_folder import encode_segment
@@ -99,6 +100,7 @@ class ReplayBuffer:
         self._ledger = found.ledger
         self._held: dict[int, StoredGroup] = found.held
         self._life = found.life
+        self._joined = not found.life  # a learner has told what it did, or there is none yet
         self._weights = WeightStore(keep=keep_versions)
         self._starts: int | None = None  # the version of a learner that has just returned to a checkpoint
         self._store = store
@@ -253,6 +255,7 @@ class ReplayBuffer:
         with self._sample_waits.running():
             while True:
                 async with self._changed:
+                    self._check_joined()
                     await self._changed.wait_for(lambda: self._closed or self._ready())
                     chosen = [] if self._closed else [self._held[number] for number in self._selectable()]
                     groups = [one.group or read.get(one) for one in chosen]
@@ -270,6 +273,7 @@ class ReplayBuffer:
         sampled, or it is not one step's groups.
         """
         async with self._changed:
+            self._check_joined()
             self._check_publication(snapshot, trained)
             self._weights.publish(snapshot)
             self._starts = None
@@ -285,6 +289,7 @@ class ReplayBuffer:
         a group was not sampled; RunError when it cannot be written, and then the learner must not go on.
         """
         async with self._changed:
+            self._check_joined()
             self._check_sampled(numbers, "set aside")
             for number in numbers:
                 self._ledger.discard(number, reason=reason)
@@ -294,13 +299,15 @@ class ReplayBuffer:
         await self._store.write([])
 
     async def rewind(self, index: int, step: int) -> int:
-        """Called by a learner that starts from a checkpoint, before its first publication; gives the version of that.
+        """Called by a learner that starts, before its first publication; gives the version of that. 0 in a new run.
 
         What was trained after journal entry `index`, or was sampled, is finished again. Leases are void: their groups
         are queued, since tokens of the version to come are older than the leases are. `step` is the learner's.
         Raises LedgerError, and changes nothing, for a checkpoint that is not a place to return to (`Ledger.rewind`).
         """
         async with self._changed:
+            if not self._life and self.version < 0:
+                return 0  # nothing has happened yet
             rewound = self._ledger.rewind(index, reason=f"the learner returned to step {step}")
             for number in self._ledger.numbers(GroupState.SAMPLED):
                 self._ledger.unsample(number)
@@ -313,6 +320,7 @@ class ReplayBuffer:
             self._life += 1
             self._ledger.first_attempt = self._life * ATTEMPTS_PER_LIFE + 1
             self._starts = starts = first_version(self._life, step)
+            self._joined = True
             self._changed.notify_all()
         await self._store.write([])  # the life is used up, whatever comes
         return starts
@@ -329,6 +337,7 @@ class ReplayBuffer:
         """
         async with self._changed:
             self._check_history(snapshot, [n for _, numbers in history for n in numbers], sampled)
+            self._joined = True
             for _, numbers in history:
                 self._train([n for n in numbers if self._ledger.state(n) is not GroupState.TRAINED])
             if snapshot.version > self.version:
@@ -346,6 +355,7 @@ class ReplayBuffer:
     async def export(self) -> Export:
         """Called by the learner's loop for a checkpoint, between two publications: the buffer's part of it."""
         async with self._changed:
+            self._check_joined()
             index, entries = self._ledger.length, self._ledger.journal()
             states = (GroupState.FINISHED, GroupState.SAMPLED)
             chosen = [self._held[number] for state in states for number in self._ledger.numbers(state)]
@@ -361,6 +371,7 @@ class ReplayBuffer:
     async def settle(self, index: int) -> None:
         """Called by the learner's loop: every checkpoint that it may return to contains the journal up to `index`."""
         async with self._changed:
+            self._check_joined()
             for number in self._ledger.settle(index):
                 stored = self._held.pop(number, None)
                 if stored is not None:
@@ -592,10 +603,6 @@ class ReplayBuffer:
 
     def _check_publication(self, snapshot: Snapshot, numbers: Sequence[int]) -> None:
         expected = self.version + 1 if self._starts is None else self._starts
-        if self._life and expected == 0:
-            raise RuntimeError(
-                f"version {snapshot.version} published; after a dead buffer comes rejoin or rewind first"
-            )
         if expected > 0 and snapshot.version != expected:
             raise RuntimeError(f"version {snapshot.version} published, expected {expected}; staleness counts ones")
         self._check_sampled(numbers, f"trained in version {snapshot.version}")
@@ -604,6 +611,10 @@ class ReplayBuffer:
         step = self._groups_per_step if self._learning() else 0
         if len(numbers) != step:
             raise RuntimeError(f"version {snapshot.version} ends {len(numbers)} groups, not a step of {step}")
+
+    def _check_joined(self) -> None:
+        if not self._joined:
+            raise RejoinFirst("the replay buffer was started anew; rejoin or rewind comes first")
 
     def _check_sampled(self, numbers: Sequence[int], what: str) -> None:
         if len(set(numbers)) < len(numbers):

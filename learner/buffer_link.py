@@ -1,7 +1,8 @@
 """BufferLink: the learner's side of its calls to the replay buffer, one at a time, through the buffer's deaths.
 
 The buffer is started again when it dies, from its files (`common.recovery`). What the learner did since is in no file:
-the link keeps it, tells it first (`rejoin`), and makes the call again.
+the link keeps it, tells it first (`rejoin`), and makes the call again. A call that was under way fails; one that comes
+when the buffer is there again, but was not told, is answered with `RejoinFirst`.
 """
 
 import time
@@ -13,8 +14,8 @@ import ray
 from ray.exceptions import ActorUnavailableError
 
 from actors.failure import comes_back
-from common.lease import Batch, Export
-from common.weight_store import Snapshot, digest
+from common.lease import Batch, Export, RejoinFirst
+from common.weight_store import UNPUBLISHED, Snapshot, digest
 
 RETRY_SECONDS = 0.2
 
@@ -38,14 +39,15 @@ class BufferLink:
         self._history.append((version, list(trained)))
         try:
             self.closed = ray.get(self._buffer.publish.remote(self._snapshot, trained))
-        except ActorUnavailableError as error:
-            if not comes_back(error):
-                raise
-            self._rejoin()  # which publishes
+        except (ActorUnavailableError, RejoinFirst) as error:
+            self._after(error)  # which publishes
 
     def set_aside(self, numbers: Sequence[int], reason: str) -> None:
-        """Give a batch up."""
-        self._call(lambda: self._buffer.set_aside.remote(numbers, reason), sampled=numbers)
+        """Give a batch up. Should the buffer die meanwhile, it may come once more."""
+        try:
+            ray.get(self._buffer.set_aside.remote(numbers, reason))
+        except (ActorUnavailableError, RejoinFirst) as error:
+            self._after(error)
 
     def rewind(self, index: int, step: int) -> int:
         """Return the buffer to a checkpoint; the version to publish first."""
@@ -60,22 +62,26 @@ class BufferLink:
         self._history = [done for done in self._history if done[0] > version]
         self._call(lambda: self._buffer.settle.remote(index))
 
-    def _call(self, call: Callable[[], Any], sampled: Sequence[int] = ()) -> Any:
+    def _call(self, call: Callable[[], Any]) -> Any:
         while True:
             try:
                 return ray.get(call())
-            except ActorUnavailableError as error:
-                if not comes_back(error):
-                    raise
-                self._rejoin(sampled)
+            except (ActorUnavailableError, RejoinFirst) as error:
+                self._after(error)
 
-    def _rejoin(self, sampled: Sequence[int] = ()) -> None:
-        while self._snapshot is not None:
+    def _after(self, error: Exception) -> None:
+        """Tell a buffer that came back what the learner did; nothing is sampled then. Any other error is raised."""
+        asked = isinstance(error, RejoinFirst)
+        if not asked and not comes_back(error):
+            raise error
+        if not asked and self._snapshot is None:  # nothing to tell
+            time.sleep(RETRY_SECONDS)
+            return
+        while True:
             try:
-                ray.get(self._buffer.rejoin.remote(self._snapshot, self._history, sampled))
+                ray.get(self._buffer.rejoin.remote(self._snapshot or UNPUBLISHED, self._history, ()))
                 return
-            except ActorUnavailableError as error:
-                if not comes_back(error):
+            except ActorUnavailableError as again:
+                if not comes_back(again):
                     raise
                 time.sleep(RETRY_SECONDS)
-        time.sleep(RETRY_SECONDS)

@@ -104,7 +104,7 @@ class LearnerActor:
         """The first publication, from a checkpoint or from the warm start; its version."""
         found = self._checkpoints.newest_sound()
         if found is None:
-            version = 0
+            version = link.rewind(0, 0)
             self._checkpoint(link, writer, version)
             self._settle(link, writer, wait=True)
             if writer.newest < 0:
@@ -140,7 +140,7 @@ class LearnerActor:
         self._skipped_in_row += 1
         step = self._trainer.steps
         folder = self._directory.set_aside(step, sampled.version, sampled.numbers[0])
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)  # should the buffer die, it may come once more
         self._trainer.saved()(folder)
         SegmentFolder(folder / "groups").write(
             [

@@ -10,7 +10,8 @@ import ray
 from buffer_fixtures import unavailable
 from ray.exceptions import ActorDiedError, RayTaskError
 
-from common.lease import Batch, Export
+from common.lease import Batch, Export, RejoinFirst
+from common.weight_store import UNPUBLISHED
 from learner import buffer_link
 from learner.buffer_link import BufferLink
 
@@ -29,6 +30,15 @@ CALLS: dict[str, Callable[[BufferLink], Any]] = {
     "export": lambda link: link.export(),
     "settle": lambda link: link.settle(6, 1),
 }
+
+
+ONCE = ("publish", "set_aside")
+"""What was published is part of what the buffer is told; what it still has to set aside comes again with `sample`."""
+
+
+def asks_to_rejoin() -> Exception:
+    """It died and came back while the learner was busy."""
+    return RayTaskError("call", "a traceback", RejoinFirst("rejoin first")).as_instanceof_cause()
 
 
 class Buffer:
@@ -51,7 +61,7 @@ class Buffer:
         self.told.append((name, arguments))
         if self.dead[name]:
             self.dead[name] -= 1
-            raise self.error()
+            raise unavailable() if name == "rejoin" else self.error()
         return REPLIES.get(name)
 
     def names(self) -> list[str]:
@@ -84,17 +94,19 @@ def link(buffer: Buffer) -> BufferLink:
     return found
 
 
+@pytest.mark.parametrize("error", [unavailable, asks_to_rejoin])
 @pytest.mark.parametrize("deaths", [1, 3])
 @pytest.mark.parametrize("name", CALLS)
 def test_a_buffer_that_came_back_is_told_first_and_asked_again(
-    buffer: Buffer, link: BufferLink, name: str, deaths: int
+    buffer: Buffer, link: BufferLink, name: str, deaths: int, error: Callable[[], Exception]
 ) -> None:
-    buffer.dead[name] = deaths if name != "publish" else 1
+    buffer.dead[name] = 1 if name in ONCE else deaths
     buffer.dead["rejoin"] = 2  # it dies once more, and again
+    buffer.error = error
     reply = CALLS[name](link)
-    assert reply == (None if name == "publish" else REPLIES.get(name))
+    assert reply == (None if name in ONCE else REPLIES.get(name))
     told = [name, "rejoin", "rejoin", "rejoin"]
-    if name != "publish":  # what was published is part of what it is told
+    if name not in ONCE:
         told += [name, "rejoin"] * (deaths - 1) + [name]
     assert buffer.names() == told
     asked = [arguments for called, arguments in buffer.told if called == name]
@@ -110,7 +122,7 @@ def test_a_buffer_that_came_back_is_told_first_and_asked_again(
         assert snapshot.version == history[-1][0]
         assert (snapshot.payload[0] == weights(snapshot.version)).all()
         assert told_history == history
-        assert list(sampled) == ([4, 5] if name == "set_aside" else [])
+        assert list(sampled) == []
 
 
 @pytest.mark.parametrize("name", ["rewind", "sample", "export"])
@@ -118,6 +130,12 @@ def test_before_the_first_publication_there_is_nothing_to_tell(buffer: Buffer, n
     buffer.dead[name] = 2
     assert CALLS[name](BufferLink(buffer)) == REPLIES[name]
     assert buffer.names() == [name] * 3
+
+
+def test_a_buffer_that_asks_is_answered_before_the_first_publication_too(buffer: Buffer) -> None:
+    buffer.dead["export"], buffer.error = 1, asks_to_rejoin
+    assert CALLS["export"](BufferLink(buffer)) == REPLIES["export"]
+    assert buffer.told == [("export", ()), ("rejoin", (UNPUBLISHED, [], ())), ("export", ())]
 
 
 def test_what_a_durable_checkpoint_contains_is_not_told_again(buffer: Buffer, link: BufferLink) -> None:
