@@ -35,10 +35,39 @@ these groups still held their tickets, or had no number yet, when the lease was 
 So `P * (v' - v) <= B + W - 2`. A group that was leased again has only tokens of its last lease, and the count above is
 made from that grant; one that is discarded leaves the counts as they are or smaller. QED.
 
-A step that sums several batches, or discards part of its batch, consumes `P` or more: the bound holds.
+A step may consume more than `P`, so long as the learner never returns to a checkpoint.
+
+*Rewinds (ours).* A learner that returns to a checkpoint forgets what it trained since. These groups are finished again,
+with the tokens they had, and hold tickets again: `P` for each step lost, on top of `B`. What is added to the contract:
+- Staleness counts learner steps (`common.version`), and each step consumes exactly `P` groups.
+- All leases are void at a rewind and their groups are queued: tokens of the version to come may be of a lower step
+  than that of the grant.
+- A group is leased, for the first time or again, only while fewer than `B` active groups are numbered below it.
+
+The bound is the same. Let `x` be trained from a lease granted at step `s` of whichever lineage, in a step that starts
+at step `s'` of lineage `L`. No rewind came between that grant and the moment `x` finished, else its lease had been
+void, so its tokens are of steps `s` or later. When `L` starts that step, its parameters contain `s' P` groups other
+than `x`. Each of them, at the grant of `x`, was
+- trained. At most `s P`, as the learner of then contained no more;
+- active and below `x`. At most `B - 1`, by the rule for leases;
+- else above `x`, active or without a number, and trained by the lineage of `L` after the grant. (None was discarded or
+  quarantined, as that is final; none below `x` was without a number.) It was sampled when `x` was not finished: from
+  the moment `x` finishes it is finished or sampled, through all rewinds, until it is trained or its lineage abandoned,
+  and lowest first takes it before any that is above, in each lineage. So `head <= x` then, and its number is below
+  `x + W`. At most `W - 1`.
+So `P s' <= P s + B + W - 2`. A group that is leased again, as its bytes were lost, is counted from its last grant. QED.
+
+Two things must not be undone when a buffer dies, or the last item fails: that a rewind made the leases void, and that a
+batch was set aside (it would come back after others had overtaken it). Both are in a file before they are answered.
+
+The other policies: strict FIFO is the case `W = 1`. drop_when_stale keeps its bound by looking at each step, whatever
+came before; a group dropped as stale is not missed when the learner is back at an earlier step. aggregate_lead promises
+no bound.
 
 No deadlock while actors produce: suppose that no step is under way and no lease may be granted. Then `B` groups are out
 and all will finish; then the head is a fresh number, every one of them may be taken, and `B >= P` of them are there.
+After a rewind: let `q` be the lowest queued group and `B` or more active ones be below it. They will finish; then the
+head is `q`, all of them may be taken, and so it goes on until fewer than `B` are below `q`.
 
 A window counted over the `W` oldest untrained groups, instead of in numbers, has no bound: one slow group is overtaken
 for ever. Freeing tickets at sampling breaks it as well. `tests/test_admission.py` shows both.
@@ -59,7 +88,7 @@ class Admission(Protocol):
         ...
 
     def admit(self, outstanding: int) -> bool:
-        """Whether a fresh number may be given out while `outstanding` groups hold a ticket."""
+        """Whether a number may be leased while `outstanding` groups below it hold a ticket."""
         ...
 
     def select(self, finished: Sequence[int], head: int) -> list[int]:

@@ -469,12 +469,13 @@ def _decode(encoded: bytes, step: int) -> Checkpoint:
         sound = False
     if not sound:
         raise ValueError("it is cut short, or has another digest than it was written with")
-    if described["schema"] != SCHEMA_VERSION:
+    schema = described.get("schema")
+    if schema != SCHEMA_VERSION:
         raise ValueError(
-            f"it has schema version {described['schema']}, this code reads {SCHEMA_VERSION}; use the code that wrote it"
+            f"it has schema version {schema}, this code reads {SCHEMA_VERSION}; use the code that wrote it"
         )
-    if described["step"] != step:
-        raise ValueError(f"it is that of step {described['step']}, so its folder was renamed or copied")
+    if described.get("step") != step:
+        raise ValueError(f"it is that of step {described.get('step')}, so its folder was renamed or copied")
     try:
         files = {name: StoredFile(**stored) for name, stored in described["files"].items()}
         found = Checkpoint(step, described["version"], described["journal_index"], described["facts"], files)

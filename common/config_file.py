@@ -21,7 +21,9 @@ from common.errors import UserError, shown, without_secrets
 from common.tasks import TASKS, CountdownConfig, SudokuConfig
 
 MOST_REFERENCES = 30  # aliases and `${...}` of a file: ten levels of three are 59,049 copies
-UNREADABLE = (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, RecursionError)
+# what yaml raises for `!!int`, `!!bool x`, `!!timestamp x` is not its own error
+UNREADABLE: tuple[type[Exception], ...] = (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError)
+UNREADABLE += (LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
@@ -46,7 +48,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
             if "=" not in item or item.startswith("-") or not all(key.split(".")):
                 raise UserError(f"override {item!r} is not of the form key.sub=value, e.g. learner.steps=20")
         tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides or [])))
-        data = OmegaConf.to_container(tree, resolve=True)
+        data = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except UNREADABLE as error:
         where = without_secrets(f"config {path or ''} {overrides or ''}")
         raise UserError(f"{where}: {shown(error)}") from error
@@ -92,15 +94,15 @@ def parse_config(data: Any) -> Config:
 
 
 def _check_texts(value: Any, key: str) -> None:
-    """Refuse texts that cannot be a file's name or content, and those that must not be written down."""
+    """Refuse texts that cannot be the name of a file, and those that must not be written down."""
     if isinstance(value, dict):
         for name, item in value.items():
             _check_texts(item, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list):
         for item in value:
             _check_texts(item, key)
-    elif isinstance(value, str) and ("\0" in value or value.encode(errors="ignore").decode() != value):
-        raise UserError(f"{key}: {value[:60]!a} holds a NUL or half a character; leave it out")
+    elif isinstance(value, str) and "\0" in value:
+        raise UserError(f"{key}: {value[:60]!r} holds a NUL, which no file's name can; leave it out")
     elif isinstance(value, str) and (hidden := without_secrets(value)) != value:
         raise UserError(
             f"{key}: {hidden} holds credentials, which config.yaml would keep; leave them out of it, and set the "

@@ -8,7 +8,8 @@
 import os
 import re
 
-_USER_INFO = re.compile(r"(?<=://)[^/\s@'\"]*:[^/\s@'\"]*(?=@)")
+# a / has no place in a password there, but AWS makes such keys, and people paste them
+_USER_INFO = re.compile(r"(?<=://)[^/\s@'\"]*:[^\s@'\"]*(?=@)")
 _QUERY = re.compile(r"(?<=[?&])([\w-]*(?:secret|password|token|account_key|sas|sig)[\w-]*=)[^&\s'\"]*", re.IGNORECASE)
 
 

@@ -5,7 +5,8 @@ Who waits for whom, who wakes it:
     lease()     an actor waits for a ticket, a returned group,      publish, set_aside, return_worker, drain, fail,
                 or the learner's weights                            expiry, rejoin, close
     sample()    the learner waits for P groups inside the window    submit, fail (a quarantine moves the head), close
-    submit()    an actor waits for the file of its groups           the store (`sample` and `export` too)
+    submit()    an actor waits for the file of its groups           the store (so do the learner's sample,
+                                                                    set_aside, rewind and export)
     the rest    never waits for anything but the lock               -
 
 Contract:
@@ -283,7 +284,9 @@ class ReplayBuffer:
     async def set_aside(self, numbers: Sequence[int], reason: str) -> None:
         """Called by the learner's loop for a batch that it must not train on: sampled -> discarded, tickets freed.
 
-        Raises RuntimeError, and changes nothing, when a group was not sampled.
+        Returns when that is in a file: a group that came back after others had overtaken it would be too old. A learner
+        whose call failed therefore does a `rejoin` with nothing sampled. Raises RuntimeError, and changes nothing, when
+        a group was not sampled; RunError when it cannot be written, and then the learner must not go on.
         """
         async with self._changed:
             self._check_joined()
@@ -293,6 +296,7 @@ class ReplayBuffer:
                 self._store.drop([self._held.pop(number)])
             self._tally["skipped_groups"] += len(numbers)
             self._changed.notify_all()
+        await self._store.write([])
 
     async def rewind(self, index: int, step: int) -> int:
         """Called by a learner that starts, before its first publication; gives the version of that. 0 in a new run.

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import Config
+from common.config_file import dump_config
 from common.errors import RunError
 from common.lease import Batch, FinishedGroup
 from common.segment_folder import SegmentFolder
@@ -28,6 +29,7 @@ from learner.trainer import BatchRefused, Trainer
 
 log = logging.getLogger(__name__)
 
+RUN_CONFIG = "run_config.yaml"
 MakeTrainer = Callable[[Config, Path], Trainer]
 
 
@@ -125,7 +127,13 @@ class LearnerActor:
     def _checkpoint(self, link: BufferLink, writer: CheckpointWriter, version: int) -> None:
         started = time.monotonic()
         self._settle(link, writer, wait=True)
-        writer.start(self._trainer.steps, version, self._trainer.saved(), link.export())
+        save, described = self._trainer.saved(), dump_config(self.config)
+
+        def save_all(folder: Path) -> None:
+            save(folder)
+            (folder / RUN_CONFIG).write_text(described)
+
+        writer.start(self._trainer.steps, version, save_all, link.export())
         self._blocked += time.monotonic() - started
 
     def _settle(self, link: BufferLink, writer: CheckpointWriter, *, wait: bool) -> None:

@@ -120,7 +120,7 @@ def choose_weights(run: RunDirectory, saved: SavedGroup, table: pa.Table, given:
         return Weights(given, None if known is None else known.version, "given")
     if saved.set_aside is not None:
         return Weights(saved.set_aside, _version(saved.set_aside / WHY), "set aside with the group")
-    versions = np.concatenate(table["token_version"].to_numpy())
+    versions = np.concatenate([np.empty(0, np.int32), *table["token_version"].to_numpy()])
     versions = versions[versions != NOT_DRAWN]
     oldest = int(versions.min(initial=np.iinfo(np.int32).max))
 

@@ -21,10 +21,16 @@ class Circulation:
     groups_per_step: int
     free_at_sampling: bool = False
     adopt_late: bool = False
+    lease_at_once: bool = False
+    keep_leases: bool = False
+    uneven_steps: bool = False
     ledger: Ledger = field(default_factory=Ledger)
     version: int = 0
     trained: list[int] = field(default_factory=list)
     batches: list[list[int]] = field(default_factory=list)
+    saved: tuple[int, int, int] = (0, 0, 0)
+    """The checkpoint: index into the journal, version, groups trained."""
+    returned: int = 0
     worst: int = 0
 
     def lease(self, _: float) -> bool:
@@ -36,6 +42,8 @@ class Circulation:
             if not self.policy.admit(out):
                 return False
             number = self.ledger.next_number
+        elif not self.policy.admit(self.ledger.active_below(number)) and not self.lease_at_once:
+            return False
         self.ledger.lease(number, worker="w", deadline=0.0, version=self.version)
         return True
 
@@ -68,7 +76,8 @@ class Circulation:
         batch = self.policy.select(self.ledger.numbers(GroupState.FINISHED), self.ledger.head())
         for number in batch:
             granted = self.ledger.record(number).version - int(self.adopt_late)
-            self.worst = max(self.worst, self.version + len(self.batches) - granted)
+            ahead = len(self.batches) // 2 if self.uneven_steps and not self.returned else len(self.batches)
+            self.worst = max(self.worst, self.version + ahead - granted)
             self.ledger.sample(number)
         if batch:
             assert len(batch) == self.groups_per_step
@@ -79,15 +88,49 @@ class Circulation:
     def publish(self, _: float) -> bool:
         if not self.batches:
             return False
-        for number in self.batches.pop(0):
+        batches = 2 if self.uneven_steps and not self.returned else 1
+        for number in [number for batch in self.batches[:batches] for number in batch]:
             self.ledger.train(number)
             self.trained.append(number)
+        del self.batches[:batches]
         self.version += 1
         return True
+
+    def save(self, _: float) -> bool:
+        self.saved = (self.ledger.length, self.version, len(self.trained))
+        self.ledger.settle(self.ledger.length)
+        return True
+
+    def rewind(self, _: float) -> bool:
+        """The learner returns to its checkpoint."""
+        index, self.version, count = self.saved
+        assert self.ledger.rewind(index, reason="rewind") == sorted(self.trained[count:])
+        del self.trained[count:]
+        for number in self.ledger.numbers(GroupState.SAMPLED):
+            self.ledger.unsample(number)
+        for number in self.ledger.numbers(GroupState.LEASED):
+            self.ledger.requeue(number, reason="void")
+            if self.keep_leases:  # its tokens to come are of the version that is current then
+                self.ledger.lease(number, worker="w", deadline=0.0, version=self.version)
+        self.batches.clear()
+        self.returned += 1
+        return True
+
+    def lose_bytes(self, choice: float) -> bool:
+        """Only ever found out when the learner returns: what it had sampled is not sampled any more."""
+        self.rewind(choice)
+        number = self._pick(GroupState.FINISHED, choice)
+        if number is not None:
+            self.ledger.requeue(number, reason="lost")
+        return number is not None
 
 
 MOVES = ["lease", "finish", "sample", "publish", "lose", "discard", "quarantine"]
 SCHEDULES = st.lists(st.tuples(st.sampled_from(MOVES), st.floats(0, 0.999)), max_size=150)
+WITH_REWINDS = st.lists(
+    st.tuples(st.sampled_from([*MOVES[:4] * 4, *MOVES, "save", "rewind", "lose_bytes"]), st.floats(0, 0.999)),
+    max_size=300,
+)
 POLICIES = st.builds(
     lambda p, b, w: WindowedFifo(groups_per_step=p, tickets=p + b, window=min(w, p + b)),
     st.integers(1, 4),
@@ -119,6 +162,52 @@ def test_random_schedules_keep_the_bound_and_every_invariant(
         loop.publish(0.0)
     assert loop.version >= target
     assert loop.worst <= policy.staleness_bound
+
+
+@settings(max_examples=300, deadline=None)
+@given(POLICIES, WITH_REWINDS)
+def test_the_bound_holds_through_rewinds_and_nothing_is_trained_twice(
+    policy: WindowedFifo, schedule: list[tuple[str, float]]
+) -> None:
+    loop = Circulation(policy, policy.groups_per_step)
+    for move, choice in schedule:
+        getattr(loop, move)(choice)
+        assert loop.worst <= policy.staleness_bound
+        assert len(set(loop.trained)) == len(loop.trained) == loop.ledger.counts()[GroupState.TRAINED]
+        assert len(loop.trained) == loop.version * policy.groups_per_step
+    target = loop.version + loop.ledger.active_count // policy.groups_per_step + 3
+    for _ in range(4 * (policy.tickets + target)):
+        while loop.lease(0.0):
+            pass
+        while loop.finish(0.5):
+            pass
+        loop.sample(0.0)
+        loop.publish(0.0)
+    assert loop.version >= target
+    assert loop.worst <= policy.staleness_bound
+
+
+def staleness_with_rewinds(policy: WindowedFifo, seed: int, naive: str = "") -> int:
+    """The worst staleness over 300 random moves with a rewind now and then."""
+    draw = random.Random(seed)
+    loop = Circulation(policy, policy.groups_per_step, **({naive: True} if naive else {}))
+    for _ in range(300):
+        move = draw.choice(["lease", "lease", "finish", "finish", "sample", "publish"])
+        getattr(loop, draw.choices([move, "save", "rewind"], [0.95, 0.02, 0.03])[0])(draw.random())
+    return loop.worst
+
+
+def test_the_bound_is_reached_with_rewinds_and_broken_by_rules_that_the_proof_does_not_allow() -> None:
+    policy = WindowedFifo(groups_per_step=2, tickets=5, window=3)
+    assert policy.staleness_bound == 3
+    worst = {
+        naive: max(staleness_with_rewinds(policy, seed, naive) for seed in range(150))
+        for naive in ("", "lease_at_once", "keep_leases", "uneven_steps")
+    }
+    assert worst[""] == 3
+    assert worst["lease_at_once"] > 3  # the queue served whatever is active below
+    assert worst["keep_leases"] > 3  # tokens of the version to come, counted as of the grant
+    assert worst["uneven_steps"] > 3  # two batches a step before the first rewind, one after
 
 
 @pytest.mark.parametrize("max_staleness", range(6))

@@ -1,6 +1,7 @@
 """The fleet without Ray: deaths, scaling, drains of actors that work, hang, wait or die, and that nothing is left."""
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -31,6 +32,11 @@ class Actor:
     def call_stop(self) -> Any:
         if not (self.pending or self.hanging):
             self.end()
+
+    def call_node(self) -> Any:
+        reply = asyncio.get_running_loop().create_future()
+        reply.set_result(f"node of {self.name}")
+        return reply
 
     def call_gauges(self) -> Any:
         reply = asyncio.get_running_loop().create_future()
@@ -180,6 +186,30 @@ def test_a_drained_actor_that_does_not_finish_in_time_is_ended(monkeypatch: pyte
         assert stage.killed == ["rollout-1.0"]
 
     play(monkeypatch, scenario)
+
+
+def test_the_actors_of_a_drained_node_leave_before_its_deadline_and_others_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario(fleet: Fleet, stage: Stage) -> None:
+        draining: dict[str, float] = {}
+        monkeypatch.setattr(module, "draining_nodes", lambda: draining)
+        await fleet.scale(2)
+        await settle()
+        await fleet.gauges()
+        await fleet.leave_drained_nodes()
+        assert stage.alive() == ["rollout-0.0", "rollout-1.0"]
+        stage.finishes = False
+        draining["node of rollout-0.0"] = time.time() + module.NODE_MARGIN_SECONDS + 0.1  # earlier than drain_seconds
+        await fleet.leave_drained_nodes()
+        await fleet.leave_drained_nodes()
+        await settle()
+        assert stage.alive() == ["rollout-0.0", "rollout-1.0", "rollout-2.0"]
+        await settle(0.2)
+        assert (stage.alive(), "rollout-0.0" in stage.returned) == (["rollout-1.0", "rollout-2.0"], True)
+        assert fleet.restarts == 0
+
+    play(monkeypatch, scenario, drain_seconds=60.0)
 
 
 def test_a_place_that_is_drained_while_it_restarts_ends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ def run(options: Options) -> dict[str, Any]:
         raise UserError("bench chaos has its own configurations; leave --config and overrides out")
     folder = Path(tempfile.mkdtemp(prefix="diffpo-chaos-"))
     result: dict[str, Any] = {}
-    for measure in (_kills, _throughput, _all_dead, _resume, _recovery_and_checkpoints):
+    for measure in (_kills, _throughput, _all_dead, _resume, _recovery, _checkpoints):
         found = measure(folder, options)
         options.console.print(found)
         result |= found
@@ -247,23 +247,24 @@ def _all_dead(folder: Path, options: Options) -> dict[str, Any]:
     return {"all_dead_exit_s": time.monotonic() - last, "all_dead_exit_code": code}
 
 
-def _resume(folder: Path, options: Options) -> dict[str, Any]:
-    def tree() -> dict[str, Any]:
-        return {
-            "task": {"name": "sudoku", "blanks_min": 4, "blanks_max": 6},
-            "model": SMALL_MODEL,
-            "warm_start": {"steps": 60},
-            "sampler": {"max_prompt_tokens": 16, "max_completion_tokens": 16},
-            "rollout": {"slots": 64, "precision": "autocast"},
-            "replay": {"max_staleness": 0},
-            "learner": {"steps": 24, "groups_per_step": 4, "group_size": 4},
-            "evaluation": {"drift_every": 0},
-            "run": {"checkpoint_every": 5},
-        }
+def _tiny(steps: int, **replay: Any) -> dict[str, Any]:
+    return {
+        "task": {"name": "sudoku", "blanks_min": 4, "blanks_max": 6},
+        "model": SMALL_MODEL,
+        "warm_start": {"steps": 60},
+        "sampler": {"max_prompt_tokens": 16, "max_completion_tokens": 16},
+        "rollout": {"slots": 64, "precision": "autocast"},
+        "replay": replay,
+        "learner": {"steps": steps, "groups_per_step": 4, "group_size": 4},
+        "evaluation": {"drift_every": 0},
+        "run": {"checkpoint_every": 5},
+    }
 
-    whole = ChaosRun(folder, "whole", "policy", tree())
+
+def _resume(folder: Path, options: Options) -> dict[str, Any]:
+    whole = ChaosRun(folder, "whole", "policy", _tiny(24, max_staleness=0))
     whole.end()
-    killed = ChaosRun(folder, "killed", "policy", tree())
+    killed = ChaosRun(folder, "killed", "policy", _tiny(24, max_staleness=0))
     for kind, step in ((LEARNER, 8), (DRIVER, 19)):
         killed.wait_for(f"step {step}", lambda step=step: killed.steps() >= step)
         for victim in killed.victims(kind):
@@ -356,13 +357,9 @@ def _flip(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
-def _recovery_and_checkpoints(folder: Path, options: Options) -> dict[str, Any]:
-    tree = load_config(Path("deploy/configs/sudoku.yaml"), []).model_dump(mode="json")
-    tree["warm_start"]["steps"] = 20
-    tree["learner"] |= {"steps": 100_000}
-    tree["rollout"] |= {"max_restarts": 1000}
-    tree["evaluation"]["drift_every"] = 0
-    tree["run"] = {"checkpoint_every": 5}
+def _recovery(folder: Path, options: Options) -> dict[str, Any]:
+    tree = _tiny(100_000)
+    tree["rollout"]["max_restarts"] = 1000
     run = ChaosRun(folder, "recovery", "policy", tree)
     run.wait_for("some steps", lambda: run.steps() > 2)
     recoveries, imports = [], []
@@ -375,20 +372,28 @@ def _recovery_and_checkpoints(folder: Path, options: Options) -> dict[str, Any]:
         killed = time.monotonic()
         victim.kill()
         recoveries.append(run.wait_for("a group of the replacement", lambda k=known: _first_group(run, k)) - killed)
-    run.wait_for("ten steps", lambda: run.steps() > 20)
     run.stop()
-    rows = [row for row in RunDirectory(run.path).read_metrics() if row["kind"] == "step"]
-    written = sum(row["learner_steps"] % 5 == 0 for row in rows)
-    blocked = rows[-1]["checkpoint_blocked_seconds"] / (written + 1)  # and that of step 0
-    step = sum(row["learner_step_seconds"] for row in rows) / len(rows)
     return {
         "recovery_s": median(r - i for r, i in zip(recoveries, imports, strict=True)),
         "recovery_with_imports_s": recoveries,
         "imports_s": imports,
-        "checkpoint_cost": blocked / (10 * step),
-        "checkpoint_blocked_s": blocked,
-        "learner_step_s": step,
     }
+
+
+def _checkpoints(folder: Path, options: Options) -> dict[str, Any]:
+    tree = load_config(Path("deploy/configs/sudoku.yaml"), []).model_dump(mode="json")
+    tree["warm_start"]["steps"] = 20
+    tree["learner"]["steps"] = 20 if options.quick else 60
+    tree["evaluation"]["drift_every"] = 0
+    tree["run"] = {"checkpoint_every": 5}
+    run = ChaosRun(folder, "checkpoints", "policy", tree)
+    run.end()
+    rows = [row for row in RunDirectory(run.path).read_metrics() if row["kind"] == "step"]
+    written = [row for row in rows[:-1] if row["learner_steps"] % 5 == 0]
+    first = rows[0]["checkpoint_blocked_seconds"]  # of step 0, when nothing else goes on
+    blocked = (written[-1]["checkpoint_blocked_seconds"] - first) / len(written)
+    step = sum(row["learner_step_seconds"] for row in rows) / len(rows)
+    return {"checkpoint_cost": blocked / (10 * step), "checkpoint_blocked_s": blocked, "learner_step_s": step}
 
 
 def _first_group(run: ChaosRun, known: set[Path]) -> float | None:
