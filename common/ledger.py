@@ -197,10 +197,6 @@ class Ledger:
         }
         return needed | {number: record.attempt for number, (_, record) in self._trained.items()}
 
-    def newest_version(self) -> int:
-        """The highest version that a lease was granted at; -1 before the first. O(journal)."""
-        return max((record.version for record in self._journal), default=-1)
-
     def journal(self, since: int = 0) -> list[tuple[Any, ...]]:
         """Entries from index `since` on; the caller counts what it has."""
         return [tuple(record) for record in self._journal[since:]]

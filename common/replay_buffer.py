@@ -38,7 +38,10 @@ import asyncio
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
+
+from filelock import FileLock, Timeout
 
 from common.admission import ADMISSIONS, Admission
 from common.checkpoint_store import CheckpointStore
@@ -54,6 +57,7 @@ from common.waits import Waits
 from common.weight_store import Snapshot, WeightStore
 
 MAX_DATA_TRIES = 2
+LOCK_SECONDS = 60.0
 STALE = "stale"
 # wasted_groups: leases granted again, each a generation that was lost in part or whole (late results are among them)
 _TALLIES = ("late_results", "violations", "expired_leases", "returned_leases", "failed_leases")
@@ -75,10 +79,12 @@ class ReplayBuffer:
         admission: str = "windowed_fifo",
         keep_versions: int = 2,
         groups_limit: int | None = None,
+        lock: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Goes on where the files in `store` and `checkpoints` end; blocks while it reads them.
 
+        `lock` is held for life: of a driver that was killed, the buffer may live on for a moment and write.
         `groups_limit`: how many groups the learner will consume; one that is discarded or quarantined is replaced.
 
         Raises `UserError` for values under which nothing could ever be trained, `RunError` for files that are damaged.
@@ -96,6 +102,8 @@ class ReplayBuffer:
         self._drop_no_spread = drop_no_spread
         self._groups_limit = groups_limit
         self._clock = clock
+        if lock is not None:
+            self._lock = _lock(lock)
         found = recover(store, checkpoints)
         self._ledger = found.ledger
         self._held: dict[int, StoredGroup] = found.held
@@ -638,3 +646,14 @@ class ReplayBuffer:
     def _violated(self, message: str) -> NoReturn:
         self._tally["violations"] += 1
         raise RuntimeError(message)
+
+
+def _lock(path: Path) -> FileLock:
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout as error:
+        raise RunError(
+            f"{path} is held: another replay buffer of this run did not end in {LOCK_SECONDS:g} s; end its process"
+        ) from error
+    return lock

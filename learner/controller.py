@@ -307,6 +307,7 @@ class Controller:
                 drop_no_spread=config.replay.drop_no_spread,
                 store=SegmentStore(self._directory.segments, memory_bytes=config.replay.memory_bytes),
                 checkpoints=self._checkpoints,
+                lock=self._directory.path / "buffer.lock",
                 keep_versions=config.replay.keep_versions,
                 groups_limit=config.learner.steps * config.learner.groups_per_step,
             )

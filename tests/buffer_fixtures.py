@@ -43,7 +43,7 @@ class Handle:
         self.lives = 1
 
     def dies(self, name: str, when: str) -> None:
-        """The next call of this name gets no reply: the buffer dies at a moment of `WHEN`; `noted` is in its files."""
+        """The next call of the name gets no reply. `when` the buffer dies is one of `WHEN`: `noted` is in its files."""
         self._deaths[name] = when
 
     def __getattr__(self, name: str) -> Any:

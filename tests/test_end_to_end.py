@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from common.config_file import load_config
 from common.metrics import CATALOGUE, PREFIX
 from common.policy import load_policy
-from common.version import step_of
+from common.version import lineage_of, step_of
 from common.weight_store import digest
 from common.weights import to_flat
 from learner.reference_loop import reference_loop
@@ -225,21 +225,19 @@ def test_a_run_survives_its_learner_its_buffer_and_its_driver(tmp_path: Path) ->
         kill(process.pid, part)
         wait_for_step(process, run, len(rows(run)) + 4)  # more than was buffered: groups are generated again
     assert (metric(run, "learner_restarts_total"), metric(run, "replay_lost_groups_total")) == (1, 0)
-    parts = psutil.Process(process.pid).children(recursive=True)
     process.kill()
-    psutil.wait_procs(parts, timeout=30)
     output, _ = process.communicate(timeout=60)
     assert "the learner died and is started again" in output
     assert not (run / "evaluation.json").exists()
 
-    done, steps = len(rows(run)), int(rows(run)[-1]["learner_steps"]) + 4
+    steps = int(rows(run)[-1]["learner_steps"]) + 4
     resume = [sys.executable, "-m", "learner", "train", "--resume", str(run), f"learner.steps={steps}"]
     resumed = subprocess.run(resume, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert json.loads((run / "evaluation.json").read_text())["steps"] == steps
-    after = [int(row["learner_steps"]) for row in rows(run)[done:]]
-    assert after == list(range(after[0], steps + 1))
     versions = [int(row["weights_version"]) for row in rows(run)]
+    after = [step_of(version) for version in versions if lineage_of(version) == lineage_of(versions[-1])]
+    assert after == list(range(after[0], steps + 1))
     assert versions == sorted(set(versions)), "none stands for two sets of weights"
     assert [step_of(version) for version in versions] == [row["learner_steps"] for row in rows(run)]
     last = RunDirectory(run).checkpoint_store(load_config(run / "config.yaml", [])).checkpoints()[-1]

@@ -36,6 +36,10 @@ class Dead(Exception):
     """The buffer's process is gone."""
 
 
+class Full(RunError):
+    """Its disk is."""
+
+
 class Mortal:
     """A segment folder whose process dies at its next write (before, half way, after it), or whose disk is full."""
 
@@ -49,7 +53,7 @@ class Mortal:
         fate, self.fate = self.fate, ""
         if fate == "full":
             self._folder.next_number += 1
-            raise RunError("no space left")
+            raise Full("no space left")
         if fate or not self.alive:
             self.alive = False
         if fate == "half":
@@ -135,7 +139,7 @@ class World:
                     clock=self.clock,
                     **self.policy,
                 )
-            except (Dead, RunError):
+            except (Dead, Full):
                 self.deaths += 1
 
     async def kill(self) -> None:
@@ -190,7 +194,7 @@ class World:
     async def hand_in(self, worker: str, lease: Lease, group: FinishedGroup) -> None:
         try:
             reply = await self.buffer.submit(worker, [group])
-        except RunError:  # the disk was full: the actor tries again later
+        except Full:  # the disk was full: the actor tries again later
             self.leases.append((worker, lease))
             return
         if reply.accepted:
@@ -253,7 +257,7 @@ class World:
         while version is None:
             try:
                 version = await self.call(self.buffer.rewind(index, step))
-            except RunError:  # full
+            except Full:
                 continue
         self.void += self.leases
         self.leases.clear()
@@ -306,7 +310,7 @@ class World:
             try:
                 await self.call(self.buffer.set_aside(batches[0].numbers, NAN))
                 self.learner.batches = [replace(batch, version=batch.version - 1) for batch in batches[1:]]
-            except RunError:  # full
+            except Full:
                 await self.learner_dies()
 
     async def checkpoint(self) -> None:
@@ -319,7 +323,7 @@ class World:
             await self.draw.choice([self.lease, self.submit, self.fail, self.expire])()
         try:
             export = await exporting
-        except RunError:  # full
+        except Full:
             return
         checkpoint = commit(self.checkpoints, learner.step, learner.version, export, params=sorted(learner.params))
         learner.history.clear()
