@@ -119,9 +119,8 @@ class LearnerActor:
             version = link.rewind(found.checkpoint.journal_index, self._trainer.steps)
             writer.newest = found.checkpoint.step
         link.publish(version, self._trainer.weights(), [])
-        self._report("started", {"learner_steps": float(self._trainer.steps), "weights_version": float(version)})
-        if found is None:
-            self._trainer.gauges()
+        begun = {"learner_steps": float(self._trainer.steps), "weights_version": float(version)}
+        self._report("started", begun | self._trainer.gauges())
         return version
 
     def _checkpoint(self, link: BufferLink, writer: CheckpointWriter, version: int) -> None:
