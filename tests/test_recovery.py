@@ -18,7 +18,7 @@ from common.admission import ADMISSIONS
 from common.checkpoint_store import Checkpoint, CheckpointStore
 from common.errors import RunError
 from common.journal import decode_journal, encode_journal
-from common.lease import Export, FinishedGroup, Lease
+from common.lease import Export, FinishedGroup, Lease, RejoinFirst
 from common.ledger import GroupState, Ledger, LedgerError
 from common.recovery import GROUPS_FILE, JOURNAL_FILE
 from common.replay_buffer import Batch, ReplayBuffer
@@ -194,7 +194,7 @@ class World:
     async def hand_in(self, worker: str, lease: Lease, group: FinishedGroup) -> None:
         try:
             reply = await self.buffer.submit(worker, [group])
-        except Full:  # the disk was full: the actor tries again later
+        except RunError:  # the disk was full: the actor tries again later
             self.leases.append((worker, lease))
             return
         if reply.accepted:
@@ -257,7 +257,7 @@ class World:
         while version is None:
             try:
                 version = await self.call(self.buffer.rewind(index, step))
-            except Full:
+            except RunError:
                 continue
         self.void += self.leases
         self.leases.clear()
@@ -310,7 +310,7 @@ class World:
             try:
                 await self.call(self.buffer.set_aside(batches[0].numbers, NAN))
                 self.learner.batches = [replace(batch, version=batch.version - 1) for batch in batches[1:]]
-            except Full:
+            except RunError:
                 await self.learner_dies()
 
     async def checkpoint(self) -> None:
@@ -323,7 +323,7 @@ class World:
             await self.draw.choice([self.lease, self.submit, self.fail, self.expire])()
         try:
             export = await exporting
-        except Full:
+        except RunError:
             return
         checkpoint = commit(self.checkpoints, learner.step, learner.version, export, params=sorted(learner.params))
         learner.history.clear()
@@ -341,6 +341,7 @@ class World:
         kept = self.checkpoints.prune(2)
         if self.mishap(0.2):
             await self.kill()
+        await self.join()
         await self.buffer.settle(min(one.journal_index for one in kept))
 
     def damage(self, checkpoint: Checkpoint) -> None:
@@ -578,15 +579,16 @@ def test_until_a_learner_tells_where_it_is_results_are_taken_and_nothing_is_give
         leases = await grant(buffer, 4)
         await buffer.submit("a", [finished(leases[0])])
         buffer = place.buffer(admission="drop_when_stale")
-        calls = [asyncio.ensure_future(call) for call in (buffer.sample(), buffer.lease("b", 1))]
+        leasing = asyncio.ensure_future(buffer.lease("b", 1))
         reply = await buffer.submit("a", [finished(lease) for lease in leases[:3]])
         assert (reply.accepted, reply.late) == ([1, 2], [0])
         await asyncio.sleep(0.01)
-        assert not any(call.done() for call in calls)
-        with pytest.raises(RuntimeError, match="after a dead buffer comes rejoin or rewind first"):
-            await buffer.publish(weights(0), [])
+        assert not leasing.done()
+        for call in (buffer.sample(), buffer.publish(weights(0), []), buffer.export(), buffer.settle(0)):
+            with pytest.raises(RejoinFirst, match="rejoin or rewind comes first"):
+                await call
         await buffer.rejoin(weights(0), [], [])
-        batch, lease = await asyncio.gather(*calls)
+        batch, lease = await asyncio.gather(buffer.sample(), leasing)
         assert (batch.numbers, [one.number for one in lease.leases]) == ([0, 1], [4])
         gauges = await buffer.gauges()
         assert (gauges["violations"], gauges["stale_discards"]) == (0, 0)
