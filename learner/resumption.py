@@ -38,6 +38,11 @@ def resumed_config(folder: Path, *, file: Path | None, overrides: list[str]) -> 
         raise UserError(f"{folder} is no run directory: it has no {CONFIG_FILE}; start a run with --config FILE")
     saved = load_config(saved_file, [])
     given = load_config(file or saved_file, overrides)
+    if saved.run.checkpoints is not None and folder.absolute().name != saved.run.name:
+        raise UserError(
+            f"run {folder} was called {saved.run.name}, and its checkpoints are in {saved.run.checkpoints} under that "
+            "name; give the folder its name back"
+        )
     place = {"root": str(folder.absolute().parent), "name": folder.absolute().name}
     given = given.model_copy(update={"run": given.run.model_copy(update=place)})
     refused = _differences(saved.model_dump(mode="json"), given.model_dump(mode="json"))

@@ -46,6 +46,7 @@ def test_safe_keys_change_and_are_written_down(run: Path) -> None:
     overrides = ["learner.steps=40", "rollout.actors=3", "replay.lease_seconds=7", "metrics.port=-1"]
     overrides += ["evaluation.prompts=5", "run.checkpoint_every=2", "learner.max_restarts=9"]
     given = resumed_config(run, file=None, overrides=overrides)
+    RunDirectory(run).write_config(given)
     assert (given.learner.steps, given.rollout.actors, given.replay.lease_seconds) == (40, 3, 7.0)
     assert (given.metrics.port, given.evaluation.prompts, given.run.checkpoint_every) == (-1, 5, 2)
     assert saved(run) == given
@@ -106,7 +107,14 @@ def test_a_run_that_was_moved_goes_on_where_it_is(run: Path, tmp_path: Path) -> 
     shutil.copytree(run, moved)
     given = resumed_config(moved, file=None, overrides=["run.root=/nowhere", "run.name=other"])
     assert given.run_directory == moved
-    assert saved(moved).run_directory == moved
+
+
+def test_a_run_whose_checkpoints_are_elsewhere_keeps_its_name(run: Path, tmp_path: Path) -> None:
+    RunDirectory(run).write_config(load_config(run / CONFIG_FILE, [f"run.checkpoints={tmp_path / 'store'}"]))
+    assert resumed_config(run, file=None, overrides=[]).run.name == run.name
+    shutil.copytree(run, tmp_path / "else/where")
+    with pytest.raises(UserError, match="give the folder its name back"):
+        resumed_config(tmp_path / "else/where", file=None, overrides=[])
 
 
 def test_a_finished_run_is_refused_unless_it_shall_go_further(run: Path) -> None:
