@@ -620,6 +620,9 @@ class Trained:
     def weights(self) -> None:
         return None
 
+    def gauges(self) -> dict[str, float]:
+        return {}
+
 
 def learner_actor(root: Path) -> tuple[LearnerActor, Remote, CheckpointStore]:
     config = load_config(None, [*TINY, f"run.root={root}"])
