@@ -154,11 +154,11 @@ def _kills(folder: Path, options: Options) -> dict[str, Any]:
     for seed in range(options.seeds):
         wanted = 50 if options.quick else 100
         draw = random.Random(seed)
-        run = ChaosRun(folder, f"kills-{seed}", "simulated", simulated(8 * wanted, actors=3, slots=6))
+        run = ChaosRun(folder, f"kills-{seed}", "simulated", simulated(7 * wanted, actors=3, slots=6))
         run.wait_for("the first step", run.steps)
         kills = 0
         while kills < wanted and run.process.poll() is None:
-            time.sleep(draw.uniform(0.3, 2.0))
+            time.sleep(draw.uniform(0.2, 1.4))
             kind = draw.choices([*SHARES], [*SHARES.values()])[0]
             victims = run.victims(kind)
             if not victims:
