@@ -178,7 +178,8 @@ class ReplayBuffer:
             for group in current:
                 self._check_versions(group)
         worth = [group for group in current if group.spread != 0 or not self._drop_no_spread]
-        useless = [(group.number, group.attempt) for group in current if group not in worth]
+        useful = {group.number for group in worth}
+        useless = [(group.number, group.attempt) for group in current if group.number not in useful]
         stored = await self._store.write(worth, useless) if current else []
         try:
             async with self._changed:
