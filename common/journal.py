@@ -22,7 +22,8 @@ SCHEMA = pa.schema(
     ],
     metadata={"diffpo.journal": "1"},
 )
-assert tuple(SCHEMA.names) == GroupRecord._fields
+if tuple(SCHEMA.names) != GroupRecord._fields:
+    raise RuntimeError(f"the journal's columns {SCHEMA.names} are not the ledger's {GroupRecord._fields}")
 
 
 def encode_journal(entries: Sequence[Sequence[Any]]) -> bytes:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import typer
 
 from actors.rollout_actor import RolloutActor
 from common.config import Config
@@ -146,7 +147,7 @@ PARTS = {
 
 
 def _show(kind: str, values: dict[str, Any]) -> None:
-    print(kind, values, flush=True)  # noqa: T201
+    typer.echo(f"{kind} {values}")
 
 
 def main() -> int:
@@ -158,10 +159,10 @@ def main() -> int:
     try:
         summary = train(load_config(file, []), _show, resume="resume" in rest, parts=PARTS[parts])
     except UserError as error:
-        print("error:", error, flush=True)  # noqa: T201
+        typer.echo(f"error: {error}")
         return 2
     except (RunError, Stopped) as error:
-        print("run failed:", error, flush=True)  # noqa: T201
+        typer.echo(f"run failed: {error}")
         return 1
     return 143 if "stopped" in summary else 0
 
