@@ -171,13 +171,13 @@ def encode_segment(groups: Sequence[FinishedGroup], notes: Mapping[str, Any] | N
         NOTES_CHECKSUM_KEY: xxhash.xxh3_64_hexdigest(written).encode(),
     }
     schema = SCHEMA.with_metadata(metadata)
+    columns: dict[str, list[Any]] = {name: [getattr(group, name) for group in groups] for name in SCHEMA.names[:-1]}
+    columns["checksum"] = [_checksum(row, group) for row, group in enumerate(groups)]
+    table = pa.record_batch([pa.array(columns[field.name], field.type) for field in SCHEMA], schema=schema)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, schema) as writer:
-        for row, group in enumerate(groups):
-            values: dict[str, Any] = {name: getattr(group, name, None) for name in SCHEMA.names}
-            values["checksum"] = _checksum(row, group)
-            columns = [pa.array([values[field.name]], field.type) for field in SCHEMA]
-            writer.write_batch(pa.record_batch(columns, schema=schema))
+        for row in range(len(groups)):  # a batch each, so that one group is read without its companions
+            writer.write_batch(table.slice(row, 1))
     return sink.getvalue()
 
 
