@@ -86,6 +86,7 @@ def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_VERBOSITY"):
         monkeypatch.setenv(name, os.environ.get(name, "1" if name.startswith("HF") else "error"))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # as `diffpo scale` does, and undone
     started: list[str] = []
     monkeypatch.setattr(ray, "init", lambda *_, **__: started.append("ray"))
     monkeypatch.setattr(learner.warm_start, "supervised", lambda *_, **__: started.append("warm start"))
