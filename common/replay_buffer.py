@@ -5,8 +5,8 @@ Who waits for whom, who wakes it:
     lease()     an actor waits for a ticket, a returned group,      publish, set_aside, return_worker, drain, fail,
                 or the learner's weights                            expiry, rejoin, close
     sample()    the learner waits for P groups inside the window    submit, fail (a quarantine moves the head), close
-    submit()    an actor waits for the file of its groups           the store (so do the learner's sample,
-                                                                    set_aside, rewind and export)
+    submit()    an actor waits for the file of its groups           the store (so do fail at a quarantine and
+                                                                    the learner's sample, set_aside, rewind, export)
     the rest    never waits for anything but the lock               -
 
 Contract:
@@ -196,18 +196,22 @@ class ReplayBuffer:
     async def fail(self, worker: str, number: int, attempt: int, reason: str, data: bool) -> bool:
         """Called by an actor's loop that gives a group up: leased -> queued, or quarantined at the second data failure.
 
-        False when the lease was not current any more; nothing changes then.
+        False when the lease was not current any more; nothing changes then. A quarantine is in a file before the reply;
+        RunError when it cannot be written.
         """
         async with self._changed:
             if not self._ledger.is_current(worker, number, attempt):
                 return False
-            if data and self._ledger.record(number).tries + 1 >= MAX_DATA_TRIES:
+            last = data and self._ledger.record(number).tries + 1 >= MAX_DATA_TRIES
+            if last:
                 self._ledger.quarantine(number, reason=reason)
             else:
                 self._ledger.requeue(number, reason=reason, data=data)
             self._tally["failed_leases"] += 1
             self._wake_if_useful()
-            return True
+        if last:
+            await self._store.write([])
+        return True
 
     async def renew(self, worker: str, leases: Sequence[tuple[int, int]]) -> RenewReply:
         """Called by an actor's loop while generation goes on: leased -> leased with a new deadline.

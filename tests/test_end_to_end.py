@@ -254,6 +254,11 @@ def test_a_run_in_which_nothing_can_be_trained_ends(tmp_path: Path) -> None:
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1, output
     assert "groups were discarded for equal rewards" in output.splitlines()[-1]
+    waits = json.loads((tmp_path / "run" / "stall.json").read_text())
+    assert waits["phase"] == "train"
+    assert waits["learner"].startswith("waits for a batch from the buffer")
+    assert waits["buffer"]["the learner waits for groups"]
+    assert len(waits["rollout actors"]) == 1
 
 
 def kill(driver: int, name: str) -> None:
@@ -289,16 +294,19 @@ def listening(port: int) -> bool:
 
 
 def test_job_submission_trains_to_the_end(ray_head, tmp_path: Path) -> None:
-    """`ray job submit --working-dir . -- python -m learner train …` on a local head."""
+    """`ray job submit --working-dir . -- python -m learner train …` on a local head; submitted again it resumes."""
     environment, address = ray_head
     submit = ["ray", "job", "submit", "--address", address, "--working-dir", "."]
-    job = [*submit, "--", "python", *command("sudoku", tmp_path, "learner.steps=3")[1:]]
-    deadline = time.monotonic() + 60
-    while True:
-        done = subprocess.run(job, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-        # the job server listens before the head's agent has registered, and asks to be tried again
-        if "No available agent" not in done.stdout + done.stderr or time.monotonic() > deadline:
-            break
-        time.sleep(1)
-    assert done.returncode == 0, done.stdout + done.stderr
+    for steps in (3, 5):
+        job = [*submit, "--", "python", *command("sudoku", tmp_path, f"learner.steps={steps}")[1:]]
+        deadline = time.monotonic() + 60
+        while True:
+            done = subprocess.run(job, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+            # the job server listens before the head's agent has registered, and asks to be tried again
+            if "No available agent" not in done.stdout + done.stderr or time.monotonic() > deadline:
+                break
+            time.sleep(1)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["steps"] == steps
+    assert [row["learner_steps"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 5]
     assert (tmp_path / "run" / "pareto.png").is_file()

@@ -572,6 +572,18 @@ def test_a_settled_life_is_not_forgotten_with_its_files(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_a_prompt_that_was_set_aside_for_its_data_stays_so(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        place = Place(tmp_path)
+        buffer = await place.started()
+        for _ in range(2):
+            (lease,) = await grant(buffer, 1)
+            assert await buffer.fail("a", lease.number, lease.attempt, "its reward raised", True)
+        assert await place.buffer().quarantine() == [(0, "its reward raised")]
+
+    asyncio.run(scenario())
+
+
 def test_until_a_learner_tells_where_it_is_results_are_taken_and_nothing_is_given(tmp_path: Path) -> None:
     async def scenario() -> None:
         place = Place(tmp_path)
