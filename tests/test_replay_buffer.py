@@ -453,7 +453,7 @@ def test_a_sample_above_the_bound_raises_and_is_counted() -> None:
     async def scenario() -> None:
         buffer = await started()
         await fill(buffer, 2)
-        buffer._weights.publish(weights(2))  # what `publish` would have refused
+        buffer._groups.weights.publish(weights(2))  # what `publish` would have refused
         with pytest.raises(RuntimeError, match="staleness above the bound 1"):
             await buffer.sample()
         gauges = await buffer.gauges()
@@ -898,7 +898,8 @@ class Driver:
         assert gauges["tickets"] == sum(
             counts[s] for s in GroupState if s in ("queued", "leased", "finished", "sampled")
         )
-        assert gauges["tickets"] == 0 or self.buffer._admission.admit(int(gauges["tickets"]) - 1)  # never above B
+        tickets = int(gauges["tickets"])
+        assert tickets == 0 or self.buffer._groups.admission.admit(tickets - 1)  # never above B
         assert sorted(self.buffer._held) == sorted(
             ledger.numbers(GroupState.FINISHED) + ledger.numbers(GroupState.SAMPLED) + ledger.unsettled()
         )
