@@ -6,10 +6,10 @@ how often it has trained on each group (`chaos_parts`), so what the final weight
 was acknowledged from files that the rollout actors write. The other figures come from the policy itself.
 
 - `kills`: SIGKILLs of rollout actors, replay buffer, learner and driver, in an order drawn from a seed, at drawn
-  intervals; a killed driver is resumed. `groups_lost`: acknowledged groups with spread that the final weights do not
-  contain (but for one batch that is set aside on purpose); `groups_twice`: groups that they contain twice;
-  `regenerated`: groups whose generation started after they had been acknowledged. `kills_by`: how many of each;
-  `unfinished`: runs that did not come to their end.
+  intervals; a killed driver is resumed; two runs for each of `--seeds`. `groups_lost`: acknowledged groups with spread
+  that the final weights do not contain (but for one batch of each run that is set aside on purpose); `groups_twice`:
+  groups that they contain twice; `regenerated`: groups whose generation started after they had been acknowledged.
+  `kills_by`: how many of each; `unfinished`: runs that did not come to their end.
 - `throughput_under_kills`: acknowledged groups per second while one of 4 rollout actors is killed every 10 s, over the
   same without, windows of both in turn.
 - `recovery_s`: from the kill of a rollout actor of the tiny model to the first group that its replacement hands in,
@@ -35,6 +35,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -65,8 +66,9 @@ def run(options: Options) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp(prefix="diffpo-chaos-"))
     result: dict[str, Any] = {}
     for measure in (_kills, _throughput, _all_dead, _resume, _recovery, _checkpoints):
+        started = time.monotonic()
         found = measure(folder, options)
-        options.console.print(found)
+        options.console.print(found, f"in {time.monotonic() - started:.0f} s")
         result |= found
     shutil.rmtree(folder)
     return result
@@ -149,33 +151,39 @@ def simulated(steps: int, *, actors: int, slots: int, **rollout: Any) -> dict[st
 
 
 def _kills(folder: Path, options: Options) -> dict[str, Any]:
+    """Two runs at a time: mostly they wait."""
+    wanted = 25 if options.quick else 50
     total: Counter[str] = Counter()
     by: Counter[str] = Counter()
-    for seed in range(options.seeds):
-        wanted = 50 if options.quick else 100
-        draw = random.Random(seed)
-        run = ChaosRun(folder, f"kills-{seed}", "simulated", simulated(7 * wanted, actors=3, slots=6))
-        run.wait_for("the first step", run.steps)
-        kills = 0
-        while kills < wanted and run.process.poll() is None:
-            time.sleep(draw.uniform(0.2, 1.4))
-            kind = draw.choices([*SHARES], [*SHARES.values()])[0]
-            victims = run.victims(kind)
-            if not victims:
-                continue  # it is just being started again
-            draw.choice(victims).kill()
-            kills += 1
-            by[kind] += 1
-            if kind == DRIVER:
-                run.end()
-                before = run.steps()
-                run.start("resume")
-                run.wait_for("a step after the resumption", lambda run=run, before=before: run.steps() > before)
-        total["unfinished"] += run.end() != 0
-        total["kills"] += kills
-        total.update(account(run))
-        options.console.print(f"seed {seed}: {kills} kills {dict(by)}, {dict(total)}")
+    with ThreadPoolExecutor(2) as pool:
+        for found, killed in pool.map(lambda seed: _killed_run(folder, seed, wanted), range(2 * options.seeds)):
+            total.update(found)
+            by.update(killed)
+            options.console.print(f"{dict(by)}, {dict(total)}")
     return {**total, "kills_by": dict(by)}
+
+
+def _killed_run(folder: Path, seed: int, wanted: int) -> tuple[dict[str, int], Counter[str]]:
+    """What became of the groups of one run, and which parts were killed."""
+    draw = random.Random(seed)
+    by: Counter[str] = Counter()
+    run = ChaosRun(folder, f"kills-{seed}", "simulated", simulated(7 * wanted, actors=3, slots=6))
+    run.wait_for("the first step", run.steps)
+    while by.total() < wanted and run.process.poll() is None:
+        time.sleep(draw.uniform(0.2, 1.4))
+        kind = draw.choices([*SHARES], [*SHARES.values()])[0]
+        victims = run.victims(kind)
+        if not victims:
+            continue  # it is just being started again
+        draw.choice(victims).kill()
+        by[kind] += 1
+        if kind == DRIVER:
+            run.end()
+            before = run.steps()
+            run.start("resume")
+            run.wait_for("a step after the resumption", lambda before=before: run.steps() > before)
+    unfinished = int(run.end() != 0)
+    return {"unfinished": unfinished, "kills": by.total()} | account(run), by
 
 
 def account(run: ChaosRun) -> dict[str, int]:
