@@ -50,6 +50,7 @@ MOST_ACTORS = 500  # each may block one of the buffer's calls in `lease`, of whi
 BUFFER_CALLS = 1000
 CAUSE_SECONDS = 3.0  # a dead learner takes actors with it that need its weights: its death is the cause
 FLEET_STOP_SECONDS = 5.0  # after its actors were ended
+MOST_QUARANTINED = 100  # groups in a row: then it is not the prompts
 # Where cores are shared, OpenMP threads that spin while they wait take the time of those who work.
 PATIENT_THREADS = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
 # buffer gauge -> catalogue name
@@ -99,7 +100,7 @@ class Controller:
         self._fleet: Fleet | None = None
         self._exporter: Exporter | None = None
         self._progress_mark: tuple[float, ...] = ()
-        self._quarantined = 0.0
+        self._quarantined = self._quarantined_before = 0.0
         self._untrainable = ""
         self._warned = False
 
@@ -392,14 +393,16 @@ class Controller:
             found["rollout actors"] = await self._fleet.doing()
         return found
 
-    async def _report_quarantine(self) -> None:
+    async def _report_quarantine(self) -> str:
         """Write the failures down with their tracebacks, and tell the last line of the newest."""
         found = await self._buffer.quarantine.remote()
         task = build_task(self.config.task)
         kept = [{"group": n, "example": asdict(task.example("train", n)), "reason": reason} for n, reason in found]
         self._directory.write_json("quarantine.json", kept)
         group, reason = found[-1]
-        await self._tell("quarantine", {"group": group, "reason": reason.strip().splitlines()[-1]})
+        said = reason.strip().splitlines()[-1]
+        await self._tell("quarantine", {"group": group, "reason": said})
+        return said
 
     async def _warn_of_deadline(self, expired: float, fleet: dict[str, float]) -> None:
         """Once, if actors that live could not renew in time."""
@@ -433,9 +436,17 @@ class Controller:
         if mark != self._progress_mark:
             self._progress_mark = mark
             self._mark_progress()
+            self._quarantined_before = gauges["groups_quarantined"]
         if gauges["groups_quarantined"] > self._quarantined:
             self._quarantined = gauges["groups_quarantined"]
-            await self._report_quarantine()
+            last = await self._report_quarantine()
+            if self._quarantined - self._quarantined_before >= MOST_QUARANTINED:
+                raise RunError(
+                    f"{self._quarantined - self._quarantined_before:.0f} groups in a row failed, so it is not their "
+                    f"prompts; the last: {last} (RUN/quarantine.json); mend the reward function, or where logits are "
+                    "not finite start another run with model.path=RUN/checkpoints/STEP and a lower "
+                    "learner.learning_rate"
+                )
         if gauges["expired_leases"] > 0 and not self._warned:
             await self._warn_of_deadline(gauges["expired_leases"], fleet)
         if gauges["groups_discarded"] + gauges["groups_quarantined"] > 0:

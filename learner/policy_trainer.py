@@ -89,7 +89,7 @@ class PolicyTrainer:
         if not np.isfinite(flat).all():
             raise RunError(
                 f"{int((~np.isfinite(flat)).sum())} of {flat.size} weights are not finite after step {self.steps}; "
-                "resume from the last checkpoint with a lower learner.learning_rate"
+                "start another run with model.path=RUN/checkpoints/STEP and a lower learner.learning_rate"
             )
         return flat
 

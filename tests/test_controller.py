@@ -1,0 +1,67 @@
+"""Controller: what the gauges of a run make it do, without Ray."""
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.config_file import parse_config
+from common.errors import RunError
+from common.ledger import GroupState
+from learner.controller import MOST_QUARANTINED, Controller
+
+
+class Buffer:
+    """Answers as the buffer's handle does."""
+
+    def __init__(self) -> None:
+        self.groups = {str(state): 0 for state in GroupState}
+        self.failed: list[tuple[int, str]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        class Method:
+            @staticmethod
+            async def remote() -> Any:
+                return getattr(self, f"_{name}")()
+
+        return Method
+
+    def fail(self, groups: int) -> None:
+        self.failed += [(number, "Traceback ...\nValueError: no number") for number in range(groups)]
+        self.groups["quarantined"] += groups
+
+    def _gauges(self) -> dict[str, float]:
+        groups = {f"groups_{state}": float(count) for state, count in self.groups.items()}
+        return {**groups, "expired_leases": 0.0, "no_spread_discards": 0.0}
+
+    def _quarantine(self) -> list[tuple[int, str]]:
+        return self.failed
+
+
+class Fleet:
+    async def leave_drained_nodes(self) -> None: ...
+
+    async def gauges(self) -> dict[str, float]:
+        return {}
+
+
+def test_failures_in_a_row_end_the_run_and_failures_between_results_do_not(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        controller = Controller(config=parse_config({"task": {"name": "sudoku"}}), directory=tmp_path)
+        buffer = Buffer()
+        controller._buffer, controller._fleet = buffer, Fleet()  # pyright: ignore[reportAttributeAccessIssue]
+        for _ in range(3):
+            buffer.fail(MOST_QUARANTINED - 1)
+            await controller._update_gauges()
+            buffer.groups["trained"] += 8
+            await controller._update_gauges()
+        assert len(json.loads((tmp_path / "quarantine.json").read_text())) == 3 * (MOST_QUARANTINED - 1)
+        buffer.fail(MOST_QUARANTINED - 1)
+        await controller._update_gauges()
+        buffer.fail(1)
+        with pytest.raises(RunError, match="100 groups in a row failed.*the last: ValueError: no number"):
+            await controller._update_gauges()
+
+    asyncio.run(scenario())
