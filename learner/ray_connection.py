@@ -18,6 +18,7 @@ LOCAL = "local"
 LOOPBACK = "127.0.0.1"
 _USUAL = ray_constants.ENABLE_RAY_CLUSTER
 PROBE_SECONDS = 5.0
+LOCAL_TRIES = 2  # to start one: on a busy machine its parts may miss each other's deadlines
 
 
 def chosen_address(address: str | None = None) -> str:
@@ -45,25 +46,31 @@ def connect(
     Raises:
         UserError: when Ray cannot be reached or started; nothing is left connected.
     """
-    try:
-        probe(address)
-        _bind(loopback=loopback or address == LOCAL)
-        ray.init(
-            address=address,
-            namespace=namespace,
-            logging_level=logging_level,
-            log_to_driver=False,
-            configure_logging=False,
-            include_dashboard=False if address == LOCAL else None,
-        )
-    except Exception as error:  # a node that does not start in time is a bare Exception of Ray's
-        ray.shutdown()
-        if address == LOCAL:
-            raise UserError(
-                f"a local Ray does not start ({one_line(error)}); try again when this machine has less to do and more "
-                "free memory, or start one (`ray start --head`) and give its address in RAY_ADDRESS"
-            ) from error
-        raise UserError(f"Ray at {address!r} cannot be reached ({one_line(error)}); {way_out}") from error
+    tries = LOCAL_TRIES if address == LOCAL else 1
+    while True:
+        tries -= 1
+        try:
+            probe(address)
+            _bind(loopback=loopback or address == LOCAL)
+            ray.init(
+                address=address,
+                namespace=namespace,
+                logging_level=logging_level,
+                log_to_driver=False,
+                configure_logging=False,
+                include_dashboard=False if address == LOCAL else None,
+            )
+            return
+        except Exception as error:  # a node that does not start in time is a bare Exception of Ray's
+            ray.shutdown()
+            if tries:
+                continue
+            if address == LOCAL:
+                raise UserError(
+                    f"a local Ray does not start ({one_line(error)}); try again when this machine has less to do and "
+                    "more free memory, or start one (`ray start --head`) and give its address in RAY_ADDRESS"
+                ) from error
+            raise UserError(f"Ray at {address!r} cannot be reached ({one_line(error)}); {way_out}") from error
 
 
 def _bind(*, loopback: bool) -> None:

@@ -61,7 +61,7 @@ def test_failures_in_a_row_end_the_run_and_failures_between_results_do_not(tmp_p
         buffer.fail(MOST_QUARANTINED - 1)
         await controller._update_gauges()
         buffer.fail(1)
-        with pytest.raises(RunError, match="100 groups in a row failed.*the last: ValueError: no number"):
+        with pytest.raises(RunError, match=r"100 groups in a row failed.*the last: ValueError: no number"):
             await controller._update_gauges()
 
     asyncio.run(scenario())
