@@ -195,9 +195,9 @@ def test_all_mistakes_are_told_at_once() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", "task is missing; give --config FILE or task.name=NAME (countdown, sudoku)"),
+        ("", "task is missing; give --config FILE or task.name=NAME (countdown, custom,"),
         ("learner: {steps: 3}", "task is missing"),
-        ("task: {}", "task.name is missing; one of: countdown, sudoku"),
+        ("task: {}", "task.name is missing; one of: countdown, custom, gsm8k, math500, sudoku"),
         ("task: {name: 5}", "unknown task '5'"),
         ("task: null", "task: "),
         ("task: {name: sudoku}\nlearner: null", "learner: "),

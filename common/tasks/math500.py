@@ -21,7 +21,7 @@ from common.tasks.rows import Row
 from common.tasks.task import Example, boxed_answer, boxed_answers, tagged_answer
 
 _UNBRACED = re.compile(r"\\boxed\s+([^\s{$\\][^$\n]*)|\\boxed([0-9])")
-_BARE_BOX = re.compile(r"\\boxed\s*(\{[^{}]*\}?)?")
+_EMPTY_BOX = re.compile(r"\\boxed.*", re.DOTALL)
 
 
 class Math500Config(QuestionTaskConfig):
@@ -61,7 +61,7 @@ class Math500Task(QuestionTask):
         unbraced = _UNBRACED.findall(completion)
         if unbraced:
             return "".join(unbraced[-1]).strip().removesuffix("</answer>").strip()
-        return _BARE_BOX.sub("", super().answer(completion)).strip()
+        return _EMPTY_BOX.sub("", super().answer(completion)).strip()
 
     def rewards(self, example: Example, completion: str) -> dict[str, float]:
         """Every component; see the module's docstring."""

@@ -92,9 +92,9 @@ def _parsed(text: str) -> list:
     return parse(f"${cleaned}$", extraction_config=targets, parsing_timeout=_seconds())
 
 
-def _seconds() -> int | None:
-    """Time for math-verify, which without a main thread has none."""
-    return SECONDS if threading.current_thread() is threading.main_thread() else None
+def _seconds() -> int:
+    """Time for math-verify; 0, which is no limit, where there is no main thread to interrupt."""
+    return SECONDS if threading.current_thread() is threading.main_thread() else 0
 
 
 def prepare() -> None:

@@ -111,10 +111,8 @@ class QuestionTask(Task):
         own = {"train": "data", "validation": "validation_data", "test": "test_data"}[split]
         size, config = len(self.questions.splits[split]), self._asked
         if size == 0:
-            held = (
-                "" if split == "train" else f", or raise task.holdout={config.holdout:g} to hold some of task.data out"
-            )
-            return f"there are no {split} questions; give task.{own}=FILE{held}"
+            more = "" if split == "train" else f", or hold more of task.data out (task.holdout={config.holdout:g})"
+            return f"there are no {split} questions; give task.{own}=FILE{more}"
         way_out = f"ask for fewer prompts, or give more in task.{own}"
         return f"{split} example {index} does not exist: there are {size} (0 to {size - 1}); {way_out}"
 

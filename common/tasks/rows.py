@@ -22,7 +22,7 @@ HUB = "hub:"
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 _FORMATS = f"a file that ends in {', '.join(SUFFIXES)}, a folder of such, or {HUB}OWNER/NAME"
 _SPLIT_NAMES = {"train": "train", "validation": "validation|valid|val|dev", "test": "test"}
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]*(:[\w.-]+)?)?")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]*(:[\w.-]+)?)?")
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _csv(path: Path) -> list[Row]:
             try:
                 values = next(reader, None)
             except csv.Error as error:
-                raise UserError(f"{path}, row {reader.line_num}: {one_line(error)}; mend the row") from error
+                raise UserError(f"{path}, row {reader.reader.line_num}: {one_line(error)}; mend the row") from error
             if values is None:
                 return rows
             if None in values:
@@ -175,7 +175,7 @@ def _hub_rows(source: str, key: str, split: str | None) -> list[Row]:
         raise UserError(f"{key}={source}: give {HUB}OWNER/NAME[:CONFIG[:SPLIT]], such as {HUB}openai/gsm8k:main")
     owner_name, config, chosen = (*name.split(":"), "", "")[:3]
     try:
-        from datasets import load_dataset
+        from datasets import load_dataset  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(
             f"{key}={source} needs the package datasets; pip install 'diffpo[hub]', or download the data set and give "
