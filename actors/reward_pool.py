@@ -259,6 +259,7 @@ def _serve(connection: Connection, dumps: Connection, pickled: bytes, config: Ro
     faulthandler.enable(dumps.fileno())
     try:
         task: Task = pickle.loads(pickled)
+        task.prepare()
     except BaseException as error:
         _send(connection, _failure(error, config) | {"ends": True})
         return

@@ -13,12 +13,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from common.section import Section
-from common.tasks.countdown import CountdownConfig
-from common.tasks.sudoku import SudokuConfig
+from common.tasks import TaskConfig
 from common.version import LINEAGE
 
 Increasing = Annotated[tuple[Annotated[float, Field(le=1e6)], ...], Field(min_length=1)]
-TaskConfig = Annotated[SudokuConfig | CountdownConfig, Field(discriminator="name")]
 SMALLEST_GAMMA = 1e-9  # nats; what is smaller counts as this wherever a logarithm is taken
 SMALLEST_REWARD_MEMORY = 64 * 2**20  # bytes
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of a submitted job

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from common.config import Config
 from common.errors import UserError, shown, without_secrets
-from common.tasks import TASKS, CountdownConfig, SudokuConfig
+from common.tasks import TASK_CONFIGS
 
 MOST_REFERENCES = 30  # aliases and `${...}` of a file: ten levels of three are 59,049 copies
 # what yaml raises for `!!int`, `!!bool x`, `!!timestamp x` is not its own error
@@ -142,16 +142,15 @@ def _explain(item: Any) -> str:
 
 
 def _task_names() -> list[str]:
-    return sorted(TASKS)
+    return sorted(TASK_CONFIGS)
 
 
 def _siblings(location: tuple[Any, ...]) -> list[str]:
     """Valid key names of the section at `location`."""
     section: Any = Config
-    tasks = {kind.model_construct().name: kind for kind in (SudokuConfig, CountdownConfig)}
     for part in location:
-        if part in tasks:
-            section = tasks[part]
+        if part in TASK_CONFIGS:
+            section = TASK_CONFIGS[part]
         elif part != "task":
             section = section.model_fields[part].annotation
     return list(section.model_fields)

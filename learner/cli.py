@@ -39,8 +39,10 @@ def _load(config: Path | None, overrides: list[str] | None, dry_run: bool) -> An
 
 def _end_dry_run(loaded: Any, dry_run: bool) -> None:
     from common.config_file import dump_config
+    from common.tasks import check_task
 
     if dry_run:
+        check_task(loaded.task)
         typer.echo(dump_config(loaded), nl=False)
         raise typer.Exit
 
@@ -129,7 +131,7 @@ def evaluate(
     loaded = loaded.model_copy(update={"model": loaded.model.model_copy(update={"path": str(folder)})})
     from learner.preflight import preflight
 
-    preflight(loaded)
+    preflight(loaded, trains=False)
     from learner.display import Display
     from learner.final_evaluation import evaluate_policy, summarise
     from learner.pareto import draw_pareto
@@ -156,6 +158,41 @@ def evaluate(
     draw_pareto(points, out / "pareto.png", title=f"{loaded.task.name}: {folder}")
     display.results(results)
     display.console.print(f"plot: {out / 'pareto.png'}")
+
+
+@app.command("score")
+def score_answers(
+    task: Annotated[str, typer.Option(help="countdown, custom, gsm8k, math500 or sudoku; see docs/tasks.md.")],
+    file: Annotated[Path, typer.Argument(help="Completions: JSONL, JSON, CSV or Parquet.")],
+    overrides: Overrides = None,
+    fields: Annotated[
+        str | None, typer.Option(help="Names of the fields, e.g. question=q,completion=text,ground_truth=answer.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Parquet file for the verdict of every row.")] = None,
+) -> None:
+    """Accuracy and every reward component of completions that exist already.
+
+    Example: diffpo score --task gsm8k answers.jsonl --out verdicts.parquet
+    """
+    from rich.console import Console
+
+    from common.config_file import load_config
+    from common.tasks import build_task
+    from learner.answer_display import show
+    from learner.answer_file import field_names, judge, read_answers, write_verdicts
+
+    loaded = load_config(None, ["task.prompt_style=d1", *(overrides or []), f"task.name={task}"])
+    built = build_task(loaded.task)
+    answers = read_answers(built, file, field_names(fields))
+    console = Console(highlight=False, soft_wrap=True)
+    with console.status("scoring") as status:
+        verdicts = judge(
+            built, answers, loaded.rollout, lambda done: status.update(f"{done} of {len(answers)} rows scored")
+        )
+    show(verdicts, f"{task}: {file}", console)
+    if out is not None:
+        write_verdicts(out, answers, verdicts)
+        console.print(f"verdicts: {out}")
 
 
 @app.command()

@@ -1,18 +1,21 @@
 """Preflight: everything a user can have got wrong, checked before anything expensive starts."""
 
+from queue import SimpleQueue
+
 import torch
 
+from actors.reward_pool import RewardPool, Score
 from common.config import Config
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.policy import open_tokenizer
-from common.tasks import Task, build_task
+from common.tasks import SPLITS, CustomConfig, Split, Task, build_task
 from learner.demonstrations import checked_ids, read_demonstrations
 
 SAMPLED_PROMPTS = 64
 
 
-def preflight(config: Config) -> Task:
-    """Check device, task, data, model folder, special tokens and lengths.
+def preflight(config: Config, *, trains: bool = True) -> Task:
+    """Check device, task, data, model folder, special tokens and lengths; training questions only for what `trains`.
 
     Raises:
         UserError: naming the value, the limit and the way out.
@@ -20,13 +23,38 @@ def preflight(config: Config) -> Task:
     check_device(config.model.device)
     task = build_task(config.task)
     chosen = config.evaluation
-    if chosen.split == "test" and task.test_size is not None and chosen.prompts > task.test_size:
-        raise UserError(
-            f"evaluation.prompts={chosen.prompts} exceeds the {task.test_size} rows of task.file; "
-            f"set evaluation.prompts={task.test_size} or less"
-        )
+    check_size(task, chosen.split, "evaluation.prompts", chosen.prompts)
+    if trains:
+        check_size(task, "train", "learner.steps", 0)
+        if chosen.drift_every:
+            check_size(task, "validation", "evaluation.drift_prompts", chosen.drift_prompts)
     check_texts(config, task)
+    if isinstance(config.task, CustomConfig):
+        check_reward(config, task, "train" if trains else chosen.split)
     return task
+
+
+def check_size(task: Task, split: Split, key: str, prompts: int) -> None:
+    """Refuse more prompts than a split has."""
+    size = task.size(split)
+    if size == 0:
+        task.example(split, 0)  # says what is missing
+    if size is not None and prompts > size:
+        raise UserError(f"{key}={prompts} exceeds the {size} rows of the {split} split; set {key}={size} or less")
+
+
+def check_reward(config: Config, task: Task, split: Split) -> None:
+    """Score one example as training will, so that a reward that cannot work is known before it starts."""
+    outcome: SimpleQueue[list[Score] | Exception] = SimpleQueue()
+    pool = RewardPool(task, config.rollout)
+    try:
+        example = task.example(split, 0)
+        pool.submit(example, [task.demonstration(example, 0)], outcome.put)
+        found = outcome.get()
+    finally:
+        pool.close()
+    if isinstance(found, Exception):
+        raise UserError(f"the reward of {split} example 0 cannot be computed: {one_line(found)}")
 
 
 def check_device(name: str) -> None:
@@ -52,12 +80,12 @@ def check_texts(config: Config, task: Task) -> None:
             f"sampler.max_prompt_tokens + sampler.max_completion_tokens = {total} exceeds the model's {positions} "
             "positions; shorten one of them"
         )
-    for split in ("train", "validation", "test"):
-        size = task.test_size if split == "test" and task.test_size is not None else SAMPLED_PROMPTS
-        for index in range(min(size, SAMPLED_PROMPTS)):
+    for split in SPLITS:
+        size = task.size(split)
+        for index in range(SAMPLED_PROMPTS if size is None else min(size, SAMPLED_PROMPTS)):
             example = task.example(split, index)
             checked_ids(tokenizer, example.prompt, "prompt", sampler, f"{split} example {index}")
-            if split == "train" and file is None:
+            if split == "train" and file is None and config.model.path is None:
                 text = task.demonstration(example, index)
                 checked_ids(tokenizer, text, "completion", sampler, f"demonstration {index}")
     for number, (prompt, completion) in enumerate(read_demonstrations(file) if file is not None else [], 1):

@@ -31,7 +31,7 @@ from common.policy import build_policy
 from common.recovery import JOURNAL_FILE, recover
 from common.segment_folder import SegmentFolder
 from common.segment_store import SegmentStore
-from common.tasks import CountdownConfig, SudokuConfig, build_task
+from common.tasks import CountdownConfig, Gsm8kConfig, Math500Config, SudokuConfig, build_task
 from learner.checkpoint_writer import CheckpointWriter
 from learner.cli import main
 from learner.learner_actor import LearnerActor
@@ -174,7 +174,10 @@ FILES: dict[str, tuple[str | bytes, list[str]]] = {
     "key that is a number": (GOOD + "1: 2", ["1: Keys should be strings"]),
     "section that is text": (GOOD + "learner: fast", ["learner", "'fast'"]),
     "section that is null": (GOOD + "learner: null", ["learner"]),
-    "task that is unknown": ("task: {name: chess}", ["unknown task 'chess'", "countdown, sudoku"]),
+    "task that is unknown": (
+        "task: {name: chess}",
+        ["unknown task 'chess'", "countdown, custom, gsm8k, math500, sudoku"],
+    ),
     "missing variable": (GOOD + "run: {root: '${oc.env:NO_SUCH_NAME}'}", ["NO_SUCH_NAME"]),
     "mandatory value": (GOOD + "run: {root: '???'}", ["run.root"]),
     "half a character": (GOOD + 'model: {path: "\\ud800"}', ["bad.yaml", "escape"]),
@@ -247,7 +250,7 @@ def beyond(field: Any) -> list[str]:
 def limits() -> Iterator[tuple[str, list[Case]]]:
     """For every key of every section, values of the wrong type and beyond each of its limits."""
     turn = count()
-    for task in (SudokuConfig, CountdownConfig):
+    for task in (SudokuConfig, CountdownConfig, Gsm8kConfig, Math500Config):
         fields = [("task." + key, field) for key, field in leaves(task) if key != "name"]
         fields += leaves(Config) if task is SudokuConfig else []
         for key, field in fields:

@@ -9,7 +9,7 @@ from common.config_file import dump_config, load_config, parse_config
 from common.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "deploy/configs").glob("*.yaml"))
-TASKS = ["sudoku", "countdown"]
+TASKS = ["sudoku", "countdown", "gsm8k", "math500"]
 SECTIONS = ("task", "model", "warm_start", "sampler", "rollout", "replay", "learner", "evaluation", "metrics", "run")
 
 
@@ -170,7 +170,7 @@ BAD = [
     ("model.heads=3", ["heads=3", "hidden_size=128", "divisor"]),
     ("model.attention=flash", ["model.attention", "given 'flash'"]),
     ("task=countdown", ["task", "given 'countdown'"]),
-    ("task.name=chess", ["unknown task 'chess'", "countdown, sudoku"]),
+    ("task.name=chess", ["unknown task 'chess'", "countdown, custom, gsm8k, math500, sudoku"]),
     ("task.seed=-1", ["task.seed", "given -1"]),
     ("task.reward_weights={cellz: 1}", ["task", "'cellz'", "cells, exact"]),
     ("task.careful_fraction=1.01", ["task.careful_fraction", "given 1.01"]),
@@ -195,9 +195,9 @@ def test_all_mistakes_are_told_at_once() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", "task is missing; give --config FILE or task.name=NAME (countdown, sudoku)"),
+        ("", "task is missing; give --config FILE or task.name=NAME (countdown, custom,"),
         ("learner: {steps: 3}", "task is missing"),
-        ("task: {}", "task.name is missing; one of: countdown, sudoku"),
+        ("task: {}", "task.name is missing; one of: countdown, custom, gsm8k, math500, sudoku"),
         ("task: {name: 5}", "unknown task '5'"),
         ("task: null", "task: "),
         ("task: {name: sudoku}\nlearner: null", "learner: "),

@@ -23,11 +23,6 @@ needs_benchmarks = pytest.mark.skipif(not PUZZLES.exists(), reason="d1's benchma
 PUZZLE, SOLUTION = "3102200002100320", "3142243142131324"
 EXAMPLE = Example(PUZZLE, {"puzzle": PUZZLE, "solution": SOLUTION}, 8.0)
 
-# Rows where our count of right cells differs from d1's, with the reason.
-DISAGREEMENTS = {
-    10: "no <answer> is opened; d1 takes the 13 digits after a stray </answer>, we follow the prompt and score none",
-}
-
 
 def naive_solutions(puzzle: str) -> list[str]:
     """By filling blanks one after another; knows nothing of the list of grids."""
@@ -167,9 +162,24 @@ def test_scores(completion: str, cells: float, exact: float) -> None:
     assert task.correct(EXAMPLE, completion) == bool(exact)
 
 
-def test_d1_style_scores_only_what_is_tagged() -> None:
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        (f"<answer>\n{SOLUTION}\n</answer> 1111222233334444", SOLUTION),
+        (f"<answer>Row 1:\n```\n{SOLUTION}\n```</answer>", SOLUTION),
+        (f"so\n</answer>\n{SOLUTION[:13]}", SOLUTION[:13]),
+        (f"so {SOLUTION}\n</answer>", SOLUTION),
+        (f"it is {SOLUTION}.", SOLUTION),
+        ("it is 1234.", ""),
+        ("", ""),
+    ],
+)
+def test_d1_style_reads_what_d1_reads(completion: str, answer: str) -> None:
+    assert build_task(SudokuConfig(prompt_style="d1")).answer(completion).strip() == answer
+
+
+def test_d1_style_asks_for_the_tag() -> None:
     task = build_task(SudokuConfig(prompt_style="d1"))
-    assert task.answer(SOLUTION) == ""
     assert task.correct(EXAMPLE, f"<reasoning>\n1234\n</reasoning>\n<answer>\n{SOLUTION}\n</answer>")
     example = task.example("train", 0)
     assert example.prompt.endswith(f"Puzzle: {example.fields['puzzle']}\n")
@@ -290,7 +300,5 @@ def test_agreement_with_d1_on_real_answers() -> None:
         assert fields["puzzle"].count("0") == row["empty_cells"]
         cells = task.rewards(Example("", fields, 8.0), row["completion"])["cells"]
         ours.append(round(cells * row["empty_cells"]))
-    differing = {index for index, row in enumerate(rows) if ours[index] != row["correct_cells"]}
-    assert differing == set(DISAGREEMENTS)
-    assert sum(row["correct_cells"] for row in rows) == 23
-    assert sum(ours) == 20
+    assert ours == [row["correct_cells"] for row in rows]
+    assert sum(ours) == 23

@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 from itertools import combinations
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -23,18 +23,8 @@ from pydantic import Field, model_validator
 from common.errors import UserError
 from common.tasks.arithmetic import Term, combine, leaf, render
 from common.tasks.expression import ExpressionError, evaluate
-from common.tasks.task import (
-    SPLITS,
-    BaseTaskConfig,
-    Example,
-    Split,
-    Task,
-    boxed_answer,
-    read_benchmark,
-    row_error,
-    tagged_answer,
-    tagged_completion,
-)
+from common.tasks.generated_task import GeneratedTask, GeneratedTaskConfig, read_benchmark, row_error
+from common.tasks.task import SPLITS, Example, Split, boxed_answer, tagged_answer, tagged_completion
 
 # The search for a benchmark row's solution is exhaustive: 10 ms for 4 numbers, seconds for 5.
 MOST_NUMBERS = 4
@@ -64,7 +54,7 @@ Target: {target}
 """
 
 
-class CountdownConfig(BaseTaskConfig):
+class CountdownConfig(GeneratedTaskConfig):
     """Countdown with problems that have a solution in positive integers."""
 
     components: ClassVar[tuple[str, ...]] = ("answer", "exact")
@@ -91,7 +81,7 @@ class CountdownConfig(BaseTaskConfig):
         return self
 
 
-class CountdownTask(Task):
+class CountdownTask(GeneratedTask):
     """See the module's docstring."""
 
     name = "countdown"
@@ -118,6 +108,19 @@ class CountdownTask(Task):
         tagged = tagged_answer(completion)
         boxed = boxed_answer(completion if tagged is None else tagged)
         return super().answer(completion) if boxed is None else boxed
+
+    def posed(self, question: str, truth: Any) -> Example:
+        """The truth is `[[numbers], target]`, also as JSON text."""
+        try:
+            numbers, target = json.loads(truth) if isinstance(truth, str) else truth
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"ground truth {str(truth)[:60]!r} is not [[numbers], target]") from error
+        if not _is_problem(numbers, target):
+            raise ValueError(
+                f"ground truth {str(truth)[:60]!r} is not [[numbers], target] with positive integers, such as "
+                "[[30, 100, 93], 23]"
+            )
+        return _example(numbers, target, None, self._countdown.prompt_style)
 
     def rewards(self, example: Example, completion: str) -> dict[str, float]:
         """`answer` in {0, 0.1, 1} and `exact` in {0, 1}."""
@@ -244,6 +247,13 @@ def _problem(path: str, row: int, line: str) -> tuple[list[int], int]:
     if not 2 <= len(numbers) <= MOST_NUMBERS:
         raise row_error(path, row, line, _ROW_FORMAT)
     return numbers, target
+
+
+def _is_problem(numbers: Any, target: Any) -> bool:
+    def positive(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+    return isinstance(numbers, list) and len(numbers) > 1 and all(map(positive, numbers)) and positive(target)
 
 
 def _positive(text: str) -> int:

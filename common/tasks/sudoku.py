@@ -11,14 +11,16 @@
 - Component `exact`: 1 if the answer is exactly 16 digits, a valid grid, and keeps the givens.
 """
 
+import re
 from itertools import combinations
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from common.errors import UserError
+from common.tasks.generated_task import GeneratedTask, GeneratedTaskConfig, holdout_generator, read_benchmark, row_error
 from common.tasks.grid import (
     CELLS,
     GRID_COUNT,
@@ -29,16 +31,7 @@ from common.tasks.grid import (
     text,
     unique_givens,
 )
-from common.tasks.task import (
-    BaseTaskConfig,
-    Example,
-    Split,
-    Task,
-    holdout_generator,
-    read_benchmark,
-    row_error,
-    tagged_completion,
-)
+from common.tasks.task import Example, Split, tagged_completion
 
 # No 4x4 puzzle with three givens has one solution, so 12 blanks is the most that a generated puzzle can have.
 MOST_BLANKS = 12
@@ -46,6 +39,9 @@ _FILE_FORMAT = "a CSV with the header Puzzle,Solution and 16 digits (leading zer
 _ROW_FORMAT = "a puzzle of 16 characters 0 to 4, at least one of them 0, and a valid solution that keeps its givens"
 # Sets of givens tried at once; with 12 blanks 0.7 to 7 % of them are unique, with 8 most.
 _DRAWS = 64
+_FENCED = re.compile(r"```\s*([0-9\s]+)```")
+_GRID_ALONE = re.compile(r"\b[0-9]{16}\b")
+_GRID_AT_END = re.compile(r"[0-9]{16}(?=\s*$)")
 
 _D1_PROMPT = """\
 Solve this 4x4 Sudoku puzzle. It is given as a string of 16 characters that lists the cells row by row, from the top \
@@ -68,7 +64,7 @@ Puzzle: {puzzle}
 """
 
 
-class SudokuConfig(BaseTaskConfig):
+class SudokuConfig(GeneratedTaskConfig):
     """4x4 Sudoku with one solution per puzzle."""
 
     components: ClassVar[tuple[str, ...]] = ("cells", "exact")
@@ -116,7 +112,7 @@ def splits_by_seed(seed: int, holdout_grids: int) -> dict[Split, NDArray[np.intp
     }
 
 
-class SudokuTask(Task):
+class SudokuTask(GeneratedTask):
     """See the module's docstring."""
 
     name = "sudoku"
@@ -132,6 +128,31 @@ class SudokuTask(Task):
         self._positions = splits_by_seed(config.seed, config.holdout_grids)
         # A train prompt must not be a test prompt, although their grids have to be shared.
         self._excluded = frozenset(puzzle for puzzle, _ in rows or ())
+
+    def answer(self, completion: str) -> str:
+        """The digits of a code block in the tagged answer, else the tagged answer.
+
+        Without the tag the whole completion in compact style; in d1 style what d1's evaluation reads then: the text
+        after a stray `</answer>`, else 16 digits before it, else the first 16 digits that stand alone.
+        """
+        found = super().answer(completion)
+        if found:
+            fenced = _FENCED.search(found)
+            return fenced.group(1) if fenced else found
+        before, closed, after = completion.partition("</answer>")
+        ending = _GRID_AT_END.search(before) if closed else None
+        alone = ending or _GRID_ALONE.search(completion)
+        return (after.strip() if closed else "") or (alone.group() if alone else "")
+
+    def posed(self, question: str, truth: Any) -> Example:
+        """The question's first 16 digits are the puzzle; the truth is its solution as 16 digits."""
+        puzzle, solution = _GRID_ALONE.search(question), str(truth)
+        if puzzle is None or not _is_problem(puzzle.group(), solution):
+            raise ValueError(
+                f"question {question[:60]!r} with ground truth {solution[:40]!r} is no puzzle and its solution: the "
+                "question names 16 digits 0 to 4, the truth is a valid grid of 16 that keeps the givens"
+            )
+        return _example(puzzle.group(), solution, self._style)
 
     def rewards(self, example: Example, completion: str) -> dict[str, float]:
         """`cells` in 0..1 and `exact` in {0, 1}."""
@@ -162,7 +183,7 @@ class SudokuTask(Task):
             puzzle = self._first_unique(position, rng.permutation(every))
         if puzzle is None:
             raise UserError(
-                f"{self._config.file} holds every puzzle of grid {text(solution_grids()[position])} "
+                f"{self._generated.file} holds every puzzle of grid {text(solution_grids()[position])} "
                 f"with {blanks} blanks; widen blanks_min..blanks_max or leave `file` out"
             )
         return puzzle

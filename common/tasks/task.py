@@ -1,30 +1,29 @@
-"""What every task offers, and what all tasks share: keyed randomness, answer extraction, weights, benchmark files.
+"""What every task offers, and what all tasks share: keyed randomness, answer extraction, weights.
 
 - An example is found by the *prompt cursor* (split, index): no state, no global generator, so a run resumes anywhere.
-- Generated splits never share a problem; what makes two problems the same is the task's to say.
-- With `file`, the test split is that file, row by row, and an index beyond it is refused.
+- Splits never share a problem; what makes two problems the same is the task's to say.
 - A completion is decoded text without special tokens; text after the stop token is the caller's to cut.
 """
 
 import math
-import zlib
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from common.errors import UserError
 from common.section import Section
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
-# First word of every generator key: keeps the streams of prompts, demonstrations and hold-outs apart.
-_PROMPT_STREAM, _DEMONSTRATION_STREAM, _HOLDOUT_STREAM = 0, 1, 2
+# An opening brace, with the box that it opens, or a closing one.
+_BRACE = re.compile(r"(?:\\boxed|\\fbox)?\{|\}")
+# First word of every generator key: keeps the streams of prompts, demonstrations, hold-outs and epochs apart.
+PROMPT_STREAM, DEMONSTRATION_STREAM, HOLDOUT_STREAM, EPOCH_STREAM = 0, 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -50,10 +49,11 @@ class BaseTaskConfig(Section):
     """compact: the bare problem, for a character tokenizer; d1: an instruction that asks for <answer> tags."""
     reward_weights: dict[str, float]
     """Weight of each reward component in the reward; a component that is not named counts nothing."""
-    careful_fraction: float = Field(default=1.0, ge=0.0, le=1.0)
-    """Share of demonstrations that are solutions; the others are careless, so that RL has something to improve."""
-    file: str | None = None
-    """A benchmark file of d1 that replaces the generated test split; none: the test split is generated."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every data file or folder that the section names."""
+        return ()
 
     @model_validator(mode="after")
     def _weights_are_usable(self) -> Self:
@@ -73,7 +73,7 @@ def check_weights(weights: dict[str, float], components: Sequence[str]) -> None:
 
 
 class Task(ABC):
-    """Lives as long as a run; holds its configuration and, where a file is given, the file's examples."""
+    """Lives as long as a run; holds its configuration and, where they come from files, its examples."""
 
     name: str
     alphabet: str
@@ -84,13 +84,16 @@ class Task(ABC):
     def __init_subclass__(cls) -> None:
         cls.trusted = cls.__dict__.get("trusted", False)
 
-    def __init__(self, config: BaseTaskConfig, file_examples: list[Example] | None = None) -> None:
+    def __init__(self, config: BaseTaskConfig) -> None:
         self._config = config
-        self._file_examples = file_examples
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A task crosses processes as its class and its configuration, and is built anew."""
         return type(self), (self._config,)
+
+    def prepare(self) -> None:
+        """Called once in a process that scores, before its limits hold: the place to import what is slow to import."""
+        return None
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -100,33 +103,29 @@ class Task(ABC):
     @property
     def test_size(self) -> int | None:
         """Number of test examples; None where they are generated without end."""
-        return None if self._file_examples is None else len(self._file_examples)
+        return self.size("test")
 
+    def size(self, split: Split) -> int | None:
+        """How far the cursor of a split goes; None: without end. Raises UserError for data that cannot be used."""
+        return None
+
+    @abstractmethod
     def example(self, split: Split, index: int) -> Example:
         """The example under the prompt cursor; the same in every process.
 
-        Raises UserError for an index beyond the benchmark file, ValueError for an unknown split or a negative index.
+        Raises UserError for an index beyond the split's size, ValueError for an unknown split or a negative index.
         """
-        if split not in SPLITS:
-            raise ValueError(f"split {split!r} is unknown; give one of {', '.join(SPLITS)}")
-        if index < 0:
-            raise ValueError(f"index {index} is negative; the prompt cursor starts at 0")
-        if split != "test" or self._file_examples is None:
-            return self._generate(split, _generator(self._config.seed, _PROMPT_STREAM, SPLITS.index(split), index))
-        if index >= len(self._file_examples):
-            raise UserError(
-                f"test example {index} does not exist: {self._config.file} has {len(self._file_examples)} rows "
-                f"(0 to {len(self._file_examples) - 1}); evaluate fewer prompts, or leave `file` out to generate them"
-            )
-        return self._file_examples[index]
 
+    @abstractmethod
     def demonstration(self, example: Example, key: int) -> str:
-        """A completion to imitate in warm start, careful or careless; the same for the same example and key (>= 0)."""
-        # The prompt is part of the key: one key for all examples must not make all of them careless at once.
-        prompt_hash = zlib.crc32(example.prompt.encode())
-        rng = _generator(self._config.seed, _DEMONSTRATION_STREAM, prompt_hash, key)
-        careful = bool(rng.random() < self._config.careful_fraction)
-        return self._demonstrate(example, careful, rng)
+        """A completion to imitate in warm start; the same for the same example and key (>= 0)."""
+
+    def posed(self, question: str, truth: Any) -> Example:
+        """The example of a recorded question and its ground truth, for scoring answers that exist already.
+
+        Raises ValueError that says what the question or the ground truth should be.
+        """
+        raise ValueError(f"task {self.name} scores no recorded answers; define `posed` in {type(self).__name__}")
 
     def answer(self, completion: str) -> str:
         """What the completion gives as its answer, stripped: the last `<answer>`, closed or cut off by the length.
@@ -150,22 +149,18 @@ class Task(ABC):
     def correct(self, example: Example, completion: str) -> bool:
         """Whether the completion solves the example exactly; what evaluation counts."""
 
-    @abstractmethod
-    def _generate(self, split: Split, rng: np.random.Generator) -> Example:
-        """One example of a generated split, a function of `rng` alone."""
 
-    @abstractmethod
-    def _demonstrate(self, example: Example, careful: bool, rng: np.random.Generator) -> str:
-        """One demonstration, a function of its arguments alone."""
+def check_cursor(split: Split, index: int) -> None:
+    """Refuse (ValueError) a split or an index that no task has."""
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r} is unknown; give one of {', '.join(SPLITS)}")
+    if index < 0:
+        raise ValueError(f"index {index} is negative; the prompt cursor starts at 0")
 
 
-def _generator(seed: int, *key: int) -> np.random.Generator:
+def keyed_generator(seed: int, *key: int) -> np.random.Generator:
+    """The generator of a seed and a key whose first word is one of the streams above."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
-
-
-def holdout_generator(seed: int) -> np.random.Generator:
-    """The generator that draws which problems are held out from training."""
-    return _generator(seed, _HOLDOUT_STREAM)
 
 
 def tagged_answer(completion: str) -> str | None:
@@ -178,38 +173,24 @@ def tagged_answer(completion: str) -> str | None:
 
 def boxed_answer(text: str) -> str | None:
     r"""The stripped content of the last `\boxed{...}` whose braces balance; None without one."""
+    return next(boxed_answers(text), None)
+
+
+def boxed_answers(text: str) -> Iterator[str]:
+    r"""The stripped content of every `\boxed{...}` (or `\fbox`) whose braces balance, the last one first."""
     # One pass with a stack: a hostile answer full of openings must not cost the square of its length.
     openings: list[int] = []
-    last, content = -1, None
-    for position, character in enumerate(text):
-        if character == "{":
-            openings.append(position)
-        elif character == "}" and openings:
-            opening = openings.pop()
-            if opening > last and text.startswith(r"\boxed", max(opening - len(r"\boxed"), 0), opening):
-                last, content = opening, text[opening + 1 : position].strip()
-    return content
+    closed: list[tuple[int, int]] = []
+    for match in _BRACE.finditer(text):
+        if match.group() == "}":
+            if openings and (opening := openings.pop()) >= 0:
+                closed.append((opening, match.start()))
+        else:
+            openings.append(match.end() if len(match.group()) > 1 else -1)
+    for opening, closing in sorted(closed, reverse=True):
+        yield text[opening:closing].strip()
 
 
 def tagged_completion(reasoning: str, answer: str) -> str:
     """A completion in the form that d1's prompts ask for."""
     return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{answer}\n</answer>"
-
-
-def read_benchmark(path: str, expected: str) -> list[str]:
-    """The lines of a benchmark file. Raises UserError, naming what is `expected`, where there are none."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise UserError(
-            f"benchmark file {path} cannot be read ({error}); expected {expected}; correct `file` or leave it out"
-        ) from error
-    if not any(line.strip() for line in lines):
-        raise UserError(f"benchmark file {path} is empty; expected {expected}; correct `file` or leave it out")
-    return lines
-
-
-def row_error(path: str, row: int, found: str, expected: str) -> UserError:
-    """The error for a malformed row of a benchmark file; `row` counts the file's lines from 1."""
-    shown = found if len(found) <= 80 else found[:80] + "…"
-    return UserError(f"{path}, row {row}: found {shown!r}; expected {expected}; mend the row or leave `file` out")

@@ -224,7 +224,7 @@ def plan(study: Study, *, seeds: int | None = None) -> list[Planned]:
                 overrides = [*said, f"run.seed={seed}", f"run.name={name}-seed{seed}"]
                 config = load_config(study.config, overrides)
                 _check_is_a_studys(config, said)
-                named = (config.task.file, config.warm_start.file, config.model.path)
+                named = (*config.task.files, config.warm_start.file, config.model.path)
                 contents = tuple(digest_of(Path(path)) for path in named if path is not None)
                 runs.append(Planned(name, seed, config, tuple(overrides), contents, arm.staleness))
             except UserError as error:

@@ -1,0 +1,104 @@
+r"""Whether two mathematical answers are the same, as MATH (arXiv 2103.03874) asks: value and, where asked for, form.
+
+- Texts that differ only in how LaTeX sets them are the same.
+- Where the truth is a number, the answer has to be one too, exactly equal: 37/3 - 1/3 is no answer that says 12. A
+  fraction counts in lowest terms only, as MATH writes all of its own; where the question asks for a fraction, a decimal
+  or a mixed number, the answer has to be one.
+- Where the truth is a name or a choice, letters count and not their case or brackets.
+- Everything else (roots, intervals, sets, tuples, matrices, terms) is compared by `math-verify`; where the question
+  asks to factor, expand or simplify, what it parses has to read the same, since (x+1)^2 is no expansion of itself.
+- math-verify keeps its time with SIGALRM, which only a main thread has: elsewhere its caller bounds the time, as
+  `actors.reward_pool` does. Towers of powers and answers of more than 300 characters are not given to it.
+"""
+
+import logging
+import re
+import threading
+
+from common.tasks.number import Number, plain, read_number
+
+MOST_CHARACTERS = 300
+SECONDS = 3  # of math-verify, for one expression
+_FRACTION_ASKED = re.compile(r"\b(?:as|into) an? (?:\w+ ){0,3}fraction|common fraction", re.IGNORECASE)
+_DECIMAL_ASKED = re.compile(r"\bas a decimal|decimal (?:form|places?)", re.IGNORECASE)
+_MIXED_ASKED = re.compile(r"\bmixed number", re.IGNORECASE)
+_FORM_ASKED = re.compile(r"\b(?:factor|expand|simplif|simplest|rationali[sz]e)", re.IGNORECASE)
+# Powers of powers and factorials that no one can write out; Python cannot be stopped while it computes one.
+_TOWER = re.compile(r"\^[^+\-=,;a-zA-Z]*\^|\^\s*\{?\s*-?[0-9]{4,}|\^.*!|!.*[!^]|[0-9]{4,}\s*!", re.DOTALL)
+_BRACED = re.compile(r"\\(frac|sqrt)\s*(?:([0-9a-zA-Z])\s*(?=[0-9a-zA-Z\\{])|([0-9a-zA-Z]))")
+_NAME = re.compile(r"[(\[]?\s*([A-Za-z][A-Za-z .,'-]*?)\s*[)\]]?\.?")
+_TEXT_ONLY = re.compile(r"\s*\\(?:text|textbf|textrm|mathrm|mbox)\s*\{[^{}]*\}\s*")
+_SHORT_LEFT = re.compile(r"^\s*(?:[A-Za-z]|\\[a-z]+|[A-Za-z]\([a-z]\))\s*=\s*(?=[^=]+$)")
+_LOOSE_UNIT = re.compile(r"(?<=[0-9}])\s*\\(?:text|mathrm|mbox)\s*\{[^{}]*\}\s*(?:\^\s*\{?[23]\}?)?\s*$")
+
+
+def same_answer(truth: str, given: str, question: str = "") -> bool:
+    """Whether an answer counts as the true one. Never raises."""
+    true, found = _SHORT_LEFT.sub("", truth), _SHORT_LEFT.sub("", given)
+    expected, number = read_number(true), read_number(found)
+    if expected is not None:
+        return number is not None and _same_number(expected, number, question)
+    if not found.strip():
+        return False
+    if _canonical(true) == _canonical(found):
+        return True
+    name, said = _NAME.fullmatch(plain(true)), _NAME.fullmatch(plain(found))
+    if name is not None and (_TEXT_ONLY.fullmatch(true) or _TEXT_ONLY.fullmatch(found) or len(name.group(1)) == 1):
+        return said is not None and said.group(1).casefold() == name.group(1).casefold()
+    return _verified(true, found, form=_FORM_ASKED.search(question) is not None)
+
+
+def _same_number(truth: Number, given: Number, question: str) -> bool:
+    if truth.value != given.value or not given.reduced:
+        return False
+    if truth.value.denominator == 1 or truth.fraction == given.fraction:
+        return True
+    asked = _FRACTION_ASKED if truth.fraction else _DECIMAL_ASKED
+    return asked.search(question) is None and _MIXED_ASKED.search(question) is None
+
+
+def _canonical(text: str) -> str:
+    """The text with one spelling for what LaTeX sets alike."""
+    text = plain(_LOOSE_UNIT.sub("", text)).rstrip(".").replace("%", "").replace(r"\\", "\\")
+    previous = None
+    while previous != text:
+        previous, text = text, _BRACED.sub(lambda m: rf"\{m[1]}{{{m[2] or m[3]}}}", text, count=1)
+    text = re.sub(r"(\\frac\{[^{}]*\})\s*([0-9a-zA-Z])", r"\1{\2}", text)
+    return re.sub(r"\s+", "", text)
+
+
+def _verified(truth: str, given: str, *, form: bool) -> bool:
+    if max(len(truth), len(given)) > MOST_CHARACTERS or _TOWER.search(given):
+        return False
+    from math_verify import verify
+
+    expected, found = _parsed(truth), _parsed(given)
+    if not expected or not found:
+        return False
+    if form:
+        try:
+            return str(expected[0]) == str(found[0])
+        except Exception:  # sympy's printer has its limits: digits, depth
+            return False
+    # a bare pair is no interval, and an interval no pair: what the truth is decides
+    return bool(verify(expected, found, timeout_seconds=_seconds()))
+
+
+def _parsed(text: str) -> list:
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
+
+    cleaned = text.replace(r"\$", "").replace("$", "")
+    targets = [LatexExtractionConfig(), ExprExtractionConfig()]
+    return parse(f"${cleaned}$", extraction_config=targets, parsing_timeout=_seconds())
+
+
+def _seconds() -> int:
+    """Time for math-verify; 0, which is no limit, where there is no main thread to interrupt."""
+    return SECONDS if threading.current_thread() is threading.main_thread() else 0
+
+
+def prepare() -> None:
+    """Import what is slow to import (sympy: 1.4 s), and parse once: the grammar is built then."""
+    for name in ("math_verify.parser", "math_verify.grader", "math_verify.utils"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # it warns of each answer that it cannot parse
+    _verified(r"\sqrt{2}", r"\sqrt{3}", form=False)
