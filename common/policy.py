@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -272,6 +273,8 @@ def open_tokenizer(config: Config, task: Task) -> tuple[PreTrainedTokenizerBase,
         found = ModelFolder(folder, mask_token=config.model.mask_token)
         with Shards(folder):
             pass  # their headers, held against the files' lengths
+        if (folder / THRESHOLD_WEIGHTS).is_file():
+            safe_open(folder / THRESHOLD_WEIGHTS, "pt").keys()
         if (folder / THRESHOLD_CONFIG).is_file():
             ThresholdConfig.model_validate_json((folder / THRESHOLD_CONFIG).read_bytes())
     except UserError:
