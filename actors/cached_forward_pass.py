@@ -1,6 +1,7 @@
 """CachedForwardPass: a block's first step is exact, later ones compute few columns and take the rest from a page.
 
 Fast-dLLM (arXiv 2505.22618): `prefix` computes the columns from the active block on, `dual` those of the block alone.
+Where the column before a position predicts it (`Policy.shift`), both begin one column earlier.
 A pass on fewer columns still counts as one function evaluation; `token_forwards` shows what was saved.
 """
 
@@ -94,10 +95,14 @@ class CachedForwardPass(ForwardPass):
         return [kept[block[kept] == one] for one in block[kept].unique()]
 
     def _partial(self, slots: Tensor, block: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Columns `[N, Q]` that were computed, and their hidden states `[N, Q, H]`."""
-        rows = self._rows
-        start = rows.width + block * rows.block
-        count = rows.block if self._dual else last - int(start[0])
+        """Columns `[N, Q]` from the active block on, and their hidden states `[N, Q, H]`.
+
+        A shifted model computes the column before them, too: it predicts the first, and there is one, since no prompt
+        is empty.
+        """
+        rows, lead = self._rows, self._policy.shift
+        start = rows.width + block * rows.block - lead
+        count = rows.block + lead if self._dual else last - int(start[0])
         columns = start.unsqueeze(-1) + torch.arange(count, device=slots.device)
         self._count(len(slots), columns.numel())
         cache = self._pages.complete(self._page[slots], columns - first, first, last)
@@ -108,7 +113,7 @@ class CachedForwardPass(ForwardPass):
                 columns=columns - first,
                 cache=cache,
             )
-        return columns, hidden
+        return columns[:, lead:], hidden[:, lead:]
 
     def _probe(self, slots: Tensor, cached: Tensor, first: int, last: int) -> None:
         """Hold one row's cached hidden states `[1, L, H]` against an exact pass, at masked positions of its block."""

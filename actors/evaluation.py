@@ -85,7 +85,7 @@ class Evaluator:
         self.task = task
         self.config = config
         self.examples: list[Example] = [task.example(split, index) for index in range(prompts)]
-        self._prompt_ids = [tuple(policy.encode(example.prompt)) for example in self.examples]
+        self._prompt_ids = [tuple(policy.encode_prompt(example.prompt)) for example in self.examples]
         self._pool: RewardPool | None = None
 
     def __enter__(self) -> Self:

@@ -79,7 +79,7 @@ class GroupProducer:
         config = self.config
         try:
             example = self._task.example("train", lease.cursor)
-            prompt = tuple(self._policy.encode(example.prompt))
+            prompt = tuple(self._policy.encode_prompt(example.prompt))
             self._engine.check_prompt(prompt)
         except UserError as error:
             self._refused.append(Fault(lease.number, lease.attempt, str(error)))

@@ -46,7 +46,8 @@ def reference_sample(
 
     With a cache, the first step of a block is exact; its later ones compute every column, and then take the keys and
     values of the columns that the cache keeps (`prefix`: those before the block; `dual`: those outside it) as they were
-    at that first step. New weights, from the steps in `adopted` on, make a step exact again.
+    at that first step. Where the column before a position predicts it, the one before the block is not kept. New
+    weights, from the steps in `adopted` on, make a step exact again.
 
     The row ends when every position left of its first stop token is revealed (or all are); what is still MASK then
     becomes EOS with reveal step `nfe + 1`, log-probability 0 and entropy 0.
@@ -60,7 +61,7 @@ def reference_sample(
         start = tokens.index(ids.mask_id) // block * block
         if adopted and nfe in adopted:
             policy, computed = adopted[nfe], -1
-        kept = kept_columns(cache, len(prompt), length, start, block) if start == computed else []
+        kept = kept_columns(cache, len(prompt), length, start, block, policy.shift) if start == computed else []
         computed = start
         logits = forward(policy, [*prompt, *tokens], memory, kept)[len(prompt) :].tolist()
         active = [at for at in range(start, min(start + block, length)) if tokens[at] == ids.mask_id]
@@ -93,11 +94,11 @@ def _finished(tokens: list[int], mask_id: int, stop_ids: tuple[int, ...]) -> boo
     return True
 
 
-def kept_columns(cache: str, prompt: int, length: int, start: int, block: int) -> list[int]:
+def kept_columns(cache: str, prompt: int, length: int, start: int, block: int, shift: int = 0) -> list[int]:
     """Columns of prompt and completion whose keys and values stay as they were at the first step of a block."""
     if cache == "none":
         return []
-    before = list(range(prompt + start))
+    before = list(range(prompt + start - shift))
     return before if cache == "prefix" else before + list(range(prompt + start + block, prompt + length))
 
 
@@ -105,7 +106,8 @@ def kept_columns(cache: str, prompt: int, length: int, start: int, block: int) -
 def forward(
     policy: Policy, ids: Sequence[int], memory: dict[nn.Module, Tensor] | None = None, kept: Sequence[int] = ()
 ) -> Tensor:
-    """Logits `[T, V]` of a full forward in which the keys and values of the columns `kept` are those in `memory`.
+    """Logits `[T, V]`, at the position that they predict, of a full forward in which the keys and values of the columns
+    `kept` are those in `memory`.
 
     `memory` is overwritten with the keys and values of this forward, which is exact where nothing is kept. Logits at
     kept columns mean nothing.
@@ -124,7 +126,7 @@ def forward(
     logits = policy.model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
     for hook in hooks:
         hook.remove()
-    return logits
+    return torch.cat([logits[:1], logits[:-1]]) if policy.shift else logits  # as Dream's own sampler does
 
 
 def softmax(logits: list[float], mask_id: int, temperature: float) -> list[float]:

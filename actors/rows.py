@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from actors.request import MODES, Request
-from common.policy import Vocabulary
 from common.trajectory import NOT_DRAWN, Completion
+from common.vocabulary import Vocabulary
 
 
 class Rows:

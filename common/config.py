@@ -26,7 +26,12 @@ class ModelConfig(Section):
     """The masked diffusion language model: a folder in Hugging Face layout, or a small one built from sizes."""
 
     path: str | None = None
-    """Folder in Hugging Face layout, also a checkpoint of a run; null builds a small model and warm-starts it."""
+    """Folder of a checkpoint: LLaDA, Dream and others as they are published (docs/models.md), what `diffpo convert`
+    wrote, or a checkpoint of a run; null builds a small model and warm-starts it."""
+    mask_token: str | None = None
+    """The MASK token, where neither the tokenizer nor config.json in `path` names it."""
+    chat_template: Literal["auto", "off"] = "auto"
+    """auto: prompts go through the tokenizer's chat template, if it has one; off: they are read as they are."""
     hidden_size: int = Field(default=128, ge=8)
     """Width of the built model."""
     layers: int = Field(default=4, ge=1)
@@ -41,6 +46,11 @@ class ModelConfig(Section):
     """torch device of rollout and learner, e.g. `cpu`, `cuda`."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Attention implementation; on CPU, for sequences of some tens of tokens, try eager: it may train faster."""
+
+    @field_validator("chat_template", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a bare off as false
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:

@@ -2,13 +2,14 @@
 
 - Everything downstream sees this and nothing of the model's family.
 - `hidden` is one function evaluation; `logits` applies the output head to selected positions only.
+- The hidden state at column `l` is what predicts position `l`. Models that predict it at column `l - 1` (Dream) are put
+  right in `hidden`, and nowhere else.
 - Positions are counted from the first attended token, so left padding changes nothing.
 - Nothing of a folder is executed: safetensors only, no pickles; no code of its own.
 - Saved as a standard Hugging Face folder plus `threshold.safetensors`; `from_pretrained` reads the folder.
 """
 
 import inspect
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,25 +17,21 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 from transformers.utils import logging as transformers_logging
 
 from common.calibration import Calibration
 from common.config import Config, ModelConfig, RolloutConfig, ThresholdConfig
 from common.errors import UserError
+from common.family import SHIFT_KEY
+from common.model_folder import ModelFolder
+from common.prompt import prompt_ids
+from common.shards import Shards
 from common.tasks import Task
 from common.threshold import ThresholdHead, build_threshold_head
 from common.tokenizer import character_tokenizer
+from common.vocabulary import read_vocabulary
 
 transformers_logging.disable_progress_bar()  # the command line draws its own
 
@@ -44,26 +41,30 @@ CALIBRATION = "calibration."  # prefix of its names beside the head's weights
 UNLIMITED = 1 << 30
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """The ids that sampling needs to know."""
-
-    mask_id: int
-    pad_id: int
-    eos_id: int
-    stop_ids: tuple[int, ...]
+BEFORE_OUTPUT = {"modernbert": "head", "bert": "cls.predictions.transform"}
+"""What stands between the hidden states and the output matrix, by model type; nothing elsewhere."""
 
 
 class Policy(nn.Module):
     """Model and threshold head, built or loaded once per process and overwritten by each adopted snapshot."""
 
-    def __init__(self, model: PreTrainedModel, head: ThresholdHead, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        head: ThresholdHead,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        chat_template: str = "auto",
+    ) -> None:
         super().__init__()
         self.model = model
         self.head = head
         self.calibration = Calibration(model.config.hidden_size)
         self.tokenizer = tokenizer
         self.vocabulary = read_vocabulary(tokenizer, model.config)
+        self.shift = int(getattr(model.config, SHIFT_KEY, 0))
+        """1 where position `l` is predicted at column `l - 1`: a pass on some columns begins that much earlier."""
+        self._chat_template = chat_template
         if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
             raise UserError(
                 f"{type(model).__name__} takes no position ids, so padded prompts would shift its positions; give "
@@ -93,16 +94,28 @@ class Policy(nn.Module):
             cache: takes the keys and values that the pass computes and answers with those of all `T` columns.
 
         Returns:
-            Last hidden states `[N, Q, H]`.
+            Last hidden states `[N, Q, H]`, each at the column of the position that it predicts. With a `shift` the
+            first of `columns` must be the one before the first that is to be predicted.
         """
         positions = (attended.cumsum(-1) - 1).clamp(min=0)
         if columns is not None:
             positions = positions.gather(1, columns)
         mask = attended.long() if cache is None else self._square(attended, ids.shape[1])
         cached = {} if cache is None else {"past_key_values": cache}
-        return self.model.base_model(
+        states = self.model.base_model(
             input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=cache is not None, **cached
         ).last_hidden_state
+        return self._shifted(states, attended, columns) if self.shift else states
+
+    def _shifted(self, states: Tensor, attended: Tensor, columns: Tensor | None) -> Tensor:
+        """Each state `[N, Q, H]` one column later; what follows padding, or nothing, stays, as in Dream's sampler."""
+        if columns is None:
+            follows = attended.roll(1, 1)
+        else:
+            before = (columns - 1).clamp(min=0)
+            follows = (columns.roll(1, 1) == columns - 1) & attended.gather(1, before)
+        follows[:, 0] = False
+        return torch.where(follows.unsqueeze(-1), states.roll(1, 1), states)
 
     def _square(self, attended: Tensor, queries: int) -> Tensor:
         """The mask `[N, 1, Q, T]` in the form that the attention implementation takes as it is."""
@@ -127,7 +140,12 @@ class Policy(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Output head on selected positions: `[..., H]` -> `[..., V]`."""
         output: Any = self.model.get_output_embeddings()
-        return output(hidden)
+        return output(self.before_output(hidden))
+
+    def before_output(self, hidden: Tensor) -> Tensor:
+        """What the output matrix is applied to; the hidden states themselves but in masked language models."""
+        name = BEFORE_OUTPUT.get(self.model.config.model_type)
+        return hidden if name is None else self.model.get_submodule(name)(hidden)
 
     def prompt_features(self, hidden: Tensor, prompt: Tensor) -> Tensor:
         """Mean hidden state over the prompt, detached from the trunk, standardised as the calibration says.
@@ -149,6 +167,10 @@ class Policy(nn.Module):
             self.model.bfloat16()
         return self
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a prompt, through the tokenizer's chat template as the configuration says."""
+        return prompt_ids(self.tokenizer, text, chat_template=self._chat_template)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, nothing added around it."""
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -169,7 +191,8 @@ class Policy(nn.Module):
         for name, value in (self.state_dict() if weights is None else weights).items():
             part, _, rest = name.partition(".")
             parts[part][rest] = value
-        self.model.save_pretrained(folder, state_dict=parts["model"])
+        # not in the checkpoint's original format: its config.json is that of transformers
+        self.model.save_pretrained(folder, state_dict=parts["model"], save_original_format=False)
         self.tokenizer.save_pretrained(folder)
         own = {f"{CALIBRATION}{name}": value for name, value in parts["calibration"].items()}
         save_file(parts["head"] | own, folder / THRESHOLD_WEIGHTS)
@@ -202,31 +225,15 @@ def build_policy(config: ModelConfig, threshold: ThresholdConfig, *, alphabet: s
 
 
 def load_policy(path: str | Path, config: ModelConfig, threshold: ThresholdConfig) -> Policy:
-    """Read a Hugging Face folder; a threshold head saved beside it replaces a fresh one of `threshold`.
+    """Read a checkpoint of a known family; a threshold head saved beside it replaces a fresh one of `threshold`.
 
     Raises:
         UserError: when the folder, the model or its MASK token is missing or does not fit.
     """
-    folder = _folder(path)
+    folder = Path(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        read_vocabulary(tokenizer, AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-        model, info = loaded
-        missing = sorted(info["missing_keys"])
-        if missing:
-            raise UserError(
-                f"model {folder}: {len(missing)} parameters are not in its weights, e.g. {missing[0]}; "
-                "config.json and the weights must belong together"
-            )
-        model.config.is_causal = False
+        found = ModelFolder(folder, mask_token=config.mask_token)
+        model = _load_model(found)
         model.set_attn_implementation(config.attention)
         if (folder / THRESHOLD_CONFIG).is_file():
             threshold = ThresholdConfig.model_validate_json((folder / THRESHOLD_CONFIG).read_bytes())
@@ -237,9 +244,11 @@ def load_policy(path: str | Path, config: ModelConfig, threshold: ThresholdConfi
             names = [name for name in weights if name.startswith(CALIBRATION)]
             calibration = {name.removeprefix(CALIBRATION): weights.pop(name) for name in names}
             head.load_state_dict(weights)
-        policy = Policy(model, head, tokenizer)
+        policy = Policy(model, head, found.tokenizer, chat_template=config.chat_template)
         if calibration:
             policy.calibration.load_state_dict(calibration)
+        if found.family.masked_lm:
+            _check_masked_lm(policy)
     except UserError:
         raise
     except Exception as error:  # a folder can be wrong in more ways than transformers has errors for
@@ -259,55 +268,60 @@ def open_tokenizer(config: Config, task: Task) -> tuple[PreTrainedTokenizerBase,
     and that weights and threshold can be read."""
     if config.model.path is None:
         return character_tokenizer(task.alphabet), config.model.max_positions
-    folder = _folder(config.model.path)
+    folder = Path(config.model.path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        described = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        for file in sorted(folder.glob("*.safetensors")):
-            safe_open(file, "pt").keys()  # its header, held against the file's length
+        found = ModelFolder(folder, mask_token=config.model.mask_token)
+        with Shards(folder):
+            pass  # their headers, held against the files' lengths
+        if (folder / THRESHOLD_WEIGHTS).is_file():
+            safe_open(folder / THRESHOLD_WEIGHTS, "pt").keys()
         if (folder / THRESHOLD_CONFIG).is_file():
             ThresholdConfig.model_validate_json((folder / THRESHOLD_CONFIG).read_bytes())
+    except UserError:
+        raise
     except Exception as error:
         raise _not_loadable(folder, error) from error
-    read_vocabulary(tokenizer, described)
-    return tokenizer, int(getattr(described, "max_position_embeddings", UNLIMITED))
+    return found.tokenizer, found.max_positions or UNLIMITED
+
+
+def _load_model(found: ModelFolder) -> Any:
+    """The model in float32, parameter by parameter from mapped files."""
+    with Shards(found.folder) as shards:
+        names = found.parameter_names(shards)
+        model, info = found.model_class.from_pretrained(
+            None,
+            config=found.config,
+            state_dict={name: shards.lazy(own) for name, own in names.items()},
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    for kind, wrong in (("are not in", info["missing_keys"]), ("are too many in", info["unexpected_keys"])):
+        if wrong:
+            raise UserError(
+                f"model {found.folder}: {len(wrong)} parameters {kind} its weights, e.g. {min(wrong)}; "
+                "config.json and the weights must belong together"
+            )
+    return model
+
+
+@torch.no_grad()
+def _check_masked_lm(policy: Policy) -> None:
+    """Refuse an encoder that counts positions in a way of its own, or whose head `logits` does not apply."""
+    ids = policy.vocabulary
+    row = torch.tensor([[ids.eos_id, ids.mask_id, ids.mask_id, ids.eos_id]])
+    whole = policy.model(input_ids=row).logits
+    mine = policy.logits(policy.hidden(row, torch.ones_like(row, dtype=torch.bool)))
+    if policy.shift:
+        whole, mine = whole[:, :-1], mine[:, 1:]
+    if not torch.allclose(mine, whole, rtol=1e-4, atol=1e-4):
+        raise UserError(
+            f"{type(policy.model).__name__} numbers positions or computes logits in a way that is not known; give "
+            "another masked language model, such as ModernBERT"
+        )
 
 
 def _not_loadable(folder: Path, error: Exception) -> UserError:
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     return UserError(f"model {folder}: cannot be loaded: {reason}; give a folder that transformers reads")
-
-
-def _folder(path: str | Path) -> Path:
-    folder = Path(path)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"model {folder}: no config.json there; give a folder in Hugging Face layout")
-    return folder
-
-
-def read_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Vocabulary:
-    """Special ids of a tokenizer, checked against the model's configuration.
-
-    Raises:
-        UserError: without a MASK token, with MASK equal to PAD or EOS, or with an id outside the vocabulary.
-    """
-    special: Any = tokenizer
-    mask, eos = special.mask_token_id, special.eos_token_id
-    if mask is None:
-        raise UserError("the tokenizer has no MASK token; set tokenizer.mask_token and save the folder again")
-    if eos is None:
-        raise UserError("the tokenizer has no EOS token; set tokenizer.eos_token and save the folder again")
-    pad = eos if special.pad_token_id is None else special.pad_token_id
-    if mask in (pad, eos):
-        which = "PAD" if mask == pad else "EOS"
-        raise UserError(f"MASK and {which} are both id {mask}; padding would be denoised: give them different tokens")
-    declared = getattr(config, "eos_token_id", None)
-    stops = {eos, *(declared if isinstance(declared, list) else [] if declared is None else [declared])}
-    if mask in stops:
-        raise UserError(f"MASK id {mask} is among the model's eos_token_id {declared}; every row would end at once")
-    for name, token in (("MASK", mask), ("PAD", pad), *(("EOS", stop) for stop in sorted(stops))):
-        if not 0 <= token < config.vocab_size:
-            raise UserError(
-                f"{name} id {token} is outside the model's vocabulary of {config.vocab_size}; use a matching tokenizer"
-            )
-    return Vocabulary(mask_id=mask, pad_id=pad, eos_id=eos, stop_ids=tuple(sorted(stops)))

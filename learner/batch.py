@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from common.policy import Vocabulary
+from common.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)

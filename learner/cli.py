@@ -229,6 +229,7 @@ def generate(
     device: Annotated[str, typer.Option(help="torch device.")] = "cpu",
     raw: Annotated[bool, typer.Option("--raw", help="Do not apply the tokenizer's chat template.")] = False,
     steps: Annotated[bool, typer.Option(help="Show the completion appear step by step.")] = True,
+    mask_token: Annotated[str | None, typer.Option(help="MASK, where the folder does not name it.")] = None,
 ) -> None:
     """One completion, how it appears, and what it cost (NFE, tokens per forward).
 
@@ -250,8 +251,34 @@ def generate(
         cache=cache,
         device=device,
         raw=raw,
+        mask_token=mask_token,
     )
     run(model, choice, Console(highlight=False, soft_wrap=True), show_steps=steps)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A checkpoint of a family of docs/models.md, as it is published.")],
+    target: Annotated[Path, typer.Argument(help="Folder to be made, in Hugging Face layout.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; else what each parameter has.")
+    ] = None,
+    shift: Annotated[
+        int | None, typer.Option(help="1 where position l is predicted at column l-1; else the family's.", min=0, max=1)
+    ] = None,
+    mask_token: Annotated[str | None, typer.Option(help="MASK, where the folder does not name it.")] = None,
+) -> None:
+    """A checkpoint as a standard Hugging Face folder, shard by shard, and what was recognised.
+
+    Example: diffpo convert LLaDA-8B-Instruct llada --dtype bfloat16
+    """
+    from common.conversion import convert as run
+    from learner.conversion_display import lines
+
+    found = run(source, target, dtype=dtype, shift=shift, mask_token=mask_token)
+    for line in lines(found):
+        typer.echo(line)
+    typer.echo(f"model: {target}")
 
 
 @app.command()

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from common.config import Config, SamplerConfig
+from common.config import Config
 from common.errors import UserError
 from common.keyed_random import derive
+from common.prompt import has_unknown, prompt_ids
 from common.tasks.task import Task
 
 CACHED_TEXTS = 100_000
@@ -28,13 +29,13 @@ def demonstrations(config: Config, task: Task, tokenizer: Any) -> Iterator[tuple
         texts = (pairs[i] for order in _orders(len(pairs), config.run.seed) for i in order)
     else:
         texts = _from_task(task, config.run.seed)
-    cache: dict[str, list[int]] = {}
+    cache: dict[tuple[str, str], list[int]] = {}
     for number, pair in enumerate(texts, 1):
         ids = []
         for kind, text in zip(("prompt", "completion"), pair, strict=True):
-            if text not in cache:
-                cache[text] = checked_ids(tokenizer, text, kind, config.sampler, f"demonstration {number}")
-            ids.append(cache[text])
+            if (kind, text) not in cache:
+                cache[kind, text] = checked_ids(tokenizer, text, kind, config, f"demonstration {number}")
+            ids.append(cache[kind, text])
         if len(cache) > CACHED_TEXTS:
             cache.clear()
         prompt, answer = ids
@@ -71,27 +72,30 @@ def read_demonstrations(path: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def checked_ids(tokenizer: Any, text: str, kind: str, sampler: SamplerConfig, where: str) -> list[int]:
-    """Token ids of a prompt or completion that fits the sampler and the vocabulary.
+def checked_ids(tokenizer: Any, text: str, kind: str, config: Config, where: str) -> list[int]:
+    """Token ids of a prompt (through the chat template) or completion that fits the sampler and the vocabulary.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        text: what to encode; nothing is added around it.
+        text: what to encode; nothing is added around a completion.
         kind: `prompt` or `completion`.
-        sampler: the limits.
+        config: has the limits.
         where: what to call the text in an error.
 
     Raises:
         UserError: naming the length and its limit, or the text that the tokenizer does not know.
     """
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    limit = sampler.max_prompt_tokens if kind == "prompt" else sampler.max_completion_tokens
+    sampler = config.sampler
+    if kind == "prompt":
+        ids, limit = prompt_ids(tokenizer, text, chat_template=config.model.chat_template), sampler.max_prompt_tokens
+    else:
+        ids, limit = tokenizer.encode(text, add_special_tokens=False), sampler.max_completion_tokens
     if len(ids) > limit:
         raise UserError(
             f"{where}: {kind} of {len(ids)} tokens exceeds sampler.max_{kind}_tokens={limit}; raise the limit "
             f"or shorten the {kind}"
         )
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+    if has_unknown(tokenizer, ids):
         raise UserError(f"{where}: {kind} {text[:60]!r} has characters that the tokenizer does not know; use others")
     return ids
 

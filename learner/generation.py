@@ -3,7 +3,6 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -15,6 +14,7 @@ from actors.request import Failure, Request
 from common.config import ModelConfig, ThresholdConfig
 from common.errors import RunError, UserError
 from common.policy import Policy, load_policy
+from common.prompt import has_unknown
 from common.trajectory import Completion
 from learner.preflight import check_device
 
@@ -38,6 +38,8 @@ class Choice:
     device: str
     raw: bool
     """Whether the prompt is taken as it is, without the tokenizer's chat template."""
+    mask_token: str | None = None
+    """MASK, where neither the tokenizer nor the model's configuration names it."""
 
 
 def generate(folder: Path, choice: Choice, console: Console, *, show_steps: bool) -> Completion:
@@ -48,8 +50,11 @@ def generate(folder: Path, choice: Choice, console: Console, *, show_steps: bool
         RunError: when the model's logits are not finite.
     """
     check_device(choice.device)
-    policy = load_policy(folder, ModelConfig(device=choice.device), ThresholdConfig())
-    prompt = prompt_ids(policy, choice)
+    model = ModelConfig(
+        device=choice.device, chat_template="off" if choice.raw else "auto", mask_token=choice.mask_token
+    )
+    policy = load_policy(folder, model, ThresholdConfig())
+    prompt = checked_prompt(policy, choice.prompt)
     engine = DenoisingEngine(
         policy,
         slots=1,
@@ -76,23 +81,17 @@ def generate(folder: Path, choice: Choice, console: Console, *, show_steps: bool
     return outcome
 
 
-def prompt_ids(policy: Policy, choice: Choice) -> tuple[int, ...]:
-    """The prompt's ids, through the tokenizer's chat template if it has one and the prompt is not raw."""
-    try:
-        if policy.tokenizer.chat_template and not choice.raw:
-            messages = [{"role": "user", "content": choice.prompt}]
-            tokenizer: Any = policy.tokenizer
-            ids = tuple(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-        else:
-            ids = tuple(policy.encode(choice.prompt))
-    except Exception as error:  # templates are programs of the model's maker
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"prompt {choice.prompt[:60]!a} cannot be made into tokens ({reason}); try --raw") from error
-    unknown = policy.tokenizer.unk_token_id
+def checked_prompt(policy: Policy, text: str) -> tuple[int, ...]:
+    """The prompt's ids.
+
+    Raises:
+        UserError: for a text of which nothing is left, or which the tokenizer does not know.
+    """
+    ids = tuple(policy.encode_prompt(text))
     if not ids:
         raise UserError("the prompt is empty, or the chat template makes nothing of it; give some text, or --raw")
-    if unknown is not None and unknown in ids:
-        raise UserError(f"prompt {choice.prompt[:60]!a} has characters that the tokenizer does not know; use others")
+    if has_unknown(policy.tokenizer, ids):
+        raise UserError(f"prompt {text[:60]!a} has characters that the tokenizer does not know; use others")
     return ids
 
 

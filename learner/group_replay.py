@@ -412,7 +412,7 @@ def _rewards(policy: Policy, task: Task, table: pa.Table, wrong: list[str]) -> l
     cursor, prompt = table["group_id"][0].as_py(), table["prompt_ids"][0].as_py()
     try:
         example = task.example("train", cursor)
-        if policy.encode(example.prompt) != prompt:
+        if policy.encode_prompt(example.prompt) != prompt:
             wrong.append(f"the prompt is not the task's at cursor {cursor}")
         texts = [policy.decode(ids) for ids in table["completion_ids"].to_pylist()]
         return [found.rewards for found in score(task, example, texts)]

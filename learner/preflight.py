@@ -84,10 +84,10 @@ def check_texts(config: Config, task: Task) -> None:
         size = task.size(split)
         for index in range(SAMPLED_PROMPTS if size is None else min(size, SAMPLED_PROMPTS)):
             example = task.example(split, index)
-            checked_ids(tokenizer, example.prompt, "prompt", sampler, f"{split} example {index}")
+            checked_ids(tokenizer, example.prompt, "prompt", config, f"{split} example {index}")
             if split == "train" and file is None and config.model.path is None:
                 text = task.demonstration(example, index)
-                checked_ids(tokenizer, text, "completion", sampler, f"demonstration {index}")
+                checked_ids(tokenizer, text, "completion", config, f"demonstration {index}")
     for number, (prompt, completion) in enumerate(read_demonstrations(file) if file is not None else [], 1):
-        checked_ids(tokenizer, prompt, "prompt", sampler, f"{file}, demonstration {number}")
-        checked_ids(tokenizer, completion, "completion", sampler, f"{file}, demonstration {number}")
+        checked_ids(tokenizer, prompt, "prompt", config, f"{file}, demonstration {number}")
+        checked_ids(tokenizer, completion, "completion", config, f"{file}, demonstration {number}")

@@ -76,7 +76,7 @@ class SynchronousRollout:
         examples = [self._task.example("train", cursor) for cursor in cursors]
         requests = []
         for cursor, example in zip(cursors, examples, strict=True):
-            ids = tuple(self.policy.encode(example.prompt))
+            ids = tuple(self.policy.encode_prompt(example.prompt))
             requests += group_requests(config, ids, cursor=cursor, number=cursor)
         completions = self.engine.generate(requests)
         found = []

@@ -130,7 +130,7 @@ def loop_distribution(
     if hidden is not None:
         prompt[hidden[completion][batch.attended[int(batch.group[completion])]]] = mask
     ids = torch.cat([prompt, torch.tensor(latent)]).unsqueeze(0)
-    logits = policy.model(input_ids=ids, use_cache=False).logits[0, len(prompt) + position]
+    logits = policy.model(input_ids=ids, use_cache=False).logits[0, len(prompt) + position - policy.shift]
     scaled = logits[torch.arange(len(logits)) != mask] / float(batch.temperature[completion])
     return scaled - scaled.logsumexp(0)
 

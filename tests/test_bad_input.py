@@ -283,15 +283,15 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "a file": (both(remove("model"), write("model", "x")), "no config.json"),
     "empty": (both(remove("model"), lambda: Path("model").mkdir()), "no config.json"),
     "broken config.json": (write("model/config.json", "{"), "cannot be loaded"),
-    "a list as config.json": (write("model/config.json", "[]"), "cannot be loaded"),
-    "unknown architecture": (described("model/config.json", model_type="mine"), "cannot be loaded"),
+    "a list as config.json": (write("model/config.json", "[]"), "names no model_type"),
+    "unknown architecture": (described("model/config.json", model_type="mine"), "are not known"),
     "code of its own": (
         described("model/config.json", model_type="mine", auto_map={"AutoConfig": "evil.Evil"}),
-        "cannot be loaded",
+        "are not known",
     ),
-    "truncated weights": (edit("model/model.safetensors", lambda data: data[:-9]), "cannot be loaded"),
-    "headless weights": (edit("model/model.safetensors", lambda data: b"\xff" * 8 + data[8:]), "cannot be loaded"),
-    "empty weights": (write("model/model.safetensors", b""), "cannot be loaded"),
+    "truncated weights": (edit("model/model.safetensors", lambda data: data[:-9]), "is damaged"),
+    "headless weights": (edit("model/model.safetensors", lambda data: b"\xff" * 8 + data[8:]), "is damaged"),
+    "empty weights": (write("model/model.safetensors", b""), "is damaged"),
     "no tokenizer": (
         both(remove("model/tokenizer.json"), remove("model/tokenizer_config.json")),
         "cannot be loaded",
@@ -306,7 +306,7 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
 WEIGHTS: dict[str, tuple[Callable[[], Any], str]] = {  # what shows only when the weights are read
     "pickles": (
         both(remove("model/model.safetensors"), lambda: torch.save({}, "model/pytorch_model.bin")),
-        "cannot be loaded",
+        "is a pickle",
     ),
     "other sizes": (described("model/config.json", intermediate_size=48), "cannot be loaded"),
     "more layers": (described("model/config.json", num_hidden_layers=2), "parameters are not in its weights"),
@@ -449,7 +449,7 @@ def inputs() -> Iterator[Case]:
     weights = ["replay", "done", "7", "--weights"]
     yield Case("replay: no weights", ["replay", "done", "7"], ["--weights FOLDER"], remove("runs/done/warm_start"))
     yield Case("replay: weights missing", [*weights, "nowhere"], ["nowhere: no config.json"])
-    yield Case("replay: weights broken", [*weights, "model"], ["cannot be loaded"], edit(
+    yield Case("replay: weights broken", [*weights, "model"], ["is damaged"], edit(
         "model/model.safetensors", lambda data: data[:-9]))  # fmt: skip
     yield Case("replay: tolerance", ["replay", "done", "7", "--tolerance", "-1"], ["tolerance"])
 

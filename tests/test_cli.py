@@ -172,9 +172,12 @@ def test_a_port_held_by_a_training_run_does_not_stop_other_commands(
 def saved_model(folder: Path, **special: str | None) -> str:
     """A tiny model whose tokenizer configuration is changed; returns the folder."""
     build_policy(MODEL, ThresholdConfig(), alphabet="01234", seed=0).save(folder)
-    path = folder / "tokenizer_config.json"
-    described = json.loads(path.read_text()) | special
-    path.write_text(json.dumps({key: value for key, value in described.items() if value is not None}))
+    for name, changes in (("tokenizer_config.json", special), ("config.json", {"eos_token_id": None})):
+        path = folder / name
+        described = json.loads(path.read_text()) | changes
+        if name == "tokenizer_config.json":
+            described = {key: value for key, value in described.items() if value is not None}
+        path.write_text(json.dumps(described))
     return str(folder)
 
 

@@ -1,6 +1,7 @@
 """Policy: bidirectional, indifferent to padding, a standard Hugging Face folder; and what it refuses. Weights, too."""
 
 import copy
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +115,8 @@ def test_a_tokenizer_that_does_not_fit_is_refused(
             tokenizer.add_tokens([token], special_tokens=True)
         setattr(tokenizer, name, token)
     tokenizer.save_pretrained(tmp_path)
+    described = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(described | {"eos_token_id": None}))  # it would stand in
     refuse(tmp_path, *words)
 
 

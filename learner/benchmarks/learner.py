@@ -111,7 +111,7 @@ def generate(policy: Policy, config: Config, groups: int) -> Batch:
     """Groups of training prompts as a rollout actor generates them, with random rewards."""
     task = build_task(config.task)
     engine = DenoisingEngine.of(policy, config, rule=config.sampler.rule, slots=config.rollout.slots)
-    prompts = [tuple(policy.encode(task.example("train", cursor).prompt)) for cursor in range(groups)]
+    prompts = [tuple(policy.encode_prompt(task.example("train", cursor).prompt)) for cursor in range(groups)]
     requests = [group_requests(config, prompt, cursor=number, number=number) for number, prompt in enumerate(prompts)]
     completions = engine.generate(request for group in requests for request in group)
     size = config.learner.group_size
