@@ -4,7 +4,7 @@ import torch
 
 from common.config import Config
 from common.errors import UserError
-from common.policy import open_tokenizer
+from common.policy import open_rollout_policy, open_tokenizer
 from common.tasks import Task, build_task
 from learner.demonstrations import checked_ids, read_demonstrations
 
@@ -26,6 +26,8 @@ def preflight(config: Config) -> Task:
             f"set evaluation.prompts={task.test_size} or less"
         )
     check_texts(config, task)
+    if config.model.lora is not None:  # targets that its layers do not have
+        open_rollout_policy(config, task)
     return task
 
 
