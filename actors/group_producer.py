@@ -7,7 +7,7 @@
 """
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
@@ -22,10 +22,11 @@ from actors.reward_pool import RewardPool, Scores
 from common.config import Config
 from common.errors import UserError
 from common.lease import FinishedGroup, Lease
-from common.policy import open_policy
+from common.policy import open_rollout_policy
 from common.tasks import Example, build_task
 from common.trajectory import Completion
 from common.weight_store import Snapshot
+from common.weights import adopt_base
 
 
 @dataclass
@@ -49,7 +50,7 @@ class GroupProducer:
         self.config = config
         self._name, self._wake = name, wake
         self._task = build_task(config.task)
-        self._policy = open_policy(config, self._task).for_rollout(config.rollout)
+        self._policy = open_rollout_policy(config, self._task)
         self._engine = DenoisingEngine.of(
             self._policy,
             config,
@@ -97,6 +98,10 @@ class GroupProducer:
         """Take new weights; live rows go on with them."""
         self._engine.adopt(flat, snapshot.version)
         self._digest = snapshot.digest
+
+    def adopt_base(self, arrays: Sequence[np.ndarray]) -> None:
+        """Actors of one node share the arrays' memory, unless they compute elsewhere than on the CPU."""
+        adopt_base(self._policy, arrays)
 
     def step(self) -> list[FinishedGroup | Fault]:
         """One denoising step, and the groups whose rewards have arrived."""

@@ -3,7 +3,7 @@
 `GroupProducer` is the real one; benchmarks drive the same rollout actor with simulated ones, which need no torch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,6 +45,10 @@ class Producer(Protocol):
 
     def adopt(self, flat: np.ndarray, snapshot: Snapshot) -> None:
         """Take new weights; `flat` was verified against the snapshot's digest."""
+        ...
+
+    def adopt_base(self, arrays: Sequence[np.ndarray]) -> None:
+        """Take the weights that are frozen beside those of the next `adopt`; they were verified."""
         ...
 
     def step(self) -> list[FinishedGroup | Fault]:

@@ -264,6 +264,9 @@ def _serve(connection: Connection, dumps: Connection, pickled: bytes, config: Ro
         _send(connection, _failure(error, config) | {"ends": True})
         return
     _send(connection, {"value": None})
+    # its thread takes address space of its own (stack, 64 MiB of heap), which is not the reward's
+    faulthandler.dump_traceback_later(config.reward_timeout, file=dumps.fileno())
+    faulthandler.cancel_dump_traceback_later()
     ceiling = _address_space() + config.reward_memory_bytes
     while True:
         try:

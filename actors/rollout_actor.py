@@ -53,6 +53,7 @@ class RolloutActor:
         self._ending = self._stopped = False
         self._renewed = self._patient_until = time.monotonic()
         self._damaged = self._adoptions = 0
+        self._base = ""  # digest of the frozen weights that its producer has
         self._adopt_seconds = 0.0
 
     def run(self) -> None:
@@ -197,10 +198,14 @@ class RolloutActor:
         for _ in range(FETCHES):
             try:
                 flat: Any = ray.get(payload[0])
+                base: Any = ray.get(payload[1]) if snapshot.base != self._base else None
             except ObjectLostError:  # the learner that owned them died; the next one publishes anew
                 self._patient_until = time.monotonic() + DAMAGED_SECONDS
                 return
-            if digest(flat) == snapshot.digest:
+            if digest(flat) == snapshot.digest and (base is None or digest(*base) == snapshot.base):
+                if base is not None:
+                    self._producer.adopt_base(base)
+                    self._base = snapshot.base
                 self._producer.adopt(flat, snapshot)
                 self._adoptions += 1
                 self._adopt_seconds += time.monotonic() - started

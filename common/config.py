@@ -22,6 +22,24 @@ SMALLEST_REWARD_MEMORY = 64 * 2**20  # bytes
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of a submitted job
 
 
+class LoraConfig(Section):
+    """Low-rank adapters beside a frozen model (arXiv 2106.09685); the reference policy is the model without them."""
+
+    rank: int = Field(default=16, ge=1, le=4096)
+    """Rank of the adapters."""
+    alpha: float = Field(default=32.0, gt=0)
+    """Scale: an adapter counts alpha / rank times."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before the adapters in supervised training; reinforcement learning scores without, as it sampled."""
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("auto",)
+    """Names of the linear layers that get adapters, e.g. [q_proj, v_proj]; auto is all but the output head."""
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, given: Any) -> Any:
+        return (given,) if isinstance(given, str) else given
+
+
 class ModelConfig(Section):
     """The masked diffusion language model: a folder in Hugging Face layout, or a small one built from sizes."""
 
@@ -46,6 +64,8 @@ class ModelConfig(Section):
     """torch device of rollout and learner, e.g. `cpu`, `cuda`."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Attention implementation; on CPU, for sequences of some tens of tokens, try eager: it may train faster."""
+    lora: LoraConfig | None = None
+    """Adapters; null trains all weights. A model built here is warm-started whole, then adapted."""
 
     @field_validator("chat_template", mode="before")
     @classmethod
@@ -282,15 +302,26 @@ class LearnerConfig(Section):
     """bfloat16 autocast (weights stay float32) where the device has it."""
     threads: int = Field(default=1, ge=1)
     """torch threads of the learner."""
+    ranks: int = Field(default=1, ge=1)
+    """Processes that the model is trained by: each holds a shard of it (FSDP2) and scores a share of the groups."""
     cpus: float = Field(default=1, ge=0)
-    """CPUs that Ray reserves for the learner."""
+    """CPUs that Ray reserves for each rank of the learner."""
     gpus: float = Field(default=0, ge=0)
-    """GPUs that Ray reserves for the learner."""
+    """GPUs that Ray reserves for each rank of the learner."""
 
     @field_validator("cost", mode="before")
     @classmethod
     def _off_is_a_word(cls, value: Any) -> Any:
         return "off" if value is False else value  # YAML reads a bare off as false
+
+    @model_validator(mode="after")
+    def _every_rank_has_a_group(self) -> Self:
+        if self.ranks > self.groups_per_step:
+            raise ValueError(
+                f"ranks={self.ranks} exceeds groups_per_step={self.groups_per_step}, and groups are what ranks share; "
+                "set ranks to that or less"
+            )
+        return self
 
     @model_validator(mode="after")
     def _kl_is_the_models(self) -> Self:

@@ -9,7 +9,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from omegaconf import OmegaConf
@@ -152,5 +152,6 @@ def _siblings(location: tuple[Any, ...]) -> list[str]:
         if part in TASK_CONFIGS:
             section = TASK_CONFIGS[part]
         elif part != "task":
-            section = section.model_fields[part].annotation
+            annotation = section.model_fields[part].annotation
+            section = next((kind for kind in get_args(annotation) if kind is not type(None)), annotation)
     return list(section.model_fields)

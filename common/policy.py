@@ -6,7 +6,8 @@
   right in `hidden`, and nowhere else.
 - Positions are counted from the first attended token, so left padding changes nothing.
 - Nothing of a folder is executed: safetensors only, no pickles; no code of its own.
-- Saved as a standard Hugging Face folder plus `threshold.safetensors`; `from_pretrained` reads the folder.
+- Saved as a standard Hugging Face folder plus `threshold.safetensors`; `from_pretrained` reads the folder. With an
+  adapter (`common.adapter`) the folder holds that in place of the model, and names its base.
 """
 
 import inspect
@@ -17,10 +18,29 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.cache_utils import Cache
+from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
+from common.adapter import (
+    ADAPTER_WEIGHTS,
+    Base,
+    adapt,
+    adapted,
+    learned_parameters,
+    load_adapter,
+    read_adapter,
+    read_base,
+    save_adapter,
+)
 from common.calibration import Calibration
 from common.config import Config, ModelConfig, RolloutConfig, ThresholdConfig
 from common.errors import UserError
@@ -164,7 +184,8 @@ class Policy(nn.Module):
     def for_rollout(self, config: RolloutConfig) -> Self:
         """The same policy in the weights that rollout computes with; the threshold head stays in fp32."""
         if config.precision == "bfloat16":
-            self.model.bfloat16()
+            for parameter in self.model.parameters():  # not the buffers: rotary frequencies need float32
+                parameter.data = parameter.data.bfloat16()
         return self
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -181,7 +202,7 @@ class Policy(nn.Module):
         return str(self.tokenizer.decode(ids[: stops[0]] if stops else ids, skip_special_tokens=True))
 
     def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
-        """Write a Hugging Face folder and the threshold head beside it.
+        """Write a Hugging Face folder, or an adapter's, and the threshold head beside it.
 
         Args:
             folder: made if it is not there.
@@ -191,8 +212,10 @@ class Policy(nn.Module):
         for name, value in (self.state_dict() if weights is None else weights).items():
             part, _, rest = name.partition(".")
             parts[part][rest] = value
-        # not in the checkpoint's original format: its config.json is that of transformers
-        self.model.save_pretrained(folder, state_dict=parts["model"], save_original_format=False)
+        if adapted(self.model):
+            save_adapter(self.model, folder, parts["model"])
+        else:  # not in the checkpoint's original format: its config.json is that of transformers
+            self.model.save_pretrained(folder, state_dict=parts["model"], save_original_format=False)
         self.tokenizer.save_pretrained(folder)
         own = {f"{CALIBRATION}{name}": value for name, value in parts["calibration"].items()}
         save_file(parts["head"] | own, folder / THRESHOLD_WEIGHTS)
@@ -224,31 +247,47 @@ def build_policy(config: ModelConfig, threshold: ThresholdConfig, *, alphabet: s
     return Policy(model, head, tokenizer).to(config.device).eval()
 
 
-def load_policy(path: str | Path, config: ModelConfig, threshold: ThresholdConfig) -> Policy:
+def load_policy(
+    path: str | Path,
+    config: ModelConfig,
+    threshold: ThresholdConfig,
+    *,
+    seed: int = 0,
+    empty: torch.dtype | None = None,
+) -> Policy:
     """Read a checkpoint of a known family; a threshold head saved beside it replaces a fresh one of `threshold`.
+
+    With `model.lora` the policy has an adapter, that of the folder or a new one; without it, a folder's adapter is
+    merged into its base.
+
+    Args:
+        path: a whole model, or an adapter and the name of its base.
+        config: device, attention, adapter.
+        threshold: of a fresh head.
+        seed: of a new adapter.
+        empty: leave the model's weights out: they are as memory was, in this type, until they are overwritten.
 
     Raises:
         UserError: when the folder, the model or its MASK token is missing or does not fit.
     """
     folder = Path(path)
     try:
+        base = read_base(folder)
         found = ModelFolder(folder, mask_token=config.mask_token)
-        model = _load_model(found)
+        whole = found if base is None else ModelFolder(base.folder, mask_token=config.mask_token)
+        model = _load_model(whole) if empty is None else _empty_model(whole, empty)
         model.set_attn_implementation(config.attention)
         if (folder / THRESHOLD_CONFIG).is_file():
             threshold = ThresholdConfig.model_validate_json((folder / THRESHOLD_CONFIG).read_bytes())
         head = build_threshold_head(model.config.hidden_size, threshold)
-        calibration = {}
-        if (folder / THRESHOLD_WEIGHTS).is_file():
-            weights = load_file(folder / THRESHOLD_WEIGHTS)
-            names = [name for name in weights if name.startswith(CALIBRATION)]
-            calibration = {name.removeprefix(CALIBRATION): weights.pop(name) for name in names}
-            head.load_state_dict(weights)
         policy = Policy(model, head, found.tokenizer, chat_template=config.chat_template)
-        if calibration:
-            policy.calibration.load_state_dict(calibration)
-        if found.family.masked_lm:
+        _load_own(policy, folder)
+        if found.family.masked_lm and empty is None:
             _check_masked_lm(policy)
+        if base is not None:
+            load_adapter(model, folder, base, config.lora)
+        elif config.lora is not None:
+            adapt(model, config.lora, Base.of(folder), seed=seed)
     except UserError:
         raise
     except Exception as error:  # a folder can be wrong in more ways than transformers has errors for
@@ -256,11 +295,72 @@ def load_policy(path: str | Path, config: ModelConfig, threshold: ThresholdConfi
     return policy.to(config.device).eval()
 
 
+def _empty_model(found: ModelFolder, dtype: torch.dtype) -> Any:
+    """Of a folder's architecture; memory is reserved for its weights, and not touched."""
+    kind: Any = AutoModelForMaskedLM if found.family.masked_lm else AutoModelForCausalLM
+    with no_init_weights():
+        model = kind.from_config(found.config, dtype=dtype, trust_remote_code=False)
+    model.tie_weights()
+    return model
+
+
+def _read_own(folder: Path) -> dict[str, Tensor]:
+    """Head and calibration from beside a model, under a policy's names; a folder from elsewhere has none."""
+    if not (folder / THRESHOLD_WEIGHTS).is_file():
+        return {}
+    weights = load_file(folder / THRESHOLD_WEIGHTS)
+    return {name if name.startswith(CALIBRATION) else f"head.{name}": value for name, value in weights.items()}
+
+
+def _load_own(policy: Policy, folder: Path) -> None:
+    own = _read_own(folder)
+    for prefix, part in (("head.", policy.head), (CALIBRATION, policy.calibration)):
+        found = {name.removeprefix(prefix): value for name, value in own.items() if name.startswith(prefix)}
+        if found:
+            part.load_state_dict(found)
+
+
+def read_learned(policy: Policy, folder: Path) -> dict[str, Tensor]:
+    """What `save` wrote of an adapted policy, under the names of `learned_state`; its base is not read.
+
+    Raises:
+        UserError: when the folder's adapter has another base, or other weights.
+    """
+    base, own = read_base(folder), vars(policy.model)["adapter_base"]
+    if base is None or base.digest != own.digest:
+        raise UserError(f"the adapter in {folder} has another base than {own.folder}")
+    names = {name for name, _ in learned_parameters(policy.model)}
+    adapter = {f"model.{name}": value for name, value in read_adapter(folder, names).items()}
+    return adapter | _read_own(folder)
+
+
 def open_policy(config: Config, task: Task) -> Policy:
-    """The policy that a run starts from: `model.path` if given, else a small one built for the task."""
+    """The policy that a run starts from: `model.path` if given, else a small one built for the task, unadapted."""
     if config.model.path is not None:
-        return load_policy(config.model.path, config.model, config.sampler.threshold)
+        return load_policy(config.model.path, config.model, config.sampler.threshold, seed=config.run.seed)
     return build_policy(config.model, config.sampler.threshold, alphabet=task.alphabet, seed=config.run.seed)
+
+
+def open_rollout_policy(config: Config, task: Task) -> Policy:
+    """The policy of a rollout actor, for weights that the learner publishes; a frozen base is not read here either.
+
+    Raises:
+        UserError: as `load_policy`.
+    """
+    if config.model.lora is None:
+        return open_policy(config, task).for_rollout(config.rollout)
+    dtype = torch.bfloat16 if config.rollout.precision == "bfloat16" else torch.float32
+    return open_empty_policy(config, task, dtype).for_rollout(config.rollout)
+
+
+def open_empty_policy(config: Config, task: Task, dtype: torch.dtype) -> Policy:
+    """What a run trains, its adapter included, for weights that come from elsewhere: a folder's are not read."""
+    if config.model.path is not None:
+        return load_policy(config.model.path, config.model, config.sampler.threshold, empty=dtype)
+    policy = open_policy(config, task)
+    if config.model.lora is not None:
+        adapt(policy.model, config.model.lora, None, seed=config.run.seed)
+    return policy
 
 
 def open_tokenizer(config: Config, task: Task) -> tuple[PreTrainedTokenizerBase, int]:
@@ -271,10 +371,12 @@ def open_tokenizer(config: Config, task: Task) -> tuple[PreTrainedTokenizerBase,
     folder = Path(config.model.path)
     try:
         found = ModelFolder(folder, mask_token=config.model.mask_token)
-        with Shards(folder):
+        base = read_base(folder)
+        with Shards(folder if base is None else base.folder):
             pass  # their headers, held against the files' lengths
-        if (folder / THRESHOLD_WEIGHTS).is_file():
-            safe_open(folder / THRESHOLD_WEIGHTS, "pt").keys()
+        for file in (THRESHOLD_WEIGHTS, ADAPTER_WEIGHTS):
+            if (folder / file).is_file():
+                safe_open(folder / file, "pt").keys()
         if (folder / THRESHOLD_CONFIG).is_file():
             ThresholdConfig.model_validate_json((folder / THRESHOLD_CONFIG).read_bytes())
     except UserError:

@@ -6,6 +6,8 @@ Contract:
 - A reader verifies the digest before it adopts.
 - A snapshot's payload is an opaque handle (in production `[ObjectRef]`: a reference inside a list, so that Ray passes
   the reference on and does not fetch what it stands for). Dropping a snapshot drops the handle, and with it the bytes.
+- Weights that are frozen beside an adapter are not in the buffer. Each snapshot names them by digest, with a second
+  handle in its payload: who has them already does not fetch them again.
 """
 
 from dataclasses import dataclass
@@ -23,11 +25,16 @@ class Snapshot:
     version: int
     digest: str
     payload: object
+    base: str = ""
+    """Digest of the frozen weights; empty where everything learns."""
 
 
-def digest(flat: np.ndarray) -> str:
-    """128-bit xxh3 of a flat buffer's bytes; a guard against corruption, not against an attacker."""
-    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(flat).data)
+def digest(*arrays: np.ndarray) -> str:
+    """128-bit xxh3 of the arrays' bytes; a guard against corruption, not against an attacker."""
+    found = xxhash.xxh3_128()
+    for array in arrays:
+        found.update(np.ascontiguousarray(array).data)
+    return found.hexdigest()
 
 
 UNPUBLISHED = Snapshot(version=-1, digest="", payload=None)

@@ -27,15 +27,19 @@ class BufferLink:
         self._buffer = buffer
         self._snapshot: Snapshot | None = None
         self._history: list[tuple[int, list[int]]] = []
+        self._base: tuple[str, list[Any]] = "", []
         self.closed = False
 
     def sample(self) -> Batch:
         """Blocks until a batch may be taken; no numbers once the buffer is closed."""
         return self._call(lambda: self._buffer.sample.remote())
 
-    def publish(self, version: int, flat: np.ndarray, trained: Sequence[int]) -> None:
-        """Publish weights and what they were trained on."""
-        self._snapshot = Snapshot(version=version, digest=digest(flat), payload=[ray.put(flat)])
+    def publish(self, version: int, flat: np.ndarray, trained: Sequence[int], base: Sequence[np.ndarray] = ()) -> None:
+        """Publish weights and what they were trained on; `base` is what is frozen beside them, from now on."""
+        if base:
+            self._base = digest(*base), [ray.put(list(base))]
+        name, handle = self._base
+        self._snapshot = Snapshot(version=version, digest=digest(flat), payload=[ray.put(flat), *handle], base=name)
         self._history.append((version, list(trained)))
         try:
             self.closed = ray.get(self._buffer.publish.remote(self._snapshot, trained))

@@ -282,6 +282,24 @@ def convert(
 
 
 @app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Policy: a checkpoint, RUN/warm_start, any folder in HF layout.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Add an adapter to its base; else it is written alone.")
+    ] = False,
+    precision: Annotated[str, typer.Option(help="float32 or bfloat16, of the written weights.")] = "float32",
+) -> None:
+    """A policy as a plain Hugging Face folder, for other programs: model or adapter, and tokenizer.
+
+    Example: diffpo export runs/first/checkpoints/step-000200 first-merged --merge
+    """
+    from learner.export import export as run
+
+    typer.echo(run(checkpoint, out, merge=merge, precision=precision))
+
+
+@app.command()
 def replay(
     run: Annotated[str, typer.Argument(help="A run: its folder, or its name below runs/.")],
     group: Annotated[int, typer.Argument(help="Number of a group in its segments, set_aside or checkpoints.")],

@@ -35,7 +35,7 @@ from common.replay_buffer import ReplayBuffer
 from common.segment_store import SegmentStore
 from common.tasks import build_task
 from learner.exporter import Exporter
-from learner.learner_actor import LearnerActor
+from learner.learner_ranks import LearnerRanks
 from learner.parts import POLICY, Parts
 from learner.run_directory import EVALUATION, RunDirectory
 
@@ -51,8 +51,6 @@ BUFFER_CALLS = 1000
 CAUSE_SECONDS = 3.0  # a dead learner takes actors with it that need its weights: its death is the cause
 FLEET_STOP_SECONDS = 5.0  # after its actors were ended
 MOST_QUARANTINED = 100  # groups in a row: then it is not the prompts
-# Where cores are shared, OpenMP threads that spin while they wait take the time of those who work.
-PATIENT_THREADS = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
 # buffer gauge -> catalogue name
 BUFFER_METRICS = {
     "tickets": "replay_tickets",
@@ -173,7 +171,7 @@ class Controller:
             raise UserError(f"the run is in phase {self._phase}; rollout actors are there in phase train only")
         was = await self._fleet.scale(actors)
         await self._tell("scale", {"was": was, "actors": actors})
-        wanted = actors * self.config.rollout.cpus + self.config.learner.cpus
+        wanted = actors * self.config.rollout.cpus + self.config.learner.ranks * self.config.learner.cpus
         cpus = ray.cluster_resources().get("CPU", 0.0)
         few = f"; they and the learner want {wanted:g} CPUs of {cpus:g}, so some wait until there are more"
         return {"was": was, "actors": actors, "note": few if wanted > cpus else ""}
@@ -202,7 +200,7 @@ class Controller:
         if not self._stopping.is_set():
             await self._enter("train")
             reached = await self._train()
-        ray.kill(self._learner)
+        self._learner.kill()
         evaluation = None
         if not self._stopping.is_set():
             if reached["steps"] < config.learner.steps:
@@ -237,24 +235,10 @@ class Controller:
     async def _start_learner(self) -> None:
         """A learner with the weights of the warm start; again, should it die over them."""
         while True:
-            config = self.config
-            self._learner = (
-                ray.remote(LearnerActor)
-                .options(
-                    num_cpus=config.learner.cpus,
-                    num_gpus=config.learner.gpus,
-                    max_concurrency=2,
-                    runtime_env=PATIENT_THREADS,
-                )
-                .remote(
-                    config=config,
-                    directory=self._directory.path,
-                    controller=ray.get_runtime_context().current_actor,
-                    make=self._parts.trainer,
-                )
-            )
+            controller = ray.get_runtime_context().current_actor
+            self._learner = LearnerRanks(self.config, self._directory.path, self._parts, controller)
             try:
-                await self._learner.warm_start.remote()
+                await self._learner.warm_start()
                 return
             except RayActorError as error:
                 await self._learner_died(error)
@@ -263,7 +247,7 @@ class Controller:
         """The learner's loop; again from the newest checkpoint, should it die."""
         while True:
             try:
-                return await self._learner.run.remote(self._buffer)
+                return await self._learner.run(self._buffer)
             except RayActorError as error:
                 await self._learner_died(error)
             await self._start_learner()
@@ -386,7 +370,7 @@ class Controller:
         """What every part is doing; one that does not answer is named as that."""
         found: dict[str, Any] = {"phase": self._phase, "learner": "has not started"}
         if self._learner is not None:
-            found["learner"] = await _answer(self._learner.doing.remote())
+            found |= {name: await _answer(call) for name, call in self._learner.doing().items()}
         if self._buffer is not None:
             found["buffer"] = await _answer(self._buffer.waiting.remote())
         if self._fleet is not None:

@@ -95,12 +95,13 @@ def _connect(config: Config) -> None:
     address = chosen_address(config.run.ray_address)
     way_out = "start it (`ray start --head`), correct run.ray_address, or leave it out for a local one"
     connect(address, namespace=config.run.name, way_out=way_out)
-    wanted = config.rollout.actors * config.rollout.cpus + config.learner.cpus
+    wanted = config.rollout.actors * config.rollout.cpus + config.learner.ranks * config.learner.cpus
     available = ray.cluster_resources().get("CPU", 0.0)
     if wanted > available and address == LOCAL:
         ray.shutdown()
         raise UserError(
-            f"rollout.actors={config.rollout.actors} x {config.rollout.cpus:g} CPUs + learner {config.learner.cpus:g} "
+            f"rollout.actors={config.rollout.actors} x {config.rollout.cpus:g} CPUs + learner "
+            f"{config.learner.ranks * config.learner.cpus:g} "
             f"exceed this machine's {available:g} CPUs; lower rollout.actors, or rollout.cpus to share cores"
         )
 

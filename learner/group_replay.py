@@ -205,7 +205,7 @@ def replay_saved(
         model = config.model.model_copy(update={"device": "cpu"})
     policy = load_policy(weights.folder, model, config.sampler.threshold)
     reference = None
-    if config.learner.kl_beta > 0:
+    if config.learner.kl_beta > 0 and model.lora is None:  # else it is the weights' own base
         reference = load_policy(run.warm_start, model, config.sampler.threshold)
     task = build_task(config.task)
     found = replay_group(policy, config, task, table, version=weights.version, tolerance=tolerance, reference=reference)

@@ -7,7 +7,8 @@ One `step`: advantages -> (proximal scores) -> `inner_updates` times {surrogate,
 - Self-normalised weights need their mean over the whole batch before the first micro-batch: that mean alone comes from
   a proximal pass for the first update too. It is taken over what is scored, so over completions that carry gradient.
 - Completions without advantage carry no gradient and are not scored (unless a KL term needs them).
-- Gradients are sums over micro-batches of whole-batch means: how a batch is cut does not change them.
+- Gradients are sums over micro-batches of whole-batch means: how a batch is cut, and over how many ranks
+  (`learner.ranks`) its groups are spread, does not change them.
 - A batch with a reward, loss, gradient or importance weight that is not finite is refused and has changed nothing.
 """
 
@@ -19,13 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
+from common.adapter import adapted, learned_parameters, learned_state, without_adapter
 from common.autocast import autocast
 from common.config import LearnerConfig
 from common.cost import with_cost
 from common.policy import Policy
 from common.version import LINEAGE, step_of
+from common.weights import sharded
 from learner.advantage import advantages
 from learner.batch import Batch
 from learner.drift import DriftRemedy
@@ -37,6 +39,7 @@ from learner.objective import (
     log_ratio,
     token_mean,
 )
+from learner.ranks import Ranks, cloned
 from learner.surrogate import draw_latents, mean_field, most_rows, surrogate_gap, surrogate_log_probs
 from learner.trainer import BatchRefused
 
@@ -117,29 +120,51 @@ class _Sums:
     kl: float = 0.0
     entropy: list[Tensor] = field(default_factory=list)
     rows: int = 0
+    loss: float = 0.0
+
+    @classmethod
+    def together(cls, parts: list["_Sums"]) -> "_Sums":
+        """Of all ranks."""
+        first, *others = parts
+        for other in others:
+            for name in cls.__dataclass_fields__:
+                setattr(first, name, getattr(first, name) + getattr(other, name))
+        return first
 
 
 class Learner:
     """Holds policy and optimizer for a whole run; `step` is called once per batch."""
 
-    def __init__(self, policy: Policy, config: LearnerConfig) -> None:
+    def __init__(self, policy: Policy, config: LearnerConfig, ranks: Ranks | None = None) -> None:
+        """With several `ranks` the policy becomes sharded, with the weights that it has on rank 0."""
         self.policy = policy
         self.config = config
+        self._ranks = ranks or Ranks()
         self.steps_done = 0
         self.updates_done = 0
         self._learns_model = config.train in ("model", "joint")
         self._learns_threshold = config.train in ("threshold", "joint")
         self._remedy = DriftRemedy(policy, config.drift_remedy)
-        self.reference = copy.deepcopy(policy).requires_grad_(False) if config.kl_beta > 0 else None
-        policy.model.requires_grad_(self._learns_model)
+        self.reference = reference_policy(policy) if config.kl_beta > 0 else None
+        self._ranks.shard(policy)
+        if self.reference is not None and self.reference is not policy:
+            self._ranks.shard(self.reference)
+        learned = [parameter for _, parameter in learned_parameters(policy.model)]
+        for parameter in learned:
+            parameter.requires_grad_(self._learns_model)
         policy.head.requires_grad_(self._learns_threshold)
         groups = []
         if self._learns_model:
-            groups.append({"params": list(policy.model.parameters()), "lr": config.learning_rate})
+            groups.append({"params": learned, "lr": config.learning_rate})
         if self._learns_threshold:
             groups.append({"params": list(policy.head.parameters()), "lr": config.threshold_learning_rate})
+        mixed = {sharded(parameter) for parameter in learned} == {False, True}  # which only the plain loop takes
         self.optimizer = torch.optim.AdamW(
-            groups, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, fused=True
+            groups,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+            fused=not mixed,
+            foreach=False if mixed else None,
         )
         warmup = max(config.warmup_steps * config.inner_updates, 1)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda n: min(1.0, (n + 1) / warmup))
@@ -175,15 +200,15 @@ class Learner:
             self.steps_done += 1
             return metrics | self._remedy.update(batch) | {"learner_scored_completions": 0.0}
         kept = rows.nonzero().squeeze(-1)
-        micro = self._micro_batches(batch.select(kept), advantage[kept])
+        micro, fillers = self._share(batch.select(kept), advantage[kept])
         totals = {"completions": float(len(advantage)), "tokens": float(batch.scored.sum())}
         try:
-            for proximal in self._proximal(micro):
-                metrics |= self._update(micro, proximal, totals, version)
+            for proximal in self._proximal(micro, fillers):
+                metrics |= self._update(micro, proximal, totals, version, fillers)
         except BatchRefused:
             if before is not None:
-                self.policy.load_state_dict(before["policy"])
-                self.restore(before)
+                self.policy.load_state_dict(before["policy"], strict=False)
+                self._restore(before)
             raise
         self.steps_done += 1
         return metrics | self._remedy.update(batch) | {"learner_scored_completions": float(len(kept))}
@@ -221,8 +246,8 @@ class Learner:
                 self.policy.calibration.fit_features(features)
 
     @torch.no_grad()
-    def _proximal(self, micro: list[tuple[Batch, Tensor]]) -> list[_Proximal]:
-        """Proximal scores of each inner update, as far as they are needed."""
+    def _proximal(self, micro: list[tuple[Batch, Tensor]], fillers: int = 0) -> list[_Proximal]:
+        """Proximal scores of each inner update, as far as they are needed; the last `fillers` do not count."""
         normalised = self._learns_model and self.config.importance_weight == "self_normalised"
         found = []
         for update in range(self.config.inner_updates):
@@ -234,7 +259,9 @@ class Learner:
             if normalised:
                 pairs = zip(scores, micro, strict=True)
                 weights = [self._weight(found.tokens, part)[part.scored] for found, (part, _) in pairs if found]
-                mean = float(torch.cat(weights).double().mean())
+                own = torch.cat(weights[: len(micro) - fillers] or [weights[0][:0]]).double()
+                total, count = self._ranks.sum(float(own.sum()), len(own))
+                mean = total / count
             found.append(_Proximal(update, scores if update else [None] * len(micro), mean))
         return found
 
@@ -266,17 +293,20 @@ class Learner:
         proximal: _Proximal,
         totals: dict[str, float],
         version: int,
+        fillers: int,
     ) -> dict[str, float]:
         self.optimizer.zero_grad(set_to_none=True)
         sums = _Sums()
-        loss = 0.0
-        for (part, advantage), scores in zip(micro, proximal.scores, strict=True):
-            objective = self._objective(part, advantage, proximal, scores, totals, sums, version)
-            (-objective).backward()
-            loss -= float(objective.detach())
-        norm = float(
-            clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], self.config.grad_clip)
-        )
+        own = len(micro) - fillers
+        for index, ((part, advantage), scores) in enumerate(zip(micro, proximal.scores, strict=True)):
+            counted = sums if index < own else _Sums()
+            objective = self._objective(part, advantage, proximal, scores, totals, counted, version)
+            share = self._ranks.count if index < own else 0.0  # gradients are averaged over ranks
+            (-share * objective).backward()
+            counted.loss -= float(objective.detach())
+        norm = self._ranks.clip([p for g in self.optimizer.param_groups for p in g["params"]], self.config.grad_clip)
+        sums = _Sums.together(self._ranks.gathered(sums))
+        loss = sums.loss
         if not (math.isfinite(loss) and math.isfinite(norm) and all(w.isfinite().all() for w in sums.weights)):
             self.optimizer.zero_grad(set_to_none=True)
             raise BatchRefused(
@@ -325,7 +355,7 @@ class Learner:
             weight = self._weight(prox_tokens, part, proximal.mean_weight)
             objective = clipped_objective(current, prox_tokens, weight, advantage.unsqueeze(-1), **clip)
             if self.reference is not None:
-                with torch.no_grad():
+                with torch.no_grad(), without_adapter(self.reference):
                     reference = self._score(self.reference, part, proximal.update).tokens
                 kl = kl_k3(current, reference)
                 objective = objective - config.kl_beta * kl
@@ -377,6 +407,17 @@ class Learner:
         sums.clipped += float(outside.sum())
         sums.tokens += float(scored.sum())
 
+    def _share(self, batch: Batch, advantage: Tensor) -> tuple[list[tuple[Batch, Tensor]], int]:
+        """This rank's micro-batches, and how many of them, the last, do not count: every rank makes as many passes."""
+        if self._ranks.count == 1:
+            return self._micro_batches(batch, advantage), 0
+        costs = most_rows(torch.bincount(batch.group), self.config)
+        rows = self._ranks.share(costs)[batch.group].nonzero().squeeze(-1)
+        micro = self._micro_batches(batch.select(rows), advantage[rows]) if len(rows) else []
+        fillers = self._ranks.most(len(micro)) - len(micro)
+        cheapest = (batch.group == costs.argmin()).nonzero().squeeze(-1)
+        return micro + [(batch.select(cheapest), advantage[cheapest])] * fillers, fillers
+
     def _micro_batches(self, batch: Batch, advantage: Tensor) -> list[tuple[Batch, Tensor]]:
         """Whole groups, cut so that no part exceeds the token budget (one group may)."""
         cut = []
@@ -417,18 +458,27 @@ class Learner:
         }
 
     def _copy(self) -> dict[str, Any]:
-        return copy.deepcopy(self.state() | {"policy": self.policy.state_dict()})
+        return cloned(self.state() | {"policy": learned_state(self.policy)})
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave; the policy's weights are its owner's to load."""
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Go on from what `state` gave, whole, which rank 0 alone has; the policy's weights are its owner's to load."""
+        optimizer = self._ranks.optimizer_state(self.optimizer, state["optimizer"] if state else None)
+        rest = self._ranks.agreed(
+            {name: item for name, item in state.items() if name != "optimizer"} if state else None
+        )
+        self._restore(rest | {"optimizer": optimizer})
+
+    def _restore(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:  # which kernels can be used is for these ranks to say
+            group.update({key: self.optimizer.defaults[key] for key in ("fused", "foreach")})
         self.scheduler.load_state_dict(state["scheduler"])
         self.steps_done, self.updates_done = state["steps_done"], state["updates_done"]
         self._remedy.restore(state["drift_remedy"])
         torch.set_rng_state(state["generator"])
 
     def state(self) -> dict[str, Any]:
-        """Optimizer, schedule and counters, for a checkpoint."""
+        """Optimizer, schedule and counters, for a checkpoint; sharded where the policy is."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -437,6 +487,11 @@ class Learner:
             "drift_remedy": self._remedy.state(),
             "generator": torch.get_rng_state(),
         }
+
+
+def reference_policy(policy: Policy) -> Policy:
+    """What the KL term holds a policy to, as it is now: the policy itself less its adapter, else a frozen copy."""
+    return policy if adapted(policy) else copy.deepcopy(policy).requires_grad_(False)
 
 
 def _step_buckets(step: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -46,6 +46,16 @@ class LearnerActor:
         self._blocked = 0.0
         self._doing, self._since = "starts", time.monotonic()
 
+    def address(self) -> tuple[str, int]:
+        """Called by the controller where there are several ranks: where they meet."""
+        ranked: Any = self._trainer
+        return ranked.address
+
+    def lead(self, others: list[Any]) -> None:
+        """Called by the controller then: the other ranks' actors, which obey this one from now on."""
+        ranked: Any = self._trainer
+        ranked.lead(others)
+
     def doing(self) -> str:
         """Called by the watchdog, from another thread."""
         return f"{self._doing} for {time.monotonic() - self._since:.0f} s"
@@ -118,7 +128,7 @@ class LearnerActor:
                 self._trainer.restore(folder)
             version = link.rewind(found.checkpoint.journal_index, self._trainer.steps)
             writer.newest = found.checkpoint.step
-        link.publish(version, self._trainer.weights(), [])
+        link.publish(version, self._trainer.weights(), [], self._trainer.base())
         begun = {"learner_steps": float(self._trainer.steps), "weights_version": float(version)}
         self._report("started", begun | self._trainer.gauges())
         return version

@@ -23,6 +23,8 @@ class Parts:
     trainer: Callable[[Config, Path], Trainer]
     actor: type[RolloutActor] = RolloutActor
     evaluates: bool = True
+    ranked_trainer: Callable[[Config, Path], Trainer] | None = None
+    """Of rank 0, where the learner has several ranks."""
 
 
 def _policy_producer(config: Config, name: str, wake: Callable[[], None]) -> Any:
@@ -37,4 +39,10 @@ def _policy_trainer(config: Config, warm_start: Path) -> Any:
     return PolicyTrainer(config, warm_start)
 
 
-POLICY = Parts(producer=_policy_producer, trainer=_policy_trainer)
+def _ranked_policy_trainer(config: Config, warm_start: Path) -> Any:
+    from learner.ranked_trainer import RankedTrainer
+
+    return RankedTrainer(config, warm_start)
+
+
+POLICY = Parts(producer=_policy_producer, trainer=_policy_trainer, ranked_trainer=_ranked_policy_trainer)

@@ -12,14 +12,16 @@ import numpy as np
 import torch
 
 from actors.evaluation import Evaluator, Setting
+from common.adapter import Base, adapt, adapted, learned_state
 from common.config import Config
 from common.errors import RunError, one_line
-from common.policy import THRESHOLD_CONFIG, Policy, load_policy, open_policy
+from common.policy import THRESHOLD_CONFIG, Policy, load_policy, open_empty_policy, open_policy, read_learned
 from common.tasks import build_task
 from common.trajectory import decode_group
-from common.weights import to_flat
+from common.weights import adopt_base, base_arrays, load_flat, not_finite, to_flat
 from learner.batch import build_batch
 from learner.learner import Learner
+from learner.ranks import Ranks
 from learner.trainer import Report
 from learner.warm_start import supervised
 
@@ -36,6 +38,9 @@ class PolicyTrainer:
         self._task = build_task(config.task)
         self._policy: Policy
         self._learner: Learner
+        self._ranks = Ranks()
+        self._newest = np.empty(0, np.float32)
+        self._base: list[np.ndarray] = []
         self._drift: Evaluator | None = None
 
     @property
@@ -43,6 +48,10 @@ class PolicyTrainer:
         return self._learner.steps_done
 
     def warm_start(self, report: Report) -> None:
+        self.open(report)
+        self.begin(self._ranks)
+
+    def open(self, report: Report) -> None:
         """The policy that RL starts from: what an earlier life left, the given model, or a new one that learns now."""
         settings = self.config.warm_start
         every = max(1, settings.steps // REPORTS_PER_WARM_START)
@@ -52,23 +61,38 @@ class PolicyTrainer:
                 report("warm_start", {"warm_start_steps": float(step), "warm_start_loss": loss})
 
         if (self._folder / THRESHOLD_CONFIG).is_file():  # written last
-            self._policy = load_policy(self._folder, self.config.model, self.config.sampler.threshold)
+            model, threshold = self.config.model, self.config.sampler.threshold
+            self._policy = load_policy(self._folder, model, threshold, seed=self.config.run.seed)
         elif self.config.model.path is not None:
             self._policy = open_policy(self.config, self._task)
             self._policy.save(self._folder)
         else:
             self._policy = supervised(self.config, self._task, self._folder, progress)
+            if self.config.model.lora is not None:
+                base = Base.of(self._folder)
+                adapt(self._policy.model, self.config.model.lora, base, seed=self.config.run.seed)
+
+    def begin(self, ranks: Ranks) -> None:
+        """The learner; called by all ranks at once, of which those that have opened nothing get rank 0's policy."""
+        self._ranks = ranks
         torch.set_num_threads(self.config.learner.threads)
         if self.config.deterministic:
             torch.use_deterministic_algorithms(True)
-        self._learner = Learner(self._policy, self.config.learner)
+        if not ranks.leads:
+            self._policy = open_empty_policy(self.config, self._task, torch.float32)
+        self._learner = Learner(self._policy, self.config.learner, ranks)
 
-    def restore(self, folder: Path) -> None:
-        """Weights and learner of a checkpoint; the reference policy stays the warm start."""
-        saved = load_policy(folder, self.config.model, self.config.sampler.threshold)
+    def restore(self, folder: Path | None) -> None:
+        """Weights and learner of a checkpoint, which only rank 0 reads; the reference policy stays the warm start."""
+        saved = None
+        if folder is not None and not adapted(self._policy):
+            saved = load_policy(folder, self.config.model, self.config.sampler.threshold).state_dict()
         try:
-            self._policy.load_state_dict(saved.state_dict())
-            state = torch.load(folder / LEARNER_STATE, map_location="cpu", weights_only=True)
+            state = None
+            if folder is not None:
+                saved = read_learned(self._policy, folder) if saved is None else saved
+                state = torch.load(folder / LEARNER_STATE, map_location="cpu", weights_only=True)
+            self._ranks.load(self._policy, saved)
             self._learner.restore(state)
         except Exception as error:  # a state can be wrong in more ways than torch has errors for
             reason = one_line(error) or type(error).__name__
@@ -85,20 +109,29 @@ class PolicyTrainer:
         return metrics | {"learner_learning_rate": float(self._learner.scheduler.get_last_lr()[0])}
 
     def weights(self) -> np.ndarray:
-        flat = to_flat(self._policy)
-        if not np.isfinite(flat).all():
+        flat = to_flat(self._policy, narrow=self._narrow, keep=self._ranks.leads)
+        self._newest = flat
+        wrong = not_finite(self._policy, flat) if self._ranks.leads else 0
+        if wrong:
             raise RunError(
-                f"{int((~np.isfinite(flat)).sum())} of {flat.size} weights are not finite after step {self.steps}; "
+                f"{wrong} of the published weights are not finite after step {self.steps}; "
                 "start another run with model.path=RUN/checkpoints/STEP and a lower learner.learning_rate"
             )
         return flat
 
+    def base(self) -> list[np.ndarray]:
+        arrays = base_arrays(self._policy, narrow=self._narrow, keep=self._ranks.leads)
+        if self._ranks.count > 1:
+            self._base = arrays
+        return arrays
+
+    @property
+    def _narrow(self) -> bool:
+        return self.config.rollout.precision == "bfloat16"
+
     def saved(self) -> Callable[[Path], None]:
-        policy, weights = (
-            self._policy,
-            {key: value.detach().cpu().clone() for key, value in self._policy.state_dict().items()},
-        )
-        state = _copied(self._learner.state())
+        policy = self._policy
+        weights, state = self._ranks.kept(learned_state(policy)), self._ranks.kept(self._learner.state())
 
         def write(folder: Path) -> None:
             policy.save(folder, weights)
@@ -117,17 +150,17 @@ class PolicyTrainer:
             return {}
         prompts = self.config.evaluation.drift_prompts
         if self._drift is None:
-            self._drift = Evaluator(self._policy, self._task, self.config, prompts=prompts, split="validation")
+            self._drift = Evaluator(self._measured(), self._task, self.config, prompts=prompts, split="validation")
+        if self._ranks.count > 1:
+            load_flat(self._drift.policy, self._newest)
         point = self._drift.measure(Setting("drift", "entropy_bound", self.config.sampler.threshold.gamma_init))
         return {"drift_nfe": point.mean_nfe, "drift_accuracy": point.accuracy}
 
-
-def _copied(value: object) -> object:
-    """A state with its tensors copied to the CPU."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().cpu().clone()
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_copied(item) for item in value)
-    return value
+    def _measured(self) -> Policy:
+        """The policy whose drift is measured: where it is sharded, a whole one beside it, in rollout's precision."""
+        if self._ranks.count == 1:
+            return self._policy
+        dtype = torch.bfloat16 if self._narrow else torch.float32
+        policy = open_empty_policy(self.config, self._task, dtype).for_rollout(self.config.rollout)
+        adopt_base(policy, self._base)
+        return policy

@@ -7,7 +7,7 @@ import torch
 from actors.reward_pool import RewardPool, Score
 from common.config import Config
 from common.errors import UserError, one_line
-from common.policy import open_tokenizer
+from common.policy import open_rollout_policy, open_tokenizer
 from common.tasks import SPLITS, CustomConfig, Split, Task, build_task
 from learner.demonstrations import checked_ids, read_demonstrations
 
@@ -29,6 +29,8 @@ def preflight(config: Config, *, trains: bool = True) -> Task:
         if chosen.drift_every:
             check_size(task, "validation", "evaluation.drift_prompts", chosen.drift_prompts)
     check_texts(config, task)
+    if config.model.lora is not None:  # targets that its layers do not have
+        open_rollout_policy(config, task)
     if isinstance(config.task, CustomConfig):
         check_reward(config, task, "train" if trains else chosen.split)
     return task

@@ -59,6 +59,7 @@ from learner.synchronous_rollout import SynchronousRollout
 
 # What the textbook covers, the usual value first, of keys that it does not cover whole.
 COVERED = {
+    "model.lora": (None,),
     "sampler.rule": ("entropy_bound", "confidence", "top_k"),
     "sampler.threshold.standardise": (False,),
     "learner.surrogate": ("mean_field",),

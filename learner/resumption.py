@@ -17,7 +17,14 @@ SAFE = (
     *("rollout.actors", "rollout.slots", "rollout.cpus", "rollout.gpus", "rollout.max_restarts"),
     *("rollout.reward_workers", "rollout.reward_timeout", "rollout.reward_memory_bytes", "rollout.drain_seconds"),
     *("replay.lease_seconds", "replay.keep_versions", "replay.memory_bytes", "replay.max_restarts"),
-    *("learner.steps", "learner.max_restarts", "learner.max_skipped_steps", "learner.cpus", "learner.gpus"),
+    *(
+        "learner.steps",
+        "learner.max_restarts",
+        "learner.max_skipped_steps",
+        "learner.ranks",
+        "learner.cpus",
+        "learner.gpus",
+    ),
     *("evaluation", "metrics"),
 )
 

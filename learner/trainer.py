@@ -42,6 +42,10 @@ class Trainer(Protocol):
         """All that is published, as one flat buffer. Raises `RunError` when it is not finite."""
         ...
 
+    def base(self) -> list[np.ndarray]:
+        """What is frozen and published once, beside the first `weights`; nothing where everything learns."""
+        ...
+
     def saved(self) -> Callable[[Path], None]:
         """A copy of the whole state, as a function that writes it into a folder, later and from another thread."""
         ...

@@ -624,6 +624,9 @@ class Trained:
     def weights(self) -> None:
         return None
 
+    def base(self) -> list:
+        return []
+
     def gauges(self) -> dict[str, float]:
         return {}
 

@@ -76,6 +76,9 @@ class ListTrainer:
     def weights(self) -> np.ndarray:
         return np.array([0, *self.trained], np.float32)
 
+    def base(self) -> list[np.ndarray]:
+        return []
+
     def saved(self) -> Callable[[Path], None]:
         text = json.dumps(self.trained)
         return lambda folder: self._world.write(folder, text)

@@ -68,6 +68,9 @@ class CountingTrainer:
     def weights(self) -> np.ndarray:
         return self._counts.copy()
 
+    def base(self) -> list[np.ndarray]:
+        return []
+
     def saved(self) -> Callable[[Path], None]:
         state = np.concatenate([[self._steps], self._counts])
         return lambda folder: np.save(folder / COUNTS, state, allow_pickle=False)

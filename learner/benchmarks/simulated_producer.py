@@ -2,7 +2,7 @@
 
 import heapq
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +58,9 @@ class SimulatedProducer:
         self._weights = flat.copy()
         self._version = snapshot.version
         self._adopted_at[f"adopted_{snapshot.version}"] = time.monotonic()
+
+    def adopt_base(self, arrays: Sequence[np.ndarray]) -> None:
+        """Its weights have none."""
 
     def step(self) -> list[FinishedGroup | Fault]:
         """The groups whose time is over."""

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from common.config import Config
 from common.errors import RunError, Stopped, UserError, one_line
-from learner.controller import PATIENT_THREADS
+from learner.learner_ranks import PATIENT_THREADS
 from learner.preflight import preflight
 from learner.ray_connection import chosen_address, connect
 from learner.run_directory import RunDirectory

@@ -23,6 +23,7 @@ from scipy.stats import spearmanr
 from actors.evaluation import Evaluator, Point, Setting, standard_settings
 from actors.frontier import area, frontier_area
 from actors.group import rollout_threshold
+from common.adapter import adapt, adapted
 from common.config import Config
 from common.policy import Policy, open_policy
 from common.tasks import Split, Task, build_task
@@ -94,6 +95,8 @@ class SingleRun:
     def _open(self, warm_start: np.ndarray) -> Policy:
         policy = open_policy(self.config, self._task)
         load_flat(policy.model, warm_start)
+        if self.config.model.lora is not None and not adapted(policy):
+            adapt(policy.model, self.config.model.lora, None, seed=self.config.run.seed)
         return policy
 
     def run(self) -> dict[str, Any]:

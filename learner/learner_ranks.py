@@ -1,0 +1,115 @@
+"""LearnerRanks: the actors that a learner consists of, as the controller sees them: one, or one for each rank.
+
+- Rank 0 is the `LearnerActor`, which buffer and controller talk to. The others obey it (`learner.ranked_trainer`)
+  and run until it ends.
+- They live and die together: when one dies, or raises, the others are killed at once, whatever they wait for, and the
+  controller starts all of them again from the newest checkpoint.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import RayActorError
+
+from actors.failure import FailureKind, failure_kind
+from common.config import Config
+from common.errors import UserError
+from learner.learner_actor import LearnerActor
+from learner.parts import Parts
+from learner.rank_actor import RankActor
+from learner.run_directory import RunDirectory
+
+T = TypeVar("T")
+
+CAUSE_SECONDS = 5.0  # a rank that died makes the others fail, maybe sooner than Ray tells
+# Where cores are shared, OpenMP threads that spin while they wait take the time of those who work.
+PATIENT_THREADS = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
+
+
+class LearnerRanks:
+    """Owned by the controller; one life of the learner."""
+
+    def __init__(self, config: Config, directory: Path, parts: Parts, controller: Any) -> None:
+        self._config = config
+        self._options = {
+            "num_cpus": config.learner.cpus,
+            "num_gpus": config.learner.gpus,
+            "max_concurrency": 2,
+            "runtime_env": PATIENT_THREADS,
+        }
+        make = parts.trainer if config.learner.ranks == 1 else parts.ranked_trainer
+        if make is None:
+            raise UserError(f"learner.ranks={config.learner.ranks}: simulated learners have one; set learner.ranks=1")
+        self._first: Any = (
+            ray.remote(LearnerActor)
+            .options(**self._options)
+            .remote(config=config, directory=directory, controller=controller, make=make)
+        )
+        self._directory = directory
+        self._others: list[Any] = []
+        self._followed: list[asyncio.Future[None]] = []
+
+    async def warm_start(self) -> None:
+        """Start the other ranks, and make or load the weights that training starts from."""
+        if self._config.learner.ranks > 1:
+            await self._meet()
+        await self._together(self._first.warm_start.remote())
+
+    async def run(self, buffer: Any) -> dict[str, float]:
+        """The learner's loop; steps and version reached."""
+        return await self._together(self._first.run.remote(buffer))
+
+    def doing(self) -> dict[str, Any]:
+        """Calls that ask each rank what it does."""
+        found = {"learner": self._first.doing.remote()}
+        return found | {f"learner rank {n}": other.doing.remote() for n, other in enumerate(self._others, 1)}
+
+    def kill(self) -> None:
+        """End all ranks."""
+        for follower in self._followed:
+            follower.cancel()
+        for actor in [self._first, *self._others]:
+            ray.kill(actor)
+
+    async def _meet(self) -> None:
+        address = await self._first.address.remote()
+        actor = ray.remote(RankActor).options(**self._options)
+        warm_start = RunDirectory(self._directory).warm_start
+        self._others = [
+            actor.remote(config=self._config, rank=rank, warm_start=warm_start, address=address)
+            for rank in range(1, self._config.learner.ranks)
+        ]
+        self._followed = [asyncio.ensure_future(_answer(other.follow.remote())) for other in self._others]
+        await self._together(self._first.lead.remote(self._others))
+
+    async def _together(self, call: Awaitable[T]) -> T:
+        """Rank 0's answer. Raises what ended one of the ranks; a death rather than what followed from it."""
+        first = asyncio.ensure_future(_answer(call))
+        pending = {first, *(one for one in self._followed if not one.done())}
+        while not first.done():
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            if any(one.exception() is not None for one in done):
+                break
+        if first.done() and first.exception() is None:
+            return first.result()
+        everyone = [first, *self._followed]
+        if pending and not any(map(_is_death, _errors(everyone))):
+            await asyncio.wait(pending, timeout=CAUSE_SECONDS, return_when=asyncio.FIRST_EXCEPTION)
+        errors = _errors(everyone)
+        self.kill()
+        raise min(errors, key=lambda error: not _is_death(error))
+
+
+def _errors(calls: Sequence[asyncio.Future[Any]]) -> list[BaseException]:
+    return [error for call in calls if call.done() and (error := call.exception()) is not None]
+
+
+async def _answer(call: Awaitable[T]) -> T:
+    return await call
+
+
+def _is_death(error: BaseException) -> bool:
+    return isinstance(error, RayActorError) and failure_kind(error) is FailureKind.INFRASTRUCTURE
