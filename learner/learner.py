@@ -12,6 +12,7 @@ One `step`: advantages -> (proximal scores) -> `inner_updates` times {surrogate,
 """
 
 import copy
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from common.config import LearnerConfig
 from common.cost import with_cost
 from common.policy import Policy
 from common.version import LINEAGE, step_of
+from learner.activation_checkpointing import activation_checkpointing, checkpointing_layers
 from learner.advantage import advantages
 from learner.batch import Batch
 from learner.drift import DriftRemedy
@@ -131,6 +133,8 @@ class Learner:
         self._learns_threshold = config.train in ("threshold", "joint")
         self._remedy = DriftRemedy(policy, config.drift_remedy)
         self.reference = copy.deepcopy(policy).requires_grad_(False) if config.kl_beta > 0 else None
+        if config.activation_checkpointing:
+            checkpointing_layers(policy.model)  # refuses a model that has none before anything is spent
         policy.model.requires_grad_(self._learns_model)
         policy.head.requires_grad_(self._learns_threshold)
         groups = []
@@ -252,7 +256,11 @@ class Learner:
 
     def _score(self, policy: Policy, part: Batch, update: int) -> _Scored:
         latents = draw_latents(part, self.config, update=update)
-        with autocast(policy.device, enabled=self.config.autocast):
+        again = self.config.activation_checkpointing and torch.is_grad_enabled()
+        with (
+            autocast(policy.device, enabled=self.config.autocast),
+            activation_checkpointing(policy.model, enabled=again),
+        ):
             scores = surrogate_log_probs(policy, part, latents, features=self._learns_threshold)
         gammas = entropies = part.gamma_logprob.new_zeros(len(part.gamma))
         if scores.features is not None:
@@ -378,10 +386,17 @@ class Learner:
         sums.tokens += float(scored.sum())
 
     def _micro_batches(self, batch: Batch, advantage: Tensor) -> list[tuple[Batch, Tensor]]:
-        """Whole groups, cut so that no part exceeds the token budget (one group may)."""
+        """Groups, cut so that no part exceeds the token budget; one that does alone is cut as well (one completion
+        may exceed it)."""
+        sizes = torch.bincount(batch.group)
+        width = batch.prompts.shape[1] + batch.length
+        together = most_rows(torch.arange(1, int(sizes.max()) + 1), self.config) * width
+        largest = max(1, int((together <= self.config.micro_batch_tokens).sum()))
+        parts = [size for group in sizes.tolist() for size in _even_parts(group, largest)]
+        ends = [0, *itertools.accumulate(parts)]
         cut = []
-        for low, high in self._cuts(most_rows(torch.bincount(batch.group), self.config), batch):
-            rows = ((batch.group >= low) & (batch.group < high)).nonzero().squeeze(-1)
+        for low, high in self._cuts(most_rows(torch.tensor(parts), self.config), batch):
+            rows = torch.arange(ends[low], ends[high], device=advantage.device)
             cut.append((batch.select(rows), advantage[rows]))
         return cut
 
@@ -437,6 +452,12 @@ class Learner:
             "drift_remedy": self._remedy.state(),
             "generator": torch.get_rng_state(),
         }
+
+
+def _even_parts(count: int, largest: int) -> list[int]:
+    """As few numbers up to `largest` as add up to `count`, alike to one."""
+    parts = math.ceil(count / largest)
+    return [count // parts + (number < count % parts) for number in range(parts)]
 
 
 def _step_buckets(step: Tensor) -> Iterator[tuple[int, Tensor]]:
