@@ -71,7 +71,8 @@ def test_the_plain_loop_has_the_learners_loss_and_gradient(
         metrics = learner.step(batch, version=0)
         assert metrics["learner_scored_completions"] == len(batch.reward)
         assert plain.step(batch) == pytest.approx(metrics["learner_loss"], rel=1e-10)
-        assert plain.rows == passes * len(batch.reward) > metrics["learner_rows_forwarded"]
+        assert plain.rows == passes * len(batch.reward) >= metrics["learner_rows_forwarded"]
+        assert plain.rows > metrics["learner_rows_forwarded"] or budget == 1  # a row of each group is shared
         for mine, its in ((policy.model, other.model), (policy.head, other.head)):
             for ours, theirs in zip(mine.parameters(), its.parameters(), strict=True):
                 assert ours.grad is not None

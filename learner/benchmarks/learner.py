@@ -49,6 +49,7 @@ from learner.benchmarks.engine import ratio
 from learner.benchmarks.main_job import CONFIG
 from learner.benchmarks.plain_loop import PlainLoop
 from learner.learner import Learner
+from learner.surrogate import most_rows
 from learner.warm_start import warm_start
 
 WARM_START = ["warm_start.steps=300"]
@@ -257,9 +258,11 @@ class SavedTensors(saved_tensors_hooks):
 def cut_gradient_difference(policy: Policy, batch: Batch, config: LearnerConfig) -> float:
     """How far cutting a batch into one micro-batch per group moves its gradient, in float64."""
     exact = without_diagnostics(config).model_copy(update={"autocast": False, "grad_clip": torch.inf})
+    width = batch.prompts.shape[1] + batch.length
+    one_group = int(most_rows(torch.bincount(batch.group), config).max()) * width
     whole, cut = (
         gradients(copy.deepcopy(policy).double(), batch, exact.model_copy(update={"micro_batch_tokens": budget}))
-        for budget in (UNLIMITED, 1)
+        for budget in (UNLIMITED, one_group)
     )
     differences = [(a - b).abs().max() / a.abs().max() for a, b in zip(whole, cut, strict=True) if a.any()]
     return float(torch.stack(differences).max())
