@@ -20,9 +20,17 @@ GPU_LOGIT_BYTES = 512 * 2**20
 
 def row_pieces(rows: int, vocabulary: int, device: torch.device) -> list[slice]:
     """Slices of rows whose logits fit the piece; one, maybe empty, where all do."""
-    size = LOGIT_BYTES if device.type == "cpu" else GPU_LOGIT_BYTES
-    step = max(1, size // (4 * vocabulary))
+    step = _step(vocabulary, device)
     return [slice(start, min(start + step, rows)) for start in range(0, max(rows, 1), step)]
+
+
+def row_bytes(rows: int, vocabulary: int, device: torch.device) -> int:
+    """Bytes of the largest piece's logits in fp32."""
+    return 4 * vocabulary * min(rows, _step(vocabulary, device))
+
+
+def _step(vocabulary: int, device: torch.device) -> int:
+    return max(1, (LOGIT_BYTES if device.type == "cpu" else GPU_LOGIT_BYTES) // (4 * vocabulary))
 
 
 def token_scores(
