@@ -37,7 +37,7 @@ def activation_checkpointing(model: PreTrainedModel, *, enabled: bool) -> Iterat
     # transformers asks for training mode; what stands inside the layers stays as it is, dropout too
     before = [layer.training for layer in layers]
     for layer in layers:
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        setattr(layer, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=False))  # noqa: B010
         layer.gradient_checkpointing = layer.training = True
     try:
         yield

@@ -167,8 +167,8 @@ def measure(config: Config) -> tuple[Model, Activations]:
         kept, again = (
             _kept_bytes(model, rows, width, config.learner.autocast, checkpointing) for checkpointing in (False, True)
         )
-        embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-        ends = {id(p): p.numel() for part in (embedding, output) for p in part.parameters()}
+        around = [part for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
+        ends = {id(p): p.numel() for part in around for p in part.parameters()}
         heads = described.num_attention_heads
         head_size = getattr(described, "head_dim", None) or described.hidden_size // heads
         lora = getattr(config.model, "lora", None)
