@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from common.autocast import autocast
+from common.autocast import has_bfloat16
 from common.config import Config
 from common.errors import UserError
 from common.policy import build_policy
@@ -164,9 +164,11 @@ def measure(config: Config) -> tuple[Model, Activations]:
         layers = len(checkpointing_layers(model))
         width = config.sampler.max_prompt_tokens + config.sampler.max_completion_tokens
         rows = max(1, config.learner.micro_batch_tokens // width)
-        kept, again = (
-            _kept_bytes(model, rows, width, config.learner.autocast, checkpointing) for checkpointing in (False, True)
-        )
+        device = torch.device(config.model.device).type
+        half = config.learner.autocast and (
+            device == "cuda" or has_bfloat16(device)
+        )  # of the run's device, not of ours
+        kept, again = (_kept_bytes(model, rows, width, half, checkpointing) for checkpointing in (False, True))
         around = [part for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
         ends = {id(p): p.numel() for part in around for p in part.parameters()}
         heads = described.num_attention_heads
@@ -256,7 +258,7 @@ def _kept_bytes(model: PreTrainedModel, rows: int, width: int, bfloat16: bool, c
     positions = torch.arange(width).expand_as(ids)
     with (
         saved_tensors_hooks(pack, lambda tensor: tensor),
-        autocast(torch.device("cpu"), enabled=bfloat16),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16),
         activation_checkpointing(model, enabled=checkpointing),
     ):
         output = model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
