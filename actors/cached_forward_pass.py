@@ -16,6 +16,7 @@ from common.autocast import autocast
 from common.behaviour import reveal_log_probs
 from common.errors import UserError
 from common.policy import Policy
+from common.token_scores import row_pieces
 
 NONE = -1
 
@@ -120,9 +121,11 @@ class CachedForwardPass(ForwardPass):
         exact = self._completion(self._full(slots, first, last), first)
         active = self._rows.active(slots)
         mask_id = self._policy.vocabulary.mask_id
-        with autocast(slots.device, enabled=self._use_autocast):
-            both = [self._policy.logits(hidden[active]) for hidden in (exact, cached)]
-        true, sampled = (reveal_log_probs(logits, mask_id) for logits in both)
-        self.probed_positions += len(true)
-        self.probed_kl += float(kl_div(sampled, true, reduction="none", log_target=True).nan_to_num(0.0).sum())
-        self.probed_flips += int((true.argmax(-1) != sampled.argmax(-1)).sum())
+        states, sampling = exact[active], cached[active]
+        for rows in row_pieces(len(states), self._policy.model.config.vocab_size, states.device):
+            with autocast(slots.device, enabled=self._use_autocast):
+                both = [self._policy.logits(hidden[rows]) for hidden in (states, sampling)]
+            true, sampled = (reveal_log_probs(logits, mask_id) for logits in both)
+            self.probed_positions += len(true)
+            self.probed_kl += float(kl_div(sampled, true, reduction="none", log_target=True).nan_to_num(0.0).sum())
+            self.probed_flips += int((true.argmax(-1) != sampled.argmax(-1)).sum())

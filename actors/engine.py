@@ -5,7 +5,8 @@
 - Every step reveals at least one token in every live row; a revealed token never changes; MASK is never revealed.
 - The forward on `z_0` is the same for all completions of a group: computed once, also for those admitted later, as
   long as the group's requests were submitted in a row and the weights stay.
-- Logits exist only for masked positions of the active block; temperature touches only revealed ones.
+- Logits exist only for masked positions of the active block, and never more of them at once than fit a piece
+  (`common.token_scores`); temperature touches only revealed ones.
 - Random numbers are keyed by (seed, step, position): a completion does not depend on its batch companions beyond
   floating-point noise (padding to the longest live prompt moves it by about 1e-6; `fixed_padding` removes that).
 - New weights are adopted between two steps. Without a cache there is nothing to recompute: live rows go on, and each
@@ -36,6 +37,7 @@ from common.errors import RunError, UserError
 from common.keyed_random import GAMMA_STREAM, GATE_STREAM, uniform
 from common.policy import Policy
 from common.reveal_likelihood import draw_set, gate_logits, set_log_prob
+from common.token_scores import row_pieces
 from common.trajectory import Completion
 from common.weights import load_flat
 
@@ -306,9 +308,8 @@ class DenoisingEngine:
         active = rows.active(live)
         needed = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=live.device)
         needed[source] = active  # rows of one source are equal
-        with autocast(live.device, enabled=self._use_autocast):
-            logits = self.policy.logits(hidden[needed])
-        entropy, top = self._statistics(logits)
+        states = hidden[needed]
+        entropy, top, logits = self._look(states)
         blank = entropy.new_full(needed.shape, torch.inf)
         entropies = blank.masked_scatter(needed, entropy)[source]
         tops = (-blank).masked_scatter(needed, top)[source]
@@ -317,16 +318,29 @@ class DenoisingEngine:
         chosen = self._choose(live, entropies, tops, active) & ~broken.unsqueeze(-1)
         row, position = chosen.nonzero(as_tuple=True)
         index = needed.flatten().cumsum(0).view_as(needed) - 1
-        self._reveal(live[row], position, logits[index[source[row], position]], entropies[row, position])
+        at = index[source[row], position]
+        kept = None if logits is None else logits[at]
+        self._reveal(live[row], position, states[at], kept, entropies[row, position])
         self._forward.share(live[fresh], source_slot[fresh])
         self._keep(keep, place, hidden, features)
         rows.nfe[live] += 1
         return self._retire(live, broken)
 
-    def _statistics(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Entropy and top probability `[N]` that the reveal rule sees, at the policy's reveal temperature."""
-        scaled = logits if self._reveal_temperature == 1 else logits / self._reveal_temperature
-        return reveal_statistics(scaled, self.policy.vocabulary.mask_id)
+    def _look(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Entropy and top probability `[N]` that the reveal rule sees, at the policy's reveal temperature, and the
+        logits `[N, V]` where all of them may exist at once."""
+        statistics, logits = [], None
+        pieces = row_pieces(len(states), self.policy.model.config.vocab_size, states.device)
+        for rows in pieces:
+            logits = self._logits(states[rows])
+            scaled = logits if self._reveal_temperature == 1 else logits / self._reveal_temperature
+            statistics.append(reveal_statistics(scaled, self.policy.vocabulary.mask_id))
+        entropy, top = (torch.cat(parts) for parts in zip(*statistics, strict=True))
+        return entropy, top, logits if len(pieces) == 1 else None
+
+    def _logits(self, states: Tensor) -> Tensor:
+        with autocast(states.device, enabled=self._use_autocast):
+            return self.policy.logits(states)
 
     def _choose(self, live: Tensor, entropies: Tensor, tops: Tensor, active: Tensor) -> Tensor:
         """The positions `[N, L]` to be revealed in this step."""
@@ -413,12 +427,17 @@ class DenoisingEngine:
         logprob = torch.where(sampled, head.log_prob(features, gamma), torch.zeros_like(gamma))
         rows.parameter_logprob[slots] = logprob.to(rows.parameter_logprob.dtype)
 
-    def _reveal(self, slots: Tensor, position: Tensor, logits: Tensor, entropy: Tensor) -> None:
-        """Draw one token for each of the `[K]` chosen positions, and record how."""
-        rows = self._rows
+    def _reveal(self, slots: Tensor, position: Tensor, states: Tensor, logits: Tensor | None, entropy: Tensor) -> None:
+        """Draw one token for each of the `[K]` chosen positions, and record how; without logits, from the states."""
+        rows, mask_id = self._rows, self.policy.vocabulary.mask_id
         step = rows.nfe[slots] + 1
-        uniforms = uniform(rows.seed[slots], step, position)
-        tokens, logprob = draw_tokens(logits, rows.temperature[slots], uniforms, self.policy.vocabulary.mask_id)
+        uniforms, temperature = uniform(rows.seed[slots], step, position), rows.temperature[slots]
+        if logits is None:
+            pieces = row_pieces(len(states), self.policy.model.config.vocab_size, states.device)
+            drawn = [draw_tokens(self._logits(states[p]), temperature[p], uniforms[p], mask_id) for p in pieces]
+            tokens, logprob = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        else:
+            tokens, logprob = draw_tokens(logits, temperature, uniforms, mask_id)
         rows.completion_ids[slots, position] = tokens
         rows.reveal_step[slots, position] = step
         rows.logprob[slots, position] = logprob.to(rows.logprob.dtype)

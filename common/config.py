@@ -291,7 +291,10 @@ class LearnerConfig(Section):
     grad_clip: float = Field(default=1.0, gt=0)
     """Largest gradient norm."""
     micro_batch_tokens: int = Field(default=16384, ge=1)
-    """Tokens in one forward and backward pass."""
+    """Tokens in one forward and backward pass, padding and all rows counted; one completion's rows may be more."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of the model's layers for the backward pass, and compute the rest again in it: less memory,
+    a third more time."""
     max_skipped_steps: int = Field(default=3, ge=0)
     """Batches in a row that may be set aside because a reward, the loss or a gradient is not finite."""
     max_restarts: int = Field(default=3, ge=0)

@@ -352,6 +352,31 @@ def bench(
 
 
 @app.command()
+def plan(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    gpu_memory: Annotated[float, typer.Option(min=1, help="Memory of one GPU, in GB (10^9 bytes).")] = 80.0,
+    dry_run: DryRun = False,
+) -> None:
+    """What the run would need of memory and GPUs, estimated from the configuration and the model's config.json.
+
+    Example: diffpo plan -c deploy/configs/sudoku.yaml model.path=LLaDA-8B-Instruct --gpu-memory 80
+    """
+    given = list(overrides or [])
+    if config is None and given and given[0].endswith((".yaml", ".yml")):
+        config = Path(given.pop(0))
+    loaded = _load(config, given, dry_run)
+    from rich.console import Console
+
+    from learner.memory_plan import measure, settings_of
+    from learner.plan_display import show
+
+    model, activations = measure(loaded)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    show(model, activations, settings_of(loaded, model), gpu=gpu_memory * 1e9, console=console)
+
+
+@app.command()
 def study(
     name: Annotated[str, typer.Argument(help="A study of deploy/studies, or a YAML file.")],
     seeds: Annotated[int | None, typer.Option(min=1, help="Seeds of every arm, in place of the study's.")] = None,

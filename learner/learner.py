@@ -13,6 +13,7 @@ One `step`: advantages -> (proximal scores) -> `inner_updates` times {surrogate,
 """
 
 import copy
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from common.cost import with_cost
 from common.policy import Policy
 from common.version import LINEAGE, step_of
 from common.weights import sharded
+from learner.activation_checkpointing import activation_checkpointing, checkpointing_layers
 from learner.advantage import advantages
 from learner.batch import Batch
 from learner.drift import DriftRemedy
@@ -145,6 +147,8 @@ class Learner:
         self._learns_model = config.train in ("model", "joint")
         self._learns_threshold = config.train in ("threshold", "joint")
         self._remedy = DriftRemedy(policy, config.drift_remedy)
+        if config.activation_checkpointing:
+            checkpointing_layers(policy.model)  # refuses a model that has none before anything is spent
         self.reference = reference_policy(policy) if config.kl_beta > 0 else None
         self._ranks.shard(policy)
         if self.reference is not None and self.reference is not policy:
@@ -279,7 +283,11 @@ class Learner:
 
     def _score(self, policy: Policy, part: Batch, update: int) -> _Scored:
         latents = draw_latents(part, self.config, update=update)
-        with autocast(policy.device, enabled=self.config.autocast):
+        again = self.config.activation_checkpointing and torch.is_grad_enabled()
+        with (
+            autocast(policy.device, enabled=self.config.autocast),
+            activation_checkpointing(policy.model, enabled=again),
+        ):
             scores = surrogate_log_probs(policy, part, latents, features=self._learns_threshold)
         gammas = entropies = part.gamma_logprob.new_zeros(len(part.gamma))
         if scores.features is not None:
@@ -419,10 +427,17 @@ class Learner:
         return micro + [(batch.select(cheapest), advantage[cheapest])] * fillers, fillers
 
     def _micro_batches(self, batch: Batch, advantage: Tensor) -> list[tuple[Batch, Tensor]]:
-        """Whole groups, cut so that no part exceeds the token budget (one group may)."""
+        """Groups, cut so that no part exceeds the token budget; one that does alone is cut as well (one completion
+        may exceed it)."""
+        sizes = torch.bincount(batch.group)
+        width = batch.prompts.shape[1] + batch.length
+        together = most_rows(torch.arange(1, int(sizes.max()) + 1), self.config) * width
+        largest = max(1, int((together <= self.config.micro_batch_tokens).sum()))
+        parts = [size for group in sizes.tolist() for size in _even_parts(group, largest)]
+        ends = [0, *itertools.accumulate(parts)]
         cut = []
-        for low, high in self._cuts(most_rows(torch.bincount(batch.group), self.config), batch):
-            rows = ((batch.group >= low) & (batch.group < high)).nonzero().squeeze(-1)
+        for low, high in self._cuts(most_rows(torch.tensor(parts), self.config), batch):
+            rows = torch.arange(ends[low], ends[high], device=advantage.device)
             cut.append((batch.select(rows), advantage[rows]))
         return cut
 
@@ -492,6 +507,12 @@ class Learner:
 def reference_policy(policy: Policy) -> Policy:
     """What the KL term holds a policy to, as it is now: the policy itself less its adapter, else a frozen copy."""
     return policy if adapted(policy) else copy.deepcopy(policy).requires_grad_(False)
+
+
+def _even_parts(count: int, largest: int) -> list[int]:
+    """As few numbers up to `largest` as add up to `count`, alike to one."""
+    parts = math.ceil(count / largest)
+    return [count // parts + (number < count % parts) for number in range(parts)]
 
 
 def _step_buckets(step: Tensor) -> Iterator[tuple[int, Tensor]]:

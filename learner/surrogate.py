@@ -8,7 +8,7 @@ That one, `log pi(o^l | c, z_{t(l)-1})`, needs NFE forwards. A surrogate scores 
 - Coupled masks (coupled-GRPO of DiffuCoder, arXiv 2506.20639): `z_0`, a random mask, and its complement.
 - Random prompt masking (d1, arXiv 2504.12216): all latents of a completion lack the same prompt tokens. Never exact.
 - Without it the pass on `z_0` is the same for all completions of a group: one row per group. Any other latent is a row
-  only if a token is scored on it, and each position of a row gets logits at most once.
+  only if a token is scored on it, and each position of a row gets logits at most once per temperature.
 - Drawn from keyed numbers (completion seed, inner update), never from a global generator.
 """
 
@@ -18,11 +18,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from common.behaviour import behaviour_log_probs, reveal_log_probs
+from common.behaviour import behaviour_log_probs
 from common.config import LearnerConfig
 from common.keyed_random import TAU_STREAM, uniform
 from common.policy import Policy
 from common.reveal_likelihood import gate_logits, set_log_prob
+from common.token_scores import row_pieces, token_scores
 from learner.batch import Batch
 
 # Streams count downwards with the position from here, far from each other and from those of `common.keyed_random`.
@@ -195,25 +196,30 @@ def most_rows(sizes: Tensor, config: LearnerConfig) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Distributions:
-    """Behaviour distributions at the `T` pairs of a token and a latent it is scored on, latent by latent."""
+class Forwarded:
+    """Hidden states of `U` pairs of a position and a temperature, and the `T` pairs of a token and a latent, latent by
+    latent, that are scored on them."""
 
+    hidden: Tensor
+    """`[U, H]`."""
+    temperature: Tensor
+    """`[U]`."""
+    row: Tensor
+    """`[T]` in `0..U-1`."""
     completion: Tensor
-    """`[T]` int64."""
+    """`[T]`."""
     position: Tensor
-    """`[T]` int64."""
-    log_probs: Tensor
-    """`[T, V]` nats, `-inf` at MASK."""
+    """`[T]`."""
     features: Tensor | None
     """`[M, H]` prompt features from clean passes on `z_0`; None unless asked for."""
     rows: int
     """Rows really forwarded."""
-    entropy: Tensor | None
-    """`[N, L]` nats, as the reveal rule sees them, at the positions of `decided`, 0 elsewhere; None where no choice is
+    decided: tuple[Tensor, Tensor, Tensor] | None
+    """Completion, position and row in `0..U-1` of the positions of `Latents.decided`; None where no choice is
     scored."""
 
 
-def distributions(policy: Policy, batch: Batch, latents: Latents, *, features: bool) -> Distributions:
+def forward(policy: Policy, batch: Batch, latents: Latents, *, features: bool) -> Forwarded:
     """Forward every latent that scores a token, once.
 
     Rows are first the groups' `z_0`, then pairs of a completion and a latent. Hidden prompts differ between the
@@ -240,26 +246,29 @@ def distributions(policy: Policy, batch: Batch, latents: Latents, *, features: b
     hidden = policy.hidden(ids, torch.cat([attended, everywhere], dim=1))
 
     everyone, latent, place = used.nonzero(as_tuple=True)
-    needed = torch.zeros_like(everywhere)
-    needed[row[everyone, latent], place] = True
-    index = torch.zeros_like(needed, dtype=torch.int64)
-    index[needed] = torch.arange(int(needed.sum()), device=ids.device)
-    logits = policy.logits(hidden[:, -batch.length :][needed])
-    completion, latent, position = latents.scores.nonzero(as_tuple=True)
-    scored = logits[index[row[completion, latent], position]]
-    log_probs = behaviour_log_probs(scored, batch.temperature[completion], mask_id)
-    entropy = None
+    temperatures, rank = batch.temperature.unique(return_inverse=True)
+    key = (row[everyone, latent] * batch.length + place) * len(temperatures) + rank[everyone]
+    keys, asked = key.unique(return_inverse=True)
+    at = keys // len(temperatures)
+    scored = latents.scores[everyone, latent, place]
+    decided = None
     if latents.decided is not None:
-        chooser, latent, place = latents.decided.nonzero(as_tuple=True)
-        seen = logits[index[row[chooser, latent], place]] / policy.calibration.reveal_temperature
-        plain = reveal_log_probs(seen, mask_id)
-        terms = -(plain.exp() * plain.masked_fill(plain.isneginf(), 0.0)).sum(-1)
-        entropy = terms.new_zeros(batch.completion_ids.shape).index_put((chooser, place), terms)
+        chosen = latents.decided[everyone, latent, place]
+        decided = everyone[chosen], place[chosen], asked[chosen]
     pooled = None
     if features:
         prompt = torch.cat([batch.attended, torch.zeros_like(first, dtype=torch.bool)], dim=1)
         pooled = policy.prompt_features(hidden[:shared], prompt)
-    return Distributions(completion, position, log_probs, pooled, len(ids), entropy)
+    return Forwarded(
+        hidden=hidden[:, -batch.length :][at // batch.length, at % batch.length],
+        temperature=temperatures[keys % len(temperatures)],
+        row=asked[scored],
+        completion=everyone[scored],
+        position=place[scored],
+        features=pooled,
+        rows=len(ids),
+        decided=decided,
+    )
 
 
 @dataclass(frozen=True)
@@ -290,20 +299,31 @@ def surrogate_log_probs(policy: Policy, batch: Batch, latents: Latents, *, featu
         latents: what each token is scored given.
         features: also return prompt features for the threshold head.
     """
-    found = distributions(policy, batch, latents, features=features)
+    found = forward(policy, batch, latents, features=features)
     tokens = batch.completion_ids[found.completion, found.position]
-    share = found.log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    share, entropies = token_scores(
+        policy,
+        found.hidden,
+        found.row,
+        tokens,
+        temperature=found.temperature,
+        entropy=found.decided is not None,
+    )
     share = share / latents.scores.sum(1)[found.completion, found.position]
     logprob = share.new_zeros(batch.completion_ids.shape)
     logprob = logprob.index_put((found.completion, found.position), share, accumulate=True)
+    entropy = None
+    if entropies is not None and found.decided is not None:
+        chooser, place, at = found.decided
+        entropy = entropies.new_zeros(batch.completion_ids.shape).index_put((chooser, place), entropies[at])
     chosen, reveal_logprob = None, None
-    if found.entropy is not None and latents.decided is not None:
+    if entropy is not None and latents.decided is not None:
         decided = latents.decided.any(1)
         step = batch.reveal_step.masked_fill(~decided, torch.iinfo(torch.int64).max).amin(-1, keepdim=True)
         chosen = decided & (batch.reveal_step == step)
         gamma = batch.gamma * policy.calibration.gamma_scale
-        reveal_logprob = set_log_prob(gate_logits(found.entropy, decided, gamma), chosen)
-    return Scores(logprob, found.features, found.rows, reveal_logprob, chosen, found.entropy)
+        reveal_logprob = set_log_prob(gate_logits(entropy, decided, gamma), chosen)
+    return Scores(logprob, found.features, found.rows, reveal_logprob, chosen, entropy)
 
 
 @torch.no_grad()
@@ -317,18 +337,27 @@ def surrogate_gap(policy: Policy, batch: Batch, passes: Sequence[int]) -> dict[i
         `[N, L]` nats for each m, 0 where not scored.
     """
     every = torch.arange(1, int(batch.nfe.max()), device=batch.nfe.device).expand(len(batch.nfe), -1)
-    exact = _by_token(policy, batch, every)
-    forbidden = exact.isneginf()
-    gaps = {}
+    hidden, temperature = _by_token(policy, batch, every)
+    others = {}
     for count in passes:
         law = "paper" if count == 2 else "distinct"
-        surrogate = _by_token(policy, batch, draw_taus(batch.seed, batch.nfe, passes=count, law=law, update=0))
-        terms = exact.exp() * (exact - surrogate).masked_fill(forbidden, 0.0)
-        gaps[count] = exact.new_zeros(batch.scored.shape).masked_scatter(batch.scored, terms.sum(-1))
-    return gaps
+        others[count], _ = _by_token(policy, batch, draw_taus(batch.seed, batch.nfe, passes=count, law=law, update=0))
+    terms: dict[int, list[Tensor]] = {count: [] for count in passes}
+    for rows in row_pieces(len(hidden), policy.model.config.vocab_size, hidden.device):
+
+        def log_probs(states: Tensor, rows: slice = rows) -> Tensor:
+            return behaviour_log_probs(policy.logits(states[rows]), temperature[rows], policy.vocabulary.mask_id)
+
+        exact = log_probs(hidden)
+        for count, states in others.items():
+            difference = (exact - log_probs(states)).masked_fill(exact.isneginf(), 0.0)
+            terms[count].append((exact.exp() * difference).sum(-1))
+    found = {count: torch.cat(parts) for count, parts in terms.items()}
+    return {count: gap.new_zeros(batch.scored.shape).masked_scatter(batch.scored, gap) for count, gap in found.items()}
 
 
-def _by_token(policy: Policy, batch: Batch, taus: Tensor) -> Tensor:
-    """Mean-field distributions of the scored tokens in reading order, `[T, V]` nats."""
-    found = distributions(policy, batch, mean_field(batch, taus), features=False)
-    return found.log_probs[(found.completion * batch.length + found.position).argsort()]
+def _by_token(policy: Policy, batch: Batch, taus: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean-field hidden states `[T, H]` and temperatures `[T]` of the scored tokens in reading order."""
+    found = forward(policy, batch, mean_field(batch, taus), features=False)
+    rows = found.row[(found.completion * batch.length + found.position).argsort()]
+    return found.hidden[rows], found.temperature[rows]

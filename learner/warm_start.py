@@ -10,16 +10,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import nll_loss
 from torch.nn.utils import clip_grad_norm_
 
 from common.autocast import autocast
-from common.behaviour import reveal_log_probs
 from common.config import Config, WarmStartConfig
 from common.errors import RunError
 from common.keyed_random import derive
 from common.policy import Policy, open_policy
 from common.tasks.task import Task
+from common.token_scores import token_scores
 from learner.demonstrations import demonstrations
 
 WARMUP_SHARE = 0.05
@@ -44,8 +43,9 @@ def masked_diffusion_loss(policy: Policy, prompt: Tensor, completion: Tensor, t:
     leading = pad.int().cumprod(-1).bool()  # PAD may equal EOS inside a prompt; only the left run is padding
     attended = torch.cat([~leading, torch.ones_like(masked)], dim=1)
     hidden = policy.hidden(torch.cat([prompt, noisy], dim=1), attended)
-    logits = policy.logits(hidden[:, -completion.shape[1] :][masked])
-    losses = nll_loss(reveal_log_probs(logits, vocabulary.mask_id), completion[masked], reduction="none")
+    states = hidden[:, -completion.shape[1] :][masked]
+    rows = torch.arange(len(states), device=states.device)
+    losses = -token_scores(policy, states, rows, completion[masked])[0]
     return (losses / t.unsqueeze(-1).expand_as(masked)[masked]).sum() / masked.numel()
 
 

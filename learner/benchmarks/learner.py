@@ -18,6 +18,9 @@ nothing is won by leaving some out. The objective is fixed (`FIXED`). A step is 
 - `memory_linear`: R^2 of the straight line through these peaks.
 - `cut_gradient_difference`: between one micro-batch and one per group, float64; the largest difference within a
   parameter over the parameter's largest gradient, of the worst parameter.
+- `tokens_vs_plain`, `memory_vs_plain_126k`: completion tokens per second of our step over those of the plain loop, and
+  the peak bytes of the one over those of the other at a vocabulary of 126,464, on random models of 25 and 100 million
+  parameters without embeddings (`sized_models`; quick: 25 alone): the worse of the two, `_25m` and `_100m`.
 - `nfe`: mean NFE of the completions. A completion has a latent of its own with probability 1 - 1 / NFE.
 
 Timings are medians over repeats, ratios those of the ratios inside a repeat, where the steps take turns; `_spread` is
@@ -44,11 +47,12 @@ from common.policy import Policy, open_policy
 from common.tasks import build_task
 from common.trajectory import decode_group
 from learner.batch import Batch, build_batch
-from learner.benchmarks import Options
+from learner.benchmarks import Options, sized_models
 from learner.benchmarks.engine import ratio
 from learner.benchmarks.main_job import CONFIG
 from learner.benchmarks.plain_loop import PlainLoop
 from learner.learner import Learner
+from learner.surrogate import most_rows
 from learner.warm_start import warm_start
 
 WARM_START = ["warm_start.steps=300"]
@@ -69,6 +73,7 @@ FIXED = [
 ]
 """What the plain loop is written for; stands above what the user asks for."""
 REPEATS, QUICK_REPEATS = 11, 3
+SIZED_REPEATS, SIZED_QUICK_REPEATS = 5, 2
 BUDGETS, QUICK_BUDGETS = (2048, 4096, 8192, 16384), (2048, 4096, 8192)
 CUT_GROUPS, QUICK_CUT_GROUPS = 8, 2
 UNLIMITED = 1 << 40
@@ -95,6 +100,17 @@ def run(options: Options) -> dict[str, Any]:
     add({"cut_gradient_difference": cut_gradient_difference(policy, few, config.learner)})
     many = generate(policy, config, groups_to_fill(budgets[-1], batch))
     add(memory(policy, many, config.learner, budgets))
+    sizes = ("25m",) if quick else ("25m", "100m")
+    sized = without_diagnostics(config.learner).model_copy(update={"micro_batch_tokens": sized_models.TOKENS})
+    for name in sizes:
+        add(sized_models.tokens_vs_plain(name, sized, repeats=SIZED_QUICK_REPEATS if quick else SIZED_REPEATS))
+        add(sized_models.memory_vs_plain(name, sized))
+    add(
+        {
+            "tokens_vs_plain": min(result[f"tokens_vs_plain_{name}"] for name in sizes),
+            "memory_vs_plain_126k": max(result[f"memory_vs_plain_126k_{name}"] for name in sizes),
+        }
+    )
     return result
 
 
@@ -257,9 +273,11 @@ class SavedTensors(saved_tensors_hooks):
 def cut_gradient_difference(policy: Policy, batch: Batch, config: LearnerConfig) -> float:
     """How far cutting a batch into one micro-batch per group moves its gradient, in float64."""
     exact = without_diagnostics(config).model_copy(update={"autocast": False, "grad_clip": torch.inf})
+    width = batch.prompts.shape[1] + batch.length
+    one_group = int(most_rows(torch.bincount(batch.group), config).max()) * width
     whole, cut = (
         gradients(copy.deepcopy(policy).double(), batch, exact.model_copy(update={"micro_batch_tokens": budget}))
-        for budget in (UNLIMITED, 1)
+        for budget in (UNLIMITED, one_group)
     )
     differences = [(a - b).abs().max() / a.abs().max() for a, b in zip(whole, cut, strict=True) if a.any()]
     return float(torch.stack(differences).max())
