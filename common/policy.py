@@ -82,7 +82,13 @@ class Policy(nn.Module):
         return int(getattr(self.model.config, "max_position_embeddings", UNLIMITED))
 
     def hidden(
-        self, ids: Tensor, attended: Tensor, *, columns: Tensor | None = None, cache: Cache | None = None
+        self,
+        ids: Tensor,
+        attended: Tensor,
+        *,
+        columns: Tensor | None = None,
+        cache: Cache | None = None,
+        segments: Tensor | None = None,
     ) -> Tensor:
         """One forward pass.
 
@@ -91,10 +97,21 @@ class Policy(nn.Module):
             attended: `[N, T]` bool; False at padding, which nothing attends to.
             columns: `[N, Q]` int64, the columns of `T` that `ids` stand in; None when they are all (`Q = T`).
             cache: takes the keys and values that the pass computes and answers with those of all `T` columns.
+            segments: `[N, T]` int64, of rows that hold several sequences: equal within each of them, and different
+                between neighbours. A token attends to its own sequence, and positions begin anew with each; see
+                `takes_segments`. None when a row is one sequence.
 
         Returns:
             Last hidden states `[N, Q, H]`.
         """
+        if segments is not None:
+            own = segments.unsqueeze(-1) == segments.unsqueeze(-2)
+            return self.model.base_model(
+                input_ids=ids,
+                attention_mask=self._taken(own.unsqueeze(1)),
+                position_ids=segment_positions(segments),
+                use_cache=False,
+            ).last_hidden_state
         positions = (attended.cumsum(-1) - 1).clamp(min=0)
         if columns is not None:
             positions = positions.gather(1, columns)
@@ -105,8 +122,11 @@ class Policy(nn.Module):
         ).last_hidden_state
 
     def _square(self, attended: Tensor, queries: int) -> Tensor:
-        """The mask `[N, 1, Q, T]` in the form that the attention implementation takes as it is."""
-        mask = attended[:, None, None, :].expand(-1, 1, queries, -1)
+        """The mask `[N, 1, Q, T]` in which every query sees what is attended."""
+        return self._taken(attended[:, None, None, :].expand(-1, 1, queries, -1))
+
+    def _taken(self, mask: Tensor) -> Tensor:
+        """A bool mask `[N, 1, Q, T]` in the form that the attention implementation takes as it is."""
         if self.model.config._attn_implementation != "eager":
             return mask
         least = torch.finfo(self.model.dtype).min
@@ -118,11 +138,19 @@ class Policy(nn.Module):
 
         Encoders such as ModernBERT do not hand them out; a sliding window would be lost among cached columns.
         """
+        return not self._slides and "past_key_values" in inspect.signature(self.model.base_model.forward).parameters
+
+    @property
+    def takes_segments(self) -> bool:
+        """Whether `hidden` can take several sequences in a row: its mask would take a sliding window's place."""
+        return not self._slides
+
+    @property
+    def _slides(self) -> bool:
         config = self.model.config
         kinds = getattr(config, "layer_types", None) or ()
         window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        slides = "sliding_attention" in kinds or (window is not None and not kinds)
-        return not slides and "past_key_values" in inspect.signature(self.model.base_model.forward).parameters
+        return "sliding_attention" in kinds or (window is not None and not kinds)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Output head on selected positions: `[..., H]` -> `[..., V]`."""
@@ -174,6 +202,14 @@ class Policy(nn.Module):
         own = {f"{CALIBRATION}{name}": value for name, value in parts["calibration"].items()}
         save_file(parts["head"] | own, folder / THRESHOLD_WEIGHTS)
         (folder / THRESHOLD_CONFIG).write_text(self.head.config.model_dump_json())
+
+
+def segment_positions(segments: Tensor) -> Tensor:
+    """Positions `[N, T]` that begin at 0 with each run of equal numbers in `segments` `[N, T]`."""
+    index = torch.arange(segments.shape[-1], device=segments.device).expand_as(segments)
+    begins = torch.ones_like(segments, dtype=torch.bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return index - torch.where(begins, index, 0).cummax(-1).values
 
 
 def build_policy(config: ModelConfig, threshold: ThresholdConfig, *, alphabet: str, seed: int) -> Policy:
