@@ -197,7 +197,10 @@ class Evaluator:
         while len(outcomes) < len(texts):
             index, found = arrived.get()
             outcomes[index] = found
-            late = late + 1 if isinstance(found, RewardTimeout) else 0
+            if not isinstance(found, RewardTimeout):
+                late = 0
+                continue
+            late += 1
             if late == HOPELESS:
                 self.close()
                 raise RunError(

@@ -148,9 +148,10 @@ async def measure_on_ray(config: Config, shards: Mapping[int, Shard], done: Done
             if one.done():
                 one.result()  # raises: nobody returns
     finally:
-        for one in [*everyone, over]:
+        over.cancel()
+        for one in everyone:
             one.cancel()
-        await asyncio.gather(*everyone, over, return_exceptions=True)
+        await asyncio.gather(*everyone, return_exceptions=True)
 
 
 def _start(config: Config) -> Any:

@@ -403,7 +403,7 @@ def inputs() -> Iterator[Case]:
     yield Case("sft: resume no run", ["sft", "--resume", "nowhere"], ["run 'nowhere'"])
     yield Case("sft: resume a finished one", ["sft", "--resume", "done"], ["has finished", "model.path="])
     yield Case("eval: no file", ["eval", "model", *TINY, "--file", "no.csv"], ["no.csv cannot be read"])
-    yield Case("eval: no workers", ["eval", "model", *TINY, "--actors", "0"], ["0"])
+    yield Case("eval: no workers", ["eval", "model", *TINY, "--actors", "0"], ["equal to 1"])
     yield Case("sft: a folder of them", ["sft", *TINY, "warm_start.file=model"], ["model cannot be read"])
     yield Case("train: benchmark", ["train", *TINY, "task.file=pairs.jsonl"], ["pairs.jsonl, row 1"])
     yield Case("eval: no benchmark", ["eval", "model", *TINY, "task.file=no.csv"], ["no.csv cannot be read"])

@@ -38,7 +38,7 @@ def test_the_code_of_the_evaluation_page_runs(tmp_path: Path, monkeypatch: pytes
     assert found["logits"].shape == (1, 4 + 8, len(policy.tokenizer))
 
     model = runpy.run_path("harness.py")["DiffpoModel"]("runs/sudoku/warm_start", prompt_tokens=8, tokens=8)
-    asked = [("0123", {"until": []}), ("44", {"until": ["0", "1", "2", "3", "4"]}), ("0123", {})]
+    asked = [("0123", {"until": []}), ("44", {"until": ["0", "1", "2", "3", "4", "<"]}), ("0123", {})]
     texts = model.generate_until([SimpleNamespace(args=one) for one in asked])
     assert texts[0] == texts[2] != ""
     assert texts[1] == ""

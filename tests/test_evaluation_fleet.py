@@ -124,7 +124,7 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-def test_workers_find_what_one_process_finds_though_some_die(
+def test_workers_find_what_one_process_finds_though_one_dies(
     cluster: None, folders: dict[str, Path], whole: Points
 ) -> None:
     config = settings("rollout.cpus=0.5")
@@ -134,13 +134,13 @@ def test_workers_find_what_one_process_finds_though_some_die(
 
     def done(number: int, point: Point) -> None:
         found[number] = point
-        if len(found) in (3, 20):
+        if len(found) == 10:
             worker = next(one for one in workers() if one.pid not in killed)
             killed.append(worker.pid)
             worker.kill()
 
     asyncio.run(measure_on_ray(config, shards, done, workers=2))
-    assert len(killed) == 2
+    assert len(killed) == 1
     assert sorted(found) == sorted(shards)
     points = [found[number] for number in shards]
     joined = [Point.joined(points[start : start + 3]) for start in range(0, 42, 3)]
@@ -177,6 +177,7 @@ def test_a_policy_that_cannot_be_loaded_is_the_users_error(cluster: None, tmp_pa
 
 def test_the_end_of_a_run_measures_the_same(cluster: None, folders: dict[str, Path], whole: Points) -> None:
     progress: list[None] = []
-    found = asyncio.run(evaluate_folders(settings("evaluation.prompts=4"), folders, lambda: progress.append(None)))
+    config = settings("evaluation.prompts=4", "rollout.cpus=2")
+    found = asyncio.run(evaluate_folders(config, folders, lambda: progress.append(None)))
     assert len(progress) == 14
     assert [point.completions for point in found["after"]] == [point.completions[:4] for point in whole["after"]]
