@@ -3,9 +3,11 @@
 - Every setting answers the same prompts with the same seeds, so differences between settings and policies are paired.
 - Greedy (temperature 0) settings draw nothing; sampled ones use keyed numbers.
 - Rewards are scored in a reward pool, unless the task is trusted; one that fails costs its prompt: wrong, reward 0.
+  Where one after the other takes too long, the evaluation ends: each costs the whole time-out.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, Literal, Self
@@ -15,10 +17,10 @@ import torch
 
 from actors.engine import DenoisingEngine
 from actors.request import Request
-from actors.reward_pool import RewardPool, Score, score
+from actors.reward_pool import RewardPool, RewardTimeout, Score, score
 from common.config import Config
 from common.cost import with_cost
-from common.errors import one_line
+from common.errors import RunError, one_line
 from common.keyed_random import derive
 from common.policy import Policy
 from common.tasks.task import Example, Split, Task
@@ -26,6 +28,7 @@ from common.tasks.task import Example, Split, Task
 log = logging.getLogger(__name__)
 
 EVALUATION_SEED = 1_000_003  # keeps evaluation draws apart from training draws of the same run seed
+HOPELESS = 8  # rewards in a row that take too long
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,28 @@ class Point:
     gamma: np.ndarray
     failed: int = 0
     """Prompts whose reward failed; they count as wrong, with reward 0."""
+    completions: tuple[str, ...] = ()
+    """What each prompt was answered; for records of single answers, summaries do without."""
+    failures: tuple[str, ...] = ()
+    """Why each prompt's reward failed; empty texts where it did not."""
+
+    @classmethod
+    def joined(cls, points: Sequence["Point"]) -> "Point":
+        """One point of several of the same setting, which answered different prompts, in their order."""
+        return cls(
+            setting=points[0].setting,
+            correct=np.concatenate([point.correct for point in points]),
+            nfe=np.concatenate([point.nfe for point in points]),
+            reward=np.concatenate([point.reward for point in points]),
+            reward_costed=np.concatenate([point.reward_costed for point in points]),
+            components={
+                name: np.concatenate([point.components[name] for point in points]) for name in points[0].components
+            },
+            gamma=np.concatenate([point.gamma for point in points]),
+            failed=sum(point.failed for point in points),
+            completions=tuple(text for point in points for text in point.completions),
+            failures=tuple(text for point in points for text in point.failures),
+        )
 
     @property
     def accuracy(self) -> float:
@@ -100,28 +125,34 @@ class Evaluator:
             self._pool.close()
             self._pool = None
 
-    def measure(self, setting: Setting, *, thresholds: np.ndarray | None = None) -> Point:
+    def measure(self, setting: Setting, *, thresholds: np.ndarray | None = None, prompts: range | None = None) -> Point:
         """Accuracy, NFE and reward of every prompt under one setting.
 
         Args:
             setting: how to sample.
             thresholds: one parameter of the reveal rule per prompt, in place of the setting's.
+            prompts: which of the prompts; None is all.
+
+        Raises:
+            RunError: when completions fail, or one reward after the other takes too long.
         """
         config = self.config
-        slots = min(config.rollout.slots, len(self.examples))
+        chosen = range(len(self.examples)) if prompts is None else prompts
+        slots = min(config.rollout.slots, len(chosen))
         engine = DenoisingEngine.of(self.policy, config, rule=setting.rule, slots=slots)
         completions = engine.generate(
             Request(
-                prompt_ids=prompt,
+                prompt_ids=self._prompt_ids[index],
                 seed=derive(config.run.seed, EVALUATION_SEED, index),
                 group=index,
                 temperature=setting.temperature,
                 threshold=setting.parameter if thresholds is None else float(thresholds[index]),
             )
-            for index, prompt in enumerate(self._prompt_ids)
+            for index in chosen
         )
-        outcomes = self._scored([self.policy.decode(c.completion_ids.tolist()) for c in completions])
-        failures = {index: found for index, found in enumerate(outcomes) if isinstance(found, Exception)}
+        texts = [self.policy.decode(c.completion_ids.tolist()) for c in completions]
+        outcomes = self._scored([self.examples[index] for index in chosen], texts)
+        failures = {index: found for index, found in zip(chosen, outcomes, strict=True) if isinstance(found, Exception)}
         if failures:
             index, failure = next(iter(failures.items()))
             log.warning(
@@ -148,20 +179,37 @@ class Evaluator:
             components={name: np.array([found.rewards[name] for found in scores]) for name in self.task.components},
             gamma=np.array([c.gamma for c in completions]),
             failed=len(failures),
+            completions=tuple(texts),
+            failures=tuple(one_line(found) if isinstance(found, Exception) else "" for found in outcomes),
         )
 
-    def _scored(self, texts: list[str]) -> list[Score | Exception]:
+    def _scored(self, examples: list[Example], texts: list[str]) -> list[Score | Exception]:
         """What each prompt's completion got, or why it could not be scored."""
         if self.task.trusted:
-            return [score(self.task, e, [text])[0] for e, text in zip(self.examples, texts, strict=True)]
+            return [score(self.task, e, [text])[0] for e, text in zip(examples, texts, strict=True)]
         if self._pool is None:
             self._pool = RewardPool(self.task, self.config.rollout)
         arrived: SimpleQueue[tuple[int, list[Score] | Exception]] = SimpleQueue()
-        for index, (example, text) in enumerate(zip(self.examples, texts, strict=True)):
+        for index, (example, text) in enumerate(zip(examples, texts, strict=True)):
             self._pool.submit(example, [text], lambda found, index=index: arrived.put((index, found)))
-        outcomes = dict(arrived.get() for _ in texts)
-        found = [outcomes[index] for index in range(len(texts))]
-        return [one if isinstance(one, Exception) else one[0] for one in found]
+        outcomes: dict[int, list[Score] | Exception] = {}
+        late = 0
+        while len(outcomes) < len(texts):
+            index, found = arrived.get()
+            outcomes[index] = found
+            if not isinstance(found, RewardTimeout):
+                late = 0
+                continue
+            late += 1
+            if late == HOPELESS:
+                self.close()
+                raise RunError(
+                    f"the evaluation ends: {HOPELESS} rewards in a row took too long, {len(outcomes)} of {len(texts)} "
+                    f"prompts were scored; the last: {one_line(found)}"
+                )
+        return [
+            one if isinstance(one, Exception) else one[0] for one in (outcomes[index] for index in range(len(texts)))
+        ]
 
 
 def standard_settings(config: Config) -> list[Setting]:

@@ -54,6 +54,10 @@ class RewardError(Exception):
     """A group that could not be scored; one line with the cause, and as a note where it happened."""
 
 
+class RewardTimeout(RewardError):
+    """A reward took too long."""
+
+
 def score(task: Task, example: Example, completions: list[str]) -> Scores:
     """Rewards and verdict of each completion of one prompt, in this process. A bool counts as 0 or 1.
 
@@ -220,7 +224,7 @@ class _Process:
                 self._process.join(GRACE_SECONDS)  # it is about to end by itself
             self.kill()
             self._process.join()
-            failure = RewardError(too_late if late else f"reward process died: {self._ending()}")
+            failure = RewardTimeout(too_late) if late else RewardError(f"reward process died: {self._ending()}")
             trace = _read(self._dumps)
             self.end()
         elif "error" in answer:

@@ -85,7 +85,31 @@ class WarmStartConfig(Section):
     steps: int = Field(default=700, ge=0)
     """Optimizer steps; 0 keeps the model as built."""
     batch_size: int = Field(default=128, ge=1)
-    """Demonstrations per step."""
+    """Demonstrations per step, unless `batch_tokens` is set."""
+    batch_tokens: int | None = Field(default=None, ge=1)
+    """Demonstrations are taken for a step until they have so many tokens; null takes `batch_size` of them."""
+    micro_batch_tokens: int = Field(default=16384, ge=1)
+    """Tokens, padding included, of one forward and backward pass (at least one row); a step adds up as many as it
+    needs."""
+    max_tokens: int | None = Field(default=None, ge=2)
+    """Longest demonstration, prompt and completion, and length of a packed row. null: the sampler's limits, what
+    exceeds them is refused, and completions are padded with EOS to L."""
+    pack: bool = True
+    """With max_tokens: several demonstrations in a row, which see nothing of each other; models that cannot take such
+    an attention mask (sliding windows) get one in a row."""
+    too_long: Literal["skip", "truncate", "refuse"] = "skip"
+    """With max_tokens, what becomes of longer demonstrations: left out and counted, or their completion is cut; one
+    whose prompt leaves no room is left out all the same."""
+    eos_padding: int = Field(default=64, ge=1)
+    """With max_tokens: a completion ends with at least one EOS, and is padded with at most so many of them up to
+    sampler.max_completion_tokens. They count as part of it (LLaDA pads to the longest of the batch)."""
+    held_out: int = Field(default=0, ge=0)
+    """Demonstrations that are kept out of the warm start (of a file; of a task: from its validation split), to measure
+    the loss on."""
+    held_out_every: int = Field(default=100, ge=1)
+    """Steps between those measurements; one more at the end."""
+    checkpoint_every: int = Field(default=200, ge=0)
+    """Steps between the checkpoints of `diffpo sft`, from which `--resume` goes on; 0 is never."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Peak learning rate; linear warm-up over 5 % of the steps, then cosine to a tenth."""
     weight_decay: float = Field(default=0.01, ge=0)
@@ -93,7 +117,8 @@ class WarmStartConfig(Section):
     grad_clip: float = Field(default=1.0, gt=0)
     """Largest gradient norm."""
     file: str | None = None
-    """JSONL file with `prompt` and `completion` per line instead of the task's demonstrations."""
+    """JSONL or Parquet file in place of the task's demonstrations: rows with `prompt` and `completion`, or
+    `messages`."""
     autocast: bool = True
     """bfloat16 autocast (weights stay float32) where the device has it."""
     threads: int = Field(default=2, ge=1)
@@ -359,6 +384,8 @@ class EvaluationConfig(Section):
     """Held-out prompts, the same for every setting, so that comparisons are paired."""
     split: Literal["validation", "test"] = "test"
     """Split that the prompts come from."""
+    shard_prompts: int = Field(default=256, ge=1)
+    """Prompts that one worker of `diffpo eval` answers at a time; what is finished is kept shard by shard."""
     gammas: Increasing = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
     """Fixed thresholds (nats) of the entropy-bound sweep."""
     confidences: tuple[Annotated[float, Field(le=1)], ...] = (0.5, 0.7, 0.9)

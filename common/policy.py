@@ -103,7 +103,13 @@ class Policy(nn.Module):
         return int(getattr(self.model.config, "max_position_embeddings", UNLIMITED))
 
     def hidden(
-        self, ids: Tensor, attended: Tensor, *, columns: Tensor | None = None, cache: Cache | None = None
+        self,
+        ids: Tensor,
+        attended: Tensor,
+        *,
+        columns: Tensor | None = None,
+        cache: Cache | None = None,
+        segments: Tensor | None = None,
     ) -> Tensor:
         """One forward pass.
 
@@ -112,11 +118,23 @@ class Policy(nn.Module):
             attended: `[N, T]` bool; False at padding, which nothing attends to.
             columns: `[N, Q]` int64, the columns of `T` that `ids` stand in; None when they are all (`Q = T`).
             cache: takes the keys and values that the pass computes and answers with those of all `T` columns.
+            segments: `[N, T]` int64, of rows that hold several sequences: equal within each of them, and different
+                between neighbours. A token attends to its own sequence, and positions begin anew with each; see
+                `takes_segments`. None when a row is one sequence.
 
         Returns:
             Last hidden states `[N, Q, H]`, each at the column of the position that it predicts. With a `shift` the
             first of `columns` must be the one before the first that is to be predicted.
         """
+        if segments is not None:
+            own = segments.unsqueeze(-1) == segments.unsqueeze(-2)
+            states = self.model.base_model(
+                input_ids=ids,
+                attention_mask=self._taken(own.unsqueeze(1)),
+                position_ids=segment_positions(segments),
+                use_cache=False,
+            ).last_hidden_state
+            return self._shifted(states, segments == segments.roll(1, 1)) if self.shift else states
         positions = (attended.cumsum(-1) - 1).clamp(min=0)
         if columns is not None:
             positions = positions.gather(1, columns)
@@ -125,21 +143,30 @@ class Policy(nn.Module):
         states = self.model.base_model(
             input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=cache is not None, **cached
         ).last_hidden_state
-        return self._shifted(states, attended, columns) if self.shift else states
-
-    def _shifted(self, states: Tensor, attended: Tensor, columns: Tensor | None) -> Tensor:
-        """Each state `[N, Q, H]` one column later; what follows padding, or nothing, stays, as in Dream's sampler."""
+        if not self.shift:
+            return states
         if columns is None:
-            follows = attended.roll(1, 1)
-        else:
-            before = (columns - 1).clamp(min=0)
-            follows = (columns.roll(1, 1) == columns - 1) & attended.gather(1, before)
+            return self._shifted(states, attended.roll(1, 1))
+        before = attended.gather(1, (columns - 1).clamp(min=0))
+        return self._shifted(states, (columns.roll(1, 1) == columns - 1) & before)
+
+    def _shifted(self, states: Tensor, follows: Tensor) -> Tensor:
+        """Each state `[N, Q, H]` one column later; what follows padding, or nothing, stays, as in Dream's sampler.
+
+        Args:
+            states: of the columns that predict.
+            follows: `[N, Q]` bool, whether the state before is that of the token before. The first has none.
+        """
+        follows = follows.clone()
         follows[:, 0] = False
         return torch.where(follows.unsqueeze(-1), states.roll(1, 1), states)
 
     def _square(self, attended: Tensor, queries: int) -> Tensor:
-        """The mask `[N, 1, Q, T]` in the form that the attention implementation takes as it is."""
-        mask = attended[:, None, None, :].expand(-1, 1, queries, -1)
+        """The mask `[N, 1, Q, T]` in which every query sees what is attended."""
+        return self._taken(attended[:, None, None, :].expand(-1, 1, queries, -1))
+
+    def _taken(self, mask: Tensor) -> Tensor:
+        """A bool mask `[N, 1, Q, T]` in the form that the attention implementation takes as it is."""
         if self.model.config._attn_implementation != "eager":
             return mask
         least = torch.finfo(self.model.dtype).min
@@ -151,11 +178,19 @@ class Policy(nn.Module):
 
         Encoders such as ModernBERT do not hand them out; a sliding window would be lost among cached columns.
         """
+        return not self._slides and "past_key_values" in inspect.signature(self.model.base_model.forward).parameters
+
+    @property
+    def takes_segments(self) -> bool:
+        """Whether `hidden` can take several sequences in a row: its mask would take a sliding window's place."""
+        return not self._slides
+
+    @property
+    def _slides(self) -> bool:
         config = self.model.config
         kinds = getattr(config, "layer_types", None) or ()
         window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        slides = "sliding_attention" in kinds or (window is not None and not kinds)
-        return not slides and "past_key_values" in inspect.signature(self.model.base_model.forward).parameters
+        return "sliding_attention" in kinds or (window is not None and not kinds)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Output head on selected positions: `[..., H]` -> `[..., V]`."""
@@ -220,6 +255,14 @@ class Policy(nn.Module):
         own = {f"{CALIBRATION}{name}": value for name, value in parts["calibration"].items()}
         save_file(parts["head"] | own, folder / THRESHOLD_WEIGHTS)
         (folder / THRESHOLD_CONFIG).write_text(self.head.config.model_dump_json())
+
+
+def segment_positions(segments: Tensor) -> Tensor:
+    """Positions `[N, T]` that begin at 0 with each run of equal numbers in `segments` `[N, T]`."""
+    index = torch.arange(segments.shape[-1], device=segments.device).expand_as(segments)
+    begins = torch.ones_like(segments, dtype=torch.bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return index - torch.where(begins, index, 0).cummax(-1).values
 
 
 def build_policy(config: ModelConfig, threshold: ThresholdConfig, *, alphabet: str, seed: int) -> Policy:

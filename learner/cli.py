@@ -88,29 +88,51 @@ def train(
 
 
 @app.command()
-def sft(config: ConfigFile = None, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Supervised warm start alone; writes RUN/warm_start, which `model.path` takes.
+def sft(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    resume: Annotated[
+        str | None, typer.Option(help="Go on with this run that was stopped or killed: its folder, or its name.")
+    ] = None,
+) -> None:
+    """Supervised training alone; writes RUN/warm_start, which `model.path` takes.
 
     Example: diffpo sft --config deploy/configs/sudoku.yaml run.name=start warm_start.steps=300
+    Example: diffpo sft --resume runs/start
     """
-    loaded = _load(config, overrides, dry_run)
-    from learner.preflight import preflight
+    if resume == "":
+        raise UserError("--resume is empty; give a run: its folder, or its name below runs/")
     from learner.run_directory import RunDirectory
 
-    RunDirectory.check_free(loaded.run_directory)
+    if resume is None:
+        loaded = _load(config, overrides, dry_run)
+        RunDirectory.check_free(loaded.run_directory, "sft")
+    else:
+        from learner.resumption import resumed_config
+
+        found = RunDirectory.find(resume)
+        loaded = resumed_config(found.path, file=config, overrides=overrides or [])
+        _end_dry_run(loaded, dry_run)
+        if (found.warm_start / "threshold.json").is_file():  # written last
+            raise UserError(f"run {found.path} has finished; start another from it with model.path={found.warm_start}")
+    from learner.preflight import preflight
+
     task = preflight(loaded)
     from learner.display import Display
     from learner.warm_start import supervised
 
-    directory = RunDirectory.create(loaded)
-    with Display(warm_start_steps=loaded.warm_start.steps, learner_steps=loaded.learner.steps) as display:
+    directory = RunDirectory.create(loaded) if resume is None else RunDirectory(loaded.run_directory)
+    with (
+        directory.lock(),
+        Display(warm_start_steps=loaded.warm_start.steps, learner_steps=loaded.learner.steps) as display,
+    ):
 
-        def report(step: int, loss: float) -> None:
-            values = {"warm_start_steps": float(step), "warm_start_loss": loss}
+        def report(values: dict[str, float]) -> None:
             directory.append_metrics({"kind": "warm_start", **values})
             display.show("warm_start", values)
 
-        supervised(loaded, task, directory.warm_start, report)
+        supervised(loaded, task, directory.warm_start, report, directory.supervised_checkpoints)
     display.console.print(f"model: {directory.warm_start}")
 
 
@@ -120,20 +142,38 @@ def evaluate(
     config: ConfigFile = None,
     overrides: Overrides = None,
     against: Annotated[Path | None, typer.Option(help="A second policy, drawn as `before`.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for evaluation.json and pareto.png.")] = Path("evaluation"),
+    file: Annotated[
+        Path | None, typer.Option(help="Questions in place of the task's test split: all rows of this file.")
+    ] = None,
+    actors: Annotated[
+        int | None, typer.Option(min=1, help="Workers side by side, on Ray; else rollout.actors. 1 is this process.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("evaluation"),
     dry_run: DryRun = False,
 ) -> None:
     """Accuracy and NFE on held-out prompts: fixed gammas, the other reveal rules, and the learned threshold.
 
+    The same command goes on with an evaluation that was killed.
+
     Example: diffpo eval runs/first/checkpoints/step-000200 -c deploy/configs/sudoku.yaml evaluation.prompts=256
+    Example: diffpo eval runs/first/warm_start -c deploy/configs/sudoku.yaml --file puzzles.csv --actors 4
     """
-    loaded = _load(config, overrides, dry_run)
+    given = list(overrides or [])
+    given += ["evaluation.split=test"] if file is not None else []
+    given += [f"rollout.actors={actors}"] if actors is not None else []
+    loaded = _load(config, given, dry_run and file is None)
     loaded = loaded.model_copy(update={"model": loaded.model.model_copy(update={"path": str(folder)})})
+    if file is not None:
+        from learner.evaluation_file import with_file
+
+        loaded = with_file(loaded, file, all_rows=not any(item.startswith("evaluation.prompts=") for item in given))
+        _end_dry_run(loaded, dry_run)
     from learner.preflight import preflight
 
-    preflight(loaded, trains=False)
+    task = preflight(loaded, trains=False)
     from learner.display import Display
-    from learner.final_evaluation import evaluate_policy, summarise
+    from learner.evaluation_record import ShardFolder, write_answers
+    from learner.final_evaluation import evaluate_kept, summarise
     from learner.pareto import draw_pareto
     from learner.run_directory import RunDirectory
 
@@ -143,21 +183,23 @@ def evaluate(
     except OSError as error:
         raise UserError(f"--out {out} cannot be made ({error.strerror}); choose another folder") from error
     display = Display(warm_start_steps=0, learner_steps=0)
-    points = {}
-    for name, path in folders.items():
-        points[name] = evaluate_policy(
-            loaded,
-            path,
-            threads=os.cpu_count() or 1,
-            report=lambda point, name=name: display.console.print(
-                f"{name}: {point.setting.name}: accuracy {point.accuracy:.3f} NFE {point.mean_nfe:.2f}"
-            ),
-        )
+    kept = ShardFolder(out, loaded, folders)
+    points = evaluate_kept(
+        loaded,
+        folders,
+        kept,
+        lambda name, point: display.console.print(
+            f"{name}: {point.setting.name}: accuracy {point.accuracy:.3f} NFE {point.mean_nfe:.2f}"
+        ),
+    )
     results = summarise(loaded, points)
     RunDirectory(out).write_json("evaluation.json", results)
     draw_pareto(points, out / "pareto.png", title=f"{loaded.task.name}: {folder}")
+    written = write_answers(out, loaded, task, points)
+    kept.remove()
     display.results(results)
     display.console.print(f"plot: {out / 'pareto.png'}")
+    display.console.print(f"answers: {', '.join(map(str, written))}")
 
 
 @app.command("score")

@@ -1,75 +1,143 @@
-"""Demonstrations: pairs of prompt and completion that the warm start imitates, from a task or a JSONL file."""
+"""Demonstrations: pairs of prompt and completion that the warm start imitates, from a task or a file.
 
-import json
-from collections.abc import Iterator
-from itertools import count
-from pathlib import Path
-from typing import Any
+- Found by position, from 0 on, without end: a function of the run's seed, so that a warm start resumes anywhere.
+- A file's rows come once per epoch in an order by seed. Of a conversation with several answers one is learned, drawn
+  for each epoch, and what stands before it is the prompt (as in LLaDA, arXiv 2502.09992, appendix B.1).
+"""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.config import Config
+from common.config import Config, SamplerConfig
 from common.errors import UserError
 from common.keyed_random import derive
 from common.prompt import has_unknown, prompt_ids
-from common.tasks.task import Task
+from common.tasks.task import Split, Task
+from learner.chat import chat_ids
+from learner.demonstration_file import DemonstrationFile
 
 CACHED_TEXTS = 100_000
 FIRST_EXAMPLE = 1 << 32  # reinforcement learning takes the training examples from 0 on: it does not repeat these
+HELD_OUT = 2  # first word of the key that draws which rows are held out
 
 
-def demonstrations(config: Config, task: Task, tokenizer: Any) -> Iterator[tuple[list[int], list[int]]]:
-    """Endless stream of (prompt ids, completion ids padded with EOS to L), a function of the run's seed.
+class Demonstration(NamedTuple):
+    """Token ids of one example; EOS padding is part of the completion."""
 
-    Raises:
-        UserError: for a text that exceeds the sampler's limits, or a file that cannot be used.
-    """
-    if config.warm_start.file is not None:
-        pairs = read_demonstrations(config.warm_start.file)
-        texts = (pairs[i] for order in _orders(len(pairs), config.run.seed) for i in order)
-    else:
-        texts = _from_task(task, config.run.seed)
-    cache: dict[tuple[str, str], list[int]] = {}
-    for number, pair in enumerate(texts, 1):
-        ids = []
-        for kind, text in zip(("prompt", "completion"), pair, strict=True):
-            if (kind, text) not in cache:
-                cache[kind, text] = checked_ids(tokenizer, text, kind, config, f"demonstration {number}")
-            ids.append(cache[kind, text])
-        if len(cache) > CACHED_TEXTS:
-            cache.clear()
-        prompt, answer = ids
-        yield prompt, answer + [tokenizer.eos_token_id] * (config.sampler.max_completion_tokens - len(answer))
+    prompt: list[int]
+    completion: list[int]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt) + len(self.completion)
 
 
-def read_demonstrations(path: str) -> list[tuple[str, str]]:
-    """Pairs of a JSONL file with `prompt` and `completion`, one for each line that is not blank.
+class Demonstrations:
+    """Owned by one warm start."""
 
-    Raises:
-        UserError: naming file and line when something is missing or malformed, or when there is nothing.
-    """
-    expected = "a JSONL file with the texts `prompt` and `completion` on each line"
-    try:
-        # not splitlines(): JSON allows U+2028 inside a string
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:
-        raise UserError(f"warm_start.file={path} cannot be read ({error}); give {expected}") from error
-    pairs = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            pair = (row["prompt"], row["completion"])
-            json.dumps(pair, ensure_ascii=False).encode()  # half a character is no text
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: {line[:60]!r} ({error}); give {expected}") from error
-        if not all(isinstance(text, str) for text in pair):
-            raise UserError(f"{path}, line {number}: {line[:60]!r} holds a value that is no text; give {expected}")
-        pairs.append(pair)
-    if not pairs:
-        raise UserError(f"warm_start.file={path} holds no demonstrations; add lines or leave the key out")
-    return pairs
+    def __init__(self, config: Config, task: Task, tokenizer: Any) -> None:
+        """Raises UserError for a file that cannot be used."""
+        self._config = config
+        self._settings = config.warm_start
+        self._task, self._tokenizer = task, tokenizer
+        file = self._settings.file
+        self._file = DemonstrationFile(file) if file is not None else None
+        self._kept = self._held = np.zeros(0, dtype=np.int64)
+        if self._file is not None:
+            rows, count = np.arange(len(self._file)), self._settings.held_out
+            if count >= len(rows):
+                raise UserError(
+                    f"warm_start.held_out={count} leaves nothing of the {len(rows)} demonstrations in {file}; hold out "
+                    f"{len(rows) - 1} or less"
+                )
+            held = np.random.default_rng([config.run.seed, HELD_OUT, count]).permutation(len(rows))[:count]
+            self._held, self._kept = np.sort(held), np.delete(rows, held)
+        self._epoch = -1
+        self._order = self._kept
+        self._cached = lru_cache(maxsize=CACHED_TEXTS)(self._encoded)
+
+    @property
+    def count(self) -> int | None:
+        """How many different ones there are; None where a task makes them without end."""
+        return len(self._kept) if self._file is not None else None
+
+    def at(self, position: int) -> Demonstration | None:
+        """The demonstration at a position; None when it is too long and `too_long` lets it be left out.
+
+        Raises:
+            UserError: for a text that exceeds the limits, or that the tokenizer does not know.
+        """
+        if self._file is None:
+            return self._of_task("train", FIRST_EXAMPLE + position, f"demonstration {position + 1}")
+        epoch, index = divmod(position, len(self._kept))
+        if epoch != self._epoch:
+            shuffled = np.random.default_rng([self._config.run.seed, epoch]).permutation(len(self._kept))
+            self._epoch, self._order = epoch, self._kept[shuffled]
+        return self._of_row(int(self._order[index]), epoch)
+
+    def held_out(self) -> list[Demonstration]:
+        """Those that are never among the others, but for the ones that are too long."""
+        if self._file is None:
+            count = self._settings.held_out
+            found = [self._of_task("validation", i, f"held-out demonstration {i + 1}") for i in range(count)]
+        else:
+            found = [self._of_row(row, 0) for row in self._held.tolist()]
+        return [one for one in found if one is not None]
+
+    def check(self, most: int) -> None:
+        """Tokenise at most so many rows of the file, evenly spread. Raises as `at`."""
+        if self._file is not None:
+            for row in np.unique(np.linspace(0, len(self._file) - 1, most).astype(int)).tolist():
+                self._of_row(row, 0)
+
+    def _of_task(self, split: Split, index: int, where: str) -> Demonstration | None:
+        example = self._task.example(split, index)
+        text = self._task.demonstration(example, derive(self._config.run.seed, index))
+        if self._tokenizer.chat_template and self._config.model.chat_template != "off":
+            return self._fitted(*self._chat(_pair(example.prompt, text), where), where, (example.prompt, text))
+        return self._fitted(self._cached(example.prompt), self._cached(text), where, (example.prompt, text))
+
+    def _of_row(self, row: int, epoch: int) -> Demonstration | None:
+        if self._file is None:
+            raise RuntimeError("rows are a file's")
+        messages, where = self._file[row], self._file.name(row)
+        turns = [index for index, message in enumerate(messages) if index and message["role"] == "assistant"]
+        turn = turns[derive(self._config.run.seed, epoch, row) % len(turns)]
+        chosen = messages[: turn + 1]
+        return self._fitted(*self._chat(chosen, where), where, (chosen[0]["content"], chosen[-1]["content"]))
+
+    def _chat(self, messages: list[dict[str, str]], where: str) -> tuple[list[int], list[int]]:
+        return chat_ids(self._tokenizer, messages, where, chat_template=self._config.model.chat_template)
+
+    def _encoded(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def _fitted(
+        self, prompt: list[int], completion: list[int], where: str, texts: tuple[str, str]
+    ) -> Demonstration | None:
+        """Within the limits, and padded with EOS."""
+        sampler, limit = self._config.sampler, self._settings.max_tokens
+        for ids, text, kind in zip((prompt, completion), texts, ("prompt", "completion"), strict=True):
+            check_known(self._tokenizer, ids, text, kind, where)
+        eos = [self._tokenizer.eos_token_id]
+        if limit is None:
+            check_length(prompt, "prompt", sampler, where)
+            check_length(completion, "completion", sampler, where)
+            return Demonstration(prompt, completion + eos * (sampler.max_completion_tokens - len(completion)))
+        room = limit - len(prompt)
+        if len(completion) >= room:  # an EOS has to follow
+            if self._settings.too_long == "refuse":
+                raise UserError(
+                    f"{where}: {len(prompt) + len(completion)} tokens and an EOS exceed warm_start.max_tokens={limit}; "
+                    "raise it, or set warm_start.too_long to skip or truncate"
+                )
+            if self._settings.too_long == "skip" or room < 1:
+                return None
+            return Demonstration(prompt, completion[:room])
+        wanted = min(max(sampler.max_completion_tokens - len(completion), 1), self._settings.eos_padding)
+        return Demonstration(prompt, completion + eos * min(wanted, room - len(completion)))
 
 
 def checked_ids(tokenizer: Any, text: str, kind: str, config: Config, where: str) -> list[int]:
@@ -85,29 +153,30 @@ def checked_ids(tokenizer: Any, text: str, kind: str, config: Config, where: str
     Raises:
         UserError: naming the length and its limit, or the text that the tokenizer does not know.
     """
-    sampler = config.sampler
     if kind == "prompt":
-        ids, limit = prompt_ids(tokenizer, text, chat_template=config.model.chat_template), sampler.max_prompt_tokens
+        ids = prompt_ids(tokenizer, text, chat_template=config.model.chat_template)
     else:
-        ids, limit = tokenizer.encode(text, add_special_tokens=False), sampler.max_completion_tokens
+        ids = tokenizer.encode(text, add_special_tokens=False)
+    check_length(ids, kind, config.sampler, where)
+    check_known(tokenizer, ids, text, kind, where)
+    return ids
+
+
+def check_length(ids: list[int], kind: str, sampler: SamplerConfig, where: str) -> None:
+    """Refuse (UserError) a prompt or completion that is longer than the sampler's limit."""
+    limit = sampler.max_prompt_tokens if kind == "prompt" else sampler.max_completion_tokens
     if len(ids) > limit:
         raise UserError(
             f"{where}: {kind} of {len(ids)} tokens exceeds sampler.max_{kind}_tokens={limit}; raise the limit "
             f"or shorten the {kind}"
         )
+
+
+def check_known(tokenizer: Any, ids: list[int], text: str, kind: str, where: str) -> None:
+    """Refuse (UserError) what the tokenizer has no token for."""
     if has_unknown(tokenizer, ids):
         raise UserError(f"{where}: {kind} {text[:60]!r} has characters that the tokenizer does not know; use others")
-    return ids
 
 
-def _from_task(task: Task, seed: int) -> Iterator[tuple[str, str]]:
-    for index in count(FIRST_EXAMPLE):
-        example = task.example("train", index)
-        yield example.prompt, task.demonstration(example, derive(seed, index))
-
-
-def _orders(count: int, seed: int) -> Iterator[list[int]]:
-    epoch = 0
-    while True:
-        yield np.random.default_rng([seed, epoch]).permutation(count).tolist()
-        epoch += 1
+def _pair(prompt: str, completion: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]

@@ -28,6 +28,7 @@ class Display:
         )
         self._bars: dict[str, Any] = {}
         self._printed = 0.0
+        self._held_out = ""
 
     def __enter__(self) -> "Display":
         self._progress.start()
@@ -51,9 +52,16 @@ class Display:
         elif kind == "quarantine":
             self.console.print(f"group {values['group']} quarantined, it failed twice: {values['reason']}")
         elif kind == "warm_start":
-            self._advance(kind, values["warm_start_steps"], f"loss {values['warm_start_loss']:.3f}")
+            self._advance(kind, values["warm_start_steps"], self._warm_start_note(values))
         elif kind == "step":
             self._advance(kind, values["learner_steps"], _step_note(values), important="drift_nfe" in values)
+
+    def _warm_start_note(self, values: dict[str, float]) -> str:
+        if "warm_start_held_out_loss" in values:
+            self._held_out = f"  held out {values['warm_start_held_out_loss']:.3f}"
+        skipped = values.get("warm_start_skipped", 0)
+        left_out = f"  {skipped:.0f} too long" if skipped else ""
+        return f"loss {values['warm_start_loss']:.3f}{self._held_out}{left_out}"
 
     def _advance(self, kind: str, done: float, note: str, *, important: bool = False) -> None:
         total = self._totals[kind]

@@ -1,4 +1,4 @@
-"""Final evaluation: policies on the same held-out prompts, as Ray tasks side by side, and the results table."""
+"""Final evaluation: policies on the same held-out prompts, by workers side by side, and the results table."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -6,55 +6,99 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 
-from actors.evaluation import Evaluator, Point, Setting, standard_settings
+from actors.evaluation import Point
 from actors.frontier import area, gain
 from common.config import Config
-from common.policy import load_policy
-from common.tasks import build_task
-
-Points = Mapping[str, list[Point]]
-
-
-def evaluate_policy(
-    config: Config,
-    folder: Path,
-    *,
-    threads: int = 1,
-    settings: list[Setting] | None = None,
-    report: Callable[[Point], None] | None = None,
-) -> list[Point]:
-    """Some settings (all standard ones by default) on the evaluation split, for the policy in a folder."""
-    torch.set_num_threads(threads)
-    task = build_task(config.task)
-    policy = load_policy(folder, config.model, config.sampler.threshold).for_rollout(config.rollout)
-    chosen = config.evaluation
-    points = []
-    with Evaluator(policy, task, config, prompts=chosen.prompts, split=chosen.split) as evaluator:
-        for setting in settings or standard_settings(config):
-            points.append(evaluator.measure(setting))
-            if report is not None:
-                report(points[-1])
-    return points
+from common.errors import UserError
+from learner.evaluation_fleet import Shard, measure_here, measure_on_ray, room_for_workers, shards_of
+from learner.evaluation_record import Points, ShardFolder
+from learner.ray_connection import LOCAL, chosen_address, connect
 
 
 async def evaluate_folders(
     config: Config, folders: Mapping[str, Path], progress: Callable[[], None]
 ) -> dict[str, list[Point]]:
-    """Points of each folder's policy, one Ray task for each setting; `progress` is called as they arrive."""
-    rollout = config.rollout
-    task: Any = ray.remote(num_cpus=rollout.cpus, num_gpus=rollout.gpus, max_retries=1)(evaluate_policy)
+    """Points of each folder's policy, at the end of a run, on its Ray; `progress` is called as they arrive."""
+    shards = shards_of(config, folders, config.evaluation.prompts)
+    found: dict[int, Point] = {}
 
-    async def measured(folder: Path, setting: Setting) -> Point:
-        points = await task.remote(config, folder, threads=rollout.threads, settings=[setting])
+    def done(number: int, point: Point) -> None:
+        found[number] = point
         progress()
-        return points[0]
 
-    settings = standard_settings(config)
-    jobs = [measured(folder, setting) for folder in folders.values() for setting in settings]
-    found = await asyncio.gather(*jobs)
-    return {name: found[i * len(settings) : (i + 1) * len(settings)] for i, name in enumerate(folders)}
+    await measure_on_ray(config, dict(enumerate(shards)), done, workers=room_for_workers(config))
+    return _joined(shards, found)
+
+
+def evaluate_kept(
+    config: Config, folders: Mapping[str, Path], kept: ShardFolder, report: Callable[[str, Point], None]
+) -> dict[str, list[Point]]:
+    """Points of each folder's policy, for `diffpo eval`: shard by shard, those that are kept already left out.
+
+    With one worker (`rollout.actors`) it is this process, else there are as many on the Ray of the configuration or of
+    `RAY_ADDRESS`, or on one that is started for it.
+
+    Args:
+        config: the configuration.
+        folders: policies by name.
+        kept: where finished shards are, and are put.
+        report: called with policy and point of each setting once all of its shards are there.
+
+    Raises:
+        UserError: when Ray cannot be reached, or has too few CPUs.
+        RunError: as `measure_on_ray`.
+    """
+    shards = shards_of(config, folders, config.evaluation.shard_prompts)
+    read = {number: kept.read(number, shard) for number, shard in enumerate(shards)}
+    found = {number: point for number, point in read.items() if point is not None}
+    each = -(-config.evaluation.prompts // config.evaluation.shard_prompts)  # shards of a setting
+
+    def tell(number: int) -> None:
+        first = number - number % each
+        parts = [found[one] for one in range(first, first + each) if one in found]
+        if len(parts) == each:
+            report(shards[number].name, Point.joined(parts))
+
+    def done(number: int, point: Point) -> None:
+        kept.write(number, point)
+        found[number] = point
+        tell(number)
+
+    for number in range(0, len(shards), each):
+        tell(number)
+    missing = {number: shard for number, shard in enumerate(shards) if number not in found}
+    if config.rollout.actors == 1:
+        measure_here(config, missing, done)
+    elif missing:
+        _connect(config)
+        try:
+            asyncio.run(measure_on_ray(config, missing, done, workers=config.rollout.actors))
+        finally:
+            ray.shutdown()
+    return _joined(shards, found)
+
+
+def _connect(config: Config) -> None:
+    address = chosen_address(config.run.ray_address)
+    connect(address, way_out="start it (`ray start --head`), correct run.ray_address, or leave it out for a local one")
+    actors, cpus, room = config.rollout.actors, config.rollout.cpus, room_for_workers(config)
+    if actors > room and address == LOCAL:
+        ray.shutdown()
+        raise UserError(
+            f"{actors} evaluation workers x {cpus:g} CPUs (rollout.cpus), {config.rollout.gpus:g} GPUs (rollout.gpus) "
+            f"exceed this machine, which has room for {room}; give --actors {room}"
+        )
+
+
+def _joined(shards: list[Shard], found: Mapping[int, Point]) -> dict[str, list[Point]]:
+    parts: dict[str, list[list[Point]]] = {}
+    for number, shard in enumerate(shards):
+        settings = parts.setdefault(shard.name, [])
+        if shard.prompts.start == 0:
+            settings.append([])
+        settings[-1].append(found[number])
+    return {name: [Point.joined(points) for points in settings] for name, settings in parts.items()}
 
 
 def summarise(config: Config, points: Points) -> dict[str, Any]:

@@ -56,9 +56,9 @@ class PolicyTrainer:
         settings = self.config.warm_start
         every = max(1, settings.steps // REPORTS_PER_WARM_START)
 
-        def progress(step: int, loss: float) -> None:
-            if step % every == 0 or step == settings.steps:
-                report("warm_start", {"warm_start_steps": float(step), "warm_start_loss": loss})
+        def progress(values: dict[str, float]) -> None:
+            if values["warm_start_steps"] % every == 0 or values["warm_start_steps"] == settings.steps:
+                report("warm_start", values)
 
         if (self._folder / THRESHOLD_CONFIG).is_file():  # written last
             model, threshold = self.config.model, self.config.sampler.threshold

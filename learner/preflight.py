@@ -9,9 +9,10 @@ from common.config import Config
 from common.errors import UserError, one_line
 from common.policy import open_rollout_policy, open_tokenizer
 from common.tasks import SPLITS, CustomConfig, Split, Task, build_task
-from learner.demonstrations import checked_ids, read_demonstrations
+from learner.demonstrations import Demonstrations, checked_ids
 
 SAMPLED_PROMPTS = 64
+CHECKED_ROWS = 10_000  # of a file of demonstrations; a bad one among more ends the warm start when it comes
 
 
 def preflight(config: Config, *, trains: bool = True) -> Task:
@@ -73,7 +74,7 @@ def check_device(name: str) -> None:
 
 
 def check_texts(config: Config, task: Task) -> None:
-    """Tokenise some prompts of every split, and demonstrations (a file's: all), and hold them against the limits."""
+    """Tokenise some prompts of every split, and demonstrations (a file's: all, or many), and check them."""
     tokenizer, positions = open_tokenizer(config, task)
     sampler, file = config.sampler, config.warm_start.file
     total = sampler.max_prompt_tokens + sampler.max_completion_tokens
@@ -90,6 +91,9 @@ def check_texts(config: Config, task: Task) -> None:
             if split == "train" and file is None and config.model.path is None:
                 text = task.demonstration(example, index)
                 checked_ids(tokenizer, text, "completion", config, f"demonstration {index}")
-    for number, (prompt, completion) in enumerate(read_demonstrations(file) if file is not None else [], 1):
-        checked_ids(tokenizer, prompt, "prompt", config, f"{file}, demonstration {number}")
-        checked_ids(tokenizer, completion, "completion", config, f"{file}, demonstration {number}")
+    longest = config.warm_start.max_tokens
+    if longest is not None and longest > positions:
+        raise UserError(
+            f"warm_start.max_tokens={longest} exceeds the model's {positions} positions; give {positions} or less"
+        )
+    Demonstrations(config, task, tokenizer).check(CHECKED_ROWS)

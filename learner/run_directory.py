@@ -2,6 +2,7 @@
 
     config.yaml            the resolved configuration
     metrics.jsonl          one object per learner step (and per warm-start report)
+    sft/step-N/            checkpoints of `diffpo sft` while it works
     warm_start/            the policy RL started from
     segments/              finished groups, and the journal, until a durable checkpoint contains them
     checkpoints/step-N/    the whole run at one version, newest `keep_checkpoints` (`common.checkpoint_store`)
@@ -42,16 +43,16 @@ class RunDirectory:
         self.path = path.absolute()
 
     @staticmethod
-    def check_free(path: Path) -> None:
-        """Refuse a run directory that exists.
+    def check_free(path: Path, command: str = "train") -> None:
+        """Refuse a run directory that exists; `command` is what would go on with it.
 
         Raises:
             UserError: naming a free name.
         """
         if path.exists():
             raise UserError(
-                f"run directory {path} exists; go on with it (diffpo train --resume {path}), choose another run.name "
-                f"(run.name={_next_name(path)} is free), or move it away"
+                f"run directory {path} exists; go on with it (diffpo {command} --resume {path}), choose another "
+                f"run.name (run.name={_next_name(path)} is free), or move it away"
             )
 
     @classmethod
@@ -91,6 +92,11 @@ class RunDirectory:
     @property
     def warm_start(self) -> Path:
         return self.path / "warm_start"
+
+    @property
+    def supervised_checkpoints(self) -> CheckpointStore:
+        """Of `diffpo sft`, while it works."""
+        return CheckpointStore(self.path / "sft")
 
     @property
     def segments(self) -> Path:

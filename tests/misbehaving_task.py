@@ -47,6 +47,14 @@ class MisbehavingTask(SudokuTask):
         return "perhaps" if completion == "verdict" else super().correct(example, completion)
 
 
+class HangingTask(SudokuTask):
+    """Every reward hangs."""
+
+    def rewards(self, example: Example, completion: str) -> dict[str, float]:
+        time.sleep(600)
+        return super().rewards(example, completion)
+
+
 class LockedTask(SudokuTask):
     """Cannot be pickled."""
 

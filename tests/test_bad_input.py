@@ -323,7 +323,9 @@ PAIRS: dict[str, tuple[str | bytes, list[str]]] = {
     "deep": ("[" * 100_000 + "\n", ["line 1"]),
     "endless number": ('{"prompt": ' + "9" * 6000 + "}\n", ["line 1"]),
     "half a character": ('{"prompt": "\\ud800", "completion": "2"}\n', ["line 1"]),
-    "unknown characters": ('{"prompt": "abc", "completion": "2"}\n', ["demonstration 1", "does not know"]),
+    "unknown characters": ('{"prompt": "abc", "completion": "2"}\n', ["line 1", "does not know"]),
+    "no answer": ('{"messages": [{"role": "assistant", "content": "2"}]}\n', ["line 1", "no assistant's message"]),
+    "messages": ('{"messages": {"role": "user"}}\n', ["line 1", "messages"]),
     "too long": ('{"prompt": "1", "completion": "' + "2" * 17 + '"}\n', ["17 tokens", "max_completion_tokens=16"]),
 }
 STUDIES: dict[str, tuple[str | bytes, str]] = {
@@ -393,6 +395,19 @@ def inputs() -> Iterator[Case]:
         yield Case(f"study: {name}", ["study", "mine.yaml", "--out", "o"], [part], write("mine.yaml", content))
 
     yield Case("sft: no demonstrations", ["sft", *TINY, "warm_start.file=no.jsonl"], ["no.jsonl cannot be read"])
+    yield Case("sft: no Parquet", ["sft", *TINY, "warm_start.file=p.parquet"], ["p.parquet cannot be read"], write(
+        "p.parquet", "x"))  # fmt: skip
+    yield Case(
+        "sft: all held out", ["sft", *TINY, "warm_start.file=pairs.jsonl", "warm_start.held_out=1"], ["leaves nothing"]
+    )
+    yield Case(
+        "sft: positions", ["sft", *TINY, "warm_start.max_tokens=9999"], ["warm_start.max_tokens=9999", "positions"]
+    )
+    yield Case("sft: resume nothing", ["sft", "--resume", ""], ["--resume is empty"])
+    yield Case("sft: resume no run", ["sft", "--resume", "nowhere"], ["run 'nowhere'"])
+    yield Case("sft: resume a finished one", ["sft", "--resume", "done"], ["has finished", "model.path="])
+    yield Case("eval: no file", ["eval", "model", *TINY, "--file", "no.csv"], ["no.csv cannot be read"])
+    yield Case("eval: no workers", ["eval", "model", *TINY, "--actors", "0"], ["equal to 1"])
     yield Case("sft: a folder of them", ["sft", *TINY, "warm_start.file=model"], ["model cannot be read"])
     yield Case("train: benchmark", ["train", *TINY, "task.file=pairs.jsonl"], ["pairs.jsonl, row 1"])
     yield Case("eval: no benchmark", ["eval", "model", *TINY, "task.file=no.csv"], ["no.csv cannot be read"])

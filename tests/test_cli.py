@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
@@ -23,6 +24,7 @@ from common.config_file import load_config
 from common.metrics import CATALOGUE, PREFIX
 from common.policy import build_policy
 from learner.cli import main
+from learner.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[1]
 CONFIG = str(ROOT / "deploy/configs/sudoku.yaml")
@@ -93,6 +95,7 @@ def test_help_and_dry_run_load_nothing_heavy() -> None:
     code = f"""
 import sys
 from learner.cli import main
+from learner.run_directory import RunDirectory
 for arguments in (["--help"], ["train", "--help"], ["train", "--dry-run", "-c", {CONFIG!r}]):
     sys.argv = ["diffpo", *arguments]
     try:
@@ -226,6 +229,16 @@ def test_sft_writes_a_policy_that_eval_measures(diffpo: Diffpo, tmp_path: Path) 
     assert 1 <= by_name["eb gamma=0"]["nfe"] <= 16
     for name in settings:
         assert name in measured.out
+    answers = pq.read_table(tmp_path / "results/answers.parquet").to_pylist()
+    assert len(answers) == 16 * len(settings)
+    for name in settings:
+        rows = [row for row in answers if row["setting"] == name]
+        assert [row["index"] for row in rows] == list(range(16))
+        assert sum(row["nfe"] for row in rows) / 16 == by_name[name]["nfe"]
+    samples = [json.loads(line) for line in (tmp_path / "results/samples_policy.jsonl").read_text().splitlines()]
+    assert [sample["resps"] for sample in samples] == [[[row["completion"]]] for row in answers]
+    assert samples[17]["arguments"][0][0] == answers[17]["prompt"] == answers[1]["prompt"]
+    assert not (tmp_path / "results/shards").exists()
 
     again = diffpo("sft", *TINY)
     assert again.code == 2
@@ -233,6 +246,44 @@ def test_sft_writes_a_policy_that_eval_measures(diffpo: Diffpo, tmp_path: Path) 
     assert "runs/tiny exists" in again.err
     assert "run.name=tiny-2 is free" in again.err
     assert sorted(os.listdir(tmp_path / "runs")) == ["tiny"]
+
+
+def test_an_sft_that_was_killed_goes_on(diffpo: Diffpo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": f"{n % 5}"}, {"role": "assistant", "content": "21" * n}]}
+        for n in range(9)
+    ]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [*TINY, "warm_start.file=chat.jsonl", "warm_start.max_tokens=16", "warm_start.checkpoint_every=1"]
+    append = RunDirectory.append_metrics
+
+    def killed(self: RunDirectory, row: dict[str, float]) -> None:
+        if row["warm_start_steps"] == 2:
+            raise KeyboardInterrupt
+        append(self, row)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunDirectory, "append_metrics", killed)
+        assert diffpo("sft", *given).code == 130
+    again = diffpo("sft", *given)
+    assert "diffpo sft --resume" in again.err
+    resumed = diffpo("sft", "--resume", "tiny")
+    assert (resumed.code, resumed.err) == (0, "")
+    written = [json.loads(line) for line in (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()]
+    assert [row["warm_start_steps"] for row in written] == [1.0, 2.0, 3.0]
+    assert written[-1]["warm_start_skipped"] > 0
+    assert "has finished" in diffpo("sft", "--resume", "tiny").err
+
+
+def test_an_evaluation_of_a_file_takes_all_its_rows(diffpo: Diffpo, tmp_path: Path) -> None:
+    (tmp_path / "puzzles.csv").write_text(
+        "Puzzle,Solution\n1234341221434320,1234341221434321\n1234341221430021,1234341221434321\n"
+    )
+    saved_model(tmp_path / "model")
+    tiny = [item for item in TINY if not item.startswith("evaluation.prompts")]
+    ended = diffpo("eval", "model", *tiny, "--file", "puzzles.csv")
+    assert (ended.code, ended.err) == (0, "")
+    assert json.loads((tmp_path / "evaluation/evaluation.json").read_text())["prompts"] == 2
 
 
 def test_a_command_that_succeeds_writes_nothing_to_standard_error(diffpo: Diffpo) -> None:

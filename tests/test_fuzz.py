@@ -25,7 +25,7 @@ from common.lease import FinishedGroup
 from common.ledger import GroupRecord
 from common.segment_folder import damage_named, decode_segment, encode_segment
 from common.trajectory import SCHEMA, Completion, decode_group, encode_group
-from learner.demonstrations import read_demonstrations
+from learner.demonstration_file import DemonstrationFile
 from learner.run_directory import RunDirectory
 from learner.saved_group import WHY, _version
 from learner.study.grid import Study, load_study
@@ -133,9 +133,14 @@ def test_a_study_file_is_a_study_or_a_user_error(tmp_path: Path, data: bytes) ->
         one_line(error)
 
 
+MESSAGES = st.lists(
+    st.dictionaries(st.sampled_from(["role", "content"]), st.sampled_from(["user", "assistant", "x", 3, None])),
+    max_size=3,
+)
 JSONL = st.lists(
     st.one_of(
         st.dictionaries(st.sampled_from(["prompt", "completion", "x"]), st.one_of(st.text(), st.integers(), st.none())),
+        st.fixed_dictionaries({"messages": MESSAGES}),
         st.lists(st.integers()),
         st.text(),
         st.floats(),
@@ -150,12 +155,13 @@ def test_demonstrations_are_pairs_of_text_or_a_user_error(tmp_path: Path, data: 
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(data)
     try:
-        pairs = read_demonstrations(str(path))
+        rows = DemonstrationFile(str(path))
     except UserError as error:
         one_line(error)
     else:
-        assert pairs
-        assert all(isinstance(text, str) and text.encode() is not None for pair in pairs for text in pair)
+        messages = [message for row in range(len(rows)) for message in rows[row]]
+        assert messages
+        assert all(text.encode() is not None for message in messages for text in message.values())
 
 
 @FEW

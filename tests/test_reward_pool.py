@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from misbehaving_task import ALPHABET, ON_PROMPTS, BrokenTask, LockedTask, MisbehavingTask
+from misbehaving_task import ALPHABET, ON_PROMPTS, BrokenTask, HangingTask, LockedTask, MisbehavingTask
 
 from actors.evaluation import Evaluator, Setting
 from actors.reward_pool import RewardError, RewardPool, Score, score
 from common.config import Config, ModelConfig, RolloutConfig, ThresholdConfig
+from common.errors import RunError
 from common.policy import build_policy
 from common.tasks import CountdownTask, SudokuConfig, SudokuTask
 
@@ -247,9 +248,9 @@ def test_only_built_in_tasks_are_trusted() -> None:
     assert not MisbehavingTask.trusted  # though it is a sudoku
 
 
-def evaluator(kind: Callable[[SudokuConfig], SudokuTask], prompts: int) -> Evaluator:
+def evaluator(kind: Callable[[SudokuConfig], SudokuTask], prompts: int, limits: RolloutConfig = LIMITS) -> Evaluator:
     sampler: Any = {"max_prompt_tokens": 32, "max_completion_tokens": 16}
-    config = Config(task=SudokuConfig(reward_weights=WEIGHTS), rollout=LIMITS, sampler=sampler)
+    config = Config(task=SudokuConfig(reward_weights=WEIGHTS), rollout=limits, sampler=sampler)
     model = ModelConfig(hidden_size=16, layers=1, heads=2, intermediate_size=32, max_positions=64)
     policy = build_policy(model, ThresholdConfig(), alphabet=ALPHABET, seed=0)
     return Evaluator(policy, kind(SudokuConfig(reward_weights=WEIGHTS)), config, prompts=prompts, split="test")
@@ -278,3 +279,11 @@ def test_an_evaluation_loses_the_prompts_whose_reward_fails_and_no_more(caplog: 
         "chosen: the reward of 4 of 12 prompts failed; they count as wrong. Prompt 2: reward exceeded "
         "rollout.reward_timeout=2 seconds"
     ) in caplog.text
+
+
+def test_an_evaluation_whose_rewards_all_hang_ends_after_a_few() -> None:
+    limits = RolloutConfig(reward_timeout=0.1, reward_workers=4)
+    with evaluator(HangingTask, 60, limits) as hopeless:
+        with pytest.raises(RunError, match=r"8 rewards in a row took too long, 8 of 60 prompts were scored; the last"):
+            hopeless.measure(Setting("chosen", "top_k", 16.0))
+        assert hopeless._pool is None

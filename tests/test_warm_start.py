@@ -1,22 +1,24 @@
-"""Warm start: LLaDA's masked loss against a loop, what is masked and attended, where demonstrations come from."""
+"""Warm start: LLaDA's masked loss against a loop, however rows are laid out; what is masked and attended; resuming."""
 
-import json
-from collections.abc import Callable
-from itertools import islice
+import math
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from learner_fixtures import MODEL, parameters, tiny_policy
 from torch import Tensor
 
+from common.checkpoint_store import CheckpointStore
 from common.config import Config, ThresholdConfig
 from common.config_file import load_config
-from common.errors import RunError, UserError
+from common.errors import RunError
 from common.policy import Policy, build_policy
 from common.tasks import Task, build_task
-from learner.demonstrations import FIRST_EXAMPLE, demonstrations, read_demonstrations
-from learner.warm_start import masked_diffusion_loss, stratified, warm_start
+from learner.demonstrations import Demonstration
+from learner.packing import Rows, micro_batches
+from learner.warm_start import WarmStart, masked_diffusion_loss, stratified, supervised, warm_start
 
 PAD, MASK = 0, 2
 LENGTH = 20
@@ -47,76 +49,101 @@ def policy() -> Policy:
     return tiny_policy()
 
 
-@pytest.fixture
-def rows() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Prompts with left padding, completions, masking probabilities, noise."""
-    prompt = torch.tensor([[PAD, PAD, 4, 5], [6, PAD, 7, 8], [PAD, 4, 4, 4]])  # one PAD inside a prompt
-    completion = torch.tensor([[4, 5, 6, 1, 1], [8, 8, 4, 5, 1], [7, 6, 5, 4, 4]])
-    generator = torch.Generator().manual_seed(0)
-    return prompt, completion, torch.tensor([0.3, 0.6, 0.95]), torch.rand(3, 5, generator=generator)
+PAIRS = [([4, 5], [4, 5, 6, 1, 1]), ([6, PAD, 7, 8], [8, 8, 4]), ([4, 4, 4], [7, 6, 5, 4]), ([], [5, 6]), ([9], [1])]
+DEMONSTRATIONS = [Demonstration(*pair) for pair in PAIRS]  # one PAD inside a prompt, one prompt empty
+TOKENS = sum(len(one.completion) for one in DEMONSTRATIONS)
+T = torch.tensor([0.3, 0.6, 0.95, 1.0, 0.5])
+NOISE = torch.rand(TOKENS, generator=torch.Generator().manual_seed(0))
 
 
-def loop_loss(policy: Policy, prompt: Tensor, completion: Tensor, t: Tensor, noise: Tensor) -> float:
-    """Row by row without padding: cross-entropy of masked positions over t, per token of the batch."""
-    total = 0.0
-    for n in range(len(prompt)):
-        ids = prompt[n].tolist()
-        while ids[0] == PAD:
-            ids.pop(0)
-        hidden = [bool(u < t[n]) for u in noise[n]]
-        noisy = [MASK if h else int(token) for h, token in zip(hidden, completion[n], strict=True)]
-        logits = policy.model(input_ids=torch.tensor([ids + noisy]), use_cache=False).logits[0, len(ids) :]
+def laid_out(t: Tensor = T, noise: Tensor = NOISE, *, width: int | None = None, budget: int = 1000) -> list[Rows]:
+    return list(micro_batches(DEMONSTRATIONS, t, noise, pad_id=PAD, width=width, budget=budget))
+
+
+def loss_of(policy: Policy, rows: list[Rows]) -> Tensor:
+    return torch.stack([masked_diffusion_loss(policy, one) for one in rows]).sum()
+
+
+def loop_loss(policy: Policy, t: Tensor = T, noise: Tensor = NOISE) -> float:
+    """One by one without padding: cross-entropy of masked positions over t, mean of the means of completions."""
+    total, start = 0.0, 0
+    for n, (prompt, completion) in enumerate(DEMONSTRATIONS):
+        hidden = [bool(u < t[n]) for u in noise[start : start + len(completion)]]
+        start += len(completion)
+        noisy = [MASK if h else token for h, token in zip(hidden, completion, strict=True)]
+        logits = policy.model(input_ids=torch.tensor([prompt + noisy]), use_cache=False).logits[0, len(prompt) :]
         logits[:, MASK] = -torch.inf
         for position in range(len(noisy)):
             if hidden[position]:
-                total -= float(logits[position].log_softmax(-1)[completion[n, position]]) / float(t[n])
-    return total / completion.numel()
+                share = len(completion) * len(DEMONSTRATIONS)
+                total -= float(logits[position].log_softmax(-1)[completion[position]]) / float(t[n]) / share
+    return total
 
 
-def test_loss_is_the_loops(policy: Policy, rows: tuple[Tensor, ...]) -> None:
+LAYOUTS = {
+    "rows": {},
+    "one row each": {"budget": 1},
+    "packed": {"width": 9},
+    "packed, one each": {"width": 9, "budget": 9},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_loss_and_gradient_are_the_loops_however_rows_are_laid_out(layout: dict[str, int], attention: str) -> None:
+    policy = tiny_policy()
+    policy.model.set_attn_implementation(attention)
+    rows = laid_out(**layout)
+    assert any(one.several for one in rows) == ("width" in layout)
+    loss = loss_of(policy, rows)
+    loss.backward()
+    found = gradients(policy)
+    value = float(loss.detach())
+    assert value == pytest.approx(loop_loss(policy), rel=1e-6)
+    assert value > 0.1
+    policy.zero_grad()
+    alone = loss_of(policy, laid_out(budget=1))
+    alone.backward()
+    assert value == pytest.approx(float(alone.detach()), rel=1e-12)
+    torch.testing.assert_close(found, gradients(policy), rtol=1e-9, atol=1e-12)
+
+
+def gradients(policy: Policy) -> Tensor:
+    return torch.cat([one.grad.flatten() for one in policy.model.parameters() if one.grad is not None])
+
+
+def test_nothing_masked_costs_nothing_and_all_masked_is_the_plain_mean(policy: Policy) -> None:
     with torch.no_grad():
-        found = float(masked_diffusion_loss(policy, *rows))
-        assert found == pytest.approx(loop_loss(policy, *rows), rel=1e-6)
-    assert found > 0.1
+        assert float(loss_of(policy, laid_out(torch.full((5,), 1e-3), NOISE * 0.9 + 0.1))) == 0.0
+        one = torch.ones(5)
+        assert float(loss_of(policy, laid_out(one))) == pytest.approx(loop_loss(policy, one), rel=1e-6)
 
 
-def test_nothing_masked_costs_nothing_and_all_masked_is_the_plain_mean(
-    policy: Policy, rows: tuple[Tensor, ...]
+def test_the_prompt_is_never_masked_and_sequences_see_nothing_of_each_other(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompt, completion, _, noise = rows
-    with torch.no_grad():
-        assert float(masked_diffusion_loss(policy, prompt, completion, torch.zeros(3) + 1e-3, noise + 1)) == 0.0
-        one = torch.ones(3)
-        found = float(masked_diffusion_loss(policy, prompt, completion, one, noise))
-        assert found == pytest.approx(loop_loss(policy, prompt, completion, one, noise), rel=1e-6)
+    seen: list[Tensor] = []
+    forward = policy.model.base_model.forward
 
+    def spy(**given: Any) -> Any:
+        seen.append(given["input_ids"])
+        places = given["attention_mask"][0, 0].nonzero().tolist()
+        sequence = [0] * 5 + [1] * 4  # lengths 5 and 4 of the second row
+        assert [[a, b] for a in range(9) for b in range(9) if sequence[a] == sequence[b]] == places
+        assert given["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3]]
+        return forward(**given)
 
-def test_more_left_padding_changes_nothing(policy: Policy, rows: tuple[Tensor, ...]) -> None:
-    prompt, *rest = rows
-    wider = torch.nn.functional.pad(prompt, (3, 0), value=PAD)
-    with torch.no_grad():
-        found, other = (float(masked_diffusion_loss(policy, ids, *rest)) for ids in (prompt, wider))
-    assert found == pytest.approx(other, rel=1e-6)
-
-
-def test_the_prompt_is_never_masked_and_its_padding_never_attended(
-    policy: Policy, rows: tuple[Tensor, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prompt, completion, _, noise = rows
-    seen: list[tuple[Tensor, Tensor]] = []
-    forward = policy.hidden
-
-    def spy(ids: Tensor, attended: Tensor) -> Tensor:
-        seen.append((ids, attended))
-        return forward(ids, attended)
-
-    monkeypatch.setattr(policy, "hidden", spy)
-    masked_diffusion_loss(policy, prompt, completion, torch.ones(3), noise)
-    [(ids, attended)] = seen
-    assert ids[:, :4].tolist() == prompt.tolist()
-    assert (ids[:, 4:] == MASK).all()
-    assert attended[:, :4].tolist() == [[False, False, True, True], [True] * 4, [False, True, True, True]]
-    assert attended[:, 4:].all()
+    [rows, _] = micro_batches(
+        [Demonstration([4] * 4, [5] * 4), Demonstration([6] * 2, [7] * 3), Demonstration([8] * 3, [9])],
+        torch.ones(3),
+        torch.zeros(8),
+        pad_id=PAD,
+        width=9,
+        budget=9,
+    )
+    monkeypatch.setattr(policy.model.base_model, "forward", spy)
+    masked_diffusion_loss(policy, rows)
+    assert [ids.tolist() for ids in seen] == [[[6, 6, MASK, MASK, MASK, 8, 8, 8, MASK]]]
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 128])
@@ -136,8 +163,8 @@ def test_the_loss_falls_and_every_step_is_reported(task: Task) -> None:
     config = settings("warm_start.steps=60", "warm_start.learning_rate=0.02", "warm_start.batch_size=16")
     policy, reported = small_policy(), []
     head = parameters(policy.head)
-    losses = warm_start(policy, task, config, report=lambda step, loss: reported.append((step, loss)))
-    assert reported == list(enumerate(losses, 1))
+    losses = warm_start(policy, task, config, report=reported.append)
+    assert [(row["warm_start_steps"], row["warm_start_loss"]) for row in reported] == list(enumerate(losses, 1))
     assert len(losses) == 60
     assert sum(losses[-10:]) < 0.6 * sum(losses[:10])
     assert (parameters(policy.head) == head).all()
@@ -169,114 +196,51 @@ def test_a_loss_that_is_not_finite_ends_the_warm_start(task: Task) -> None:
         warm_start(policy, task, settings("warm_start.steps=3"))
 
 
-def test_the_tasks_demonstrations_are_padded_with_eos(policy: Policy, task: Task) -> None:
-    config = settings()
-    for index, (prompt, completion) in enumerate(
-        islice(demonstrations(config, task, policy.tokenizer), 5), FIRST_EXAMPLE
-    ):
-        example = task.example("train", index)
-        assert policy.decode(prompt) == example.prompt
-        assert policy.decode(completion) == example.fields["solution"]
-        assert len(completion) == LENGTH
-        assert completion[16:] == [policy.vocabulary.eos_id] * 4
+def test_micro_batches_change_nothing_but_the_order_of_sums(task: Task) -> None:
+    def trained(*overrides: str) -> tuple[list[float], Any]:
+        policy = small_policy().double()
+        return warm_start(policy, task, settings("warm_start.steps=3", *overrides)), parameters(policy)
+
+    losses, weights = trained()
+    others, found = trained("warm_start.micro_batch_tokens=100")
+    assert others == pytest.approx(losses, rel=1e-12)
+    np.testing.assert_allclose(found, weights, rtol=0, atol=1e-9)
 
 
-@pytest.fixture
-def write(tmp_path: Path) -> Callable[..., str]:
-    def write_lines(*lines: str) -> str:
-        path = tmp_path / "pairs.jsonl"
-        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        return str(path)
-
-    return write_lines
+def test_a_token_budget_takes_as_many_demonstrations_as_reach_it(task: Task) -> None:
+    started = WarmStart(small_policy(), task, settings("warm_start.batch_tokens=100", "warm_start.steps=2"))
+    started.step()
+    assert started.tokens == 3 * (16 + LENGTH)
+    assert started.state()["position"] == 3
 
 
-def pair(prompt: str, completion: str) -> str:
-    return json.dumps({"prompt": prompt, "completion": completion}, ensure_ascii=False)
+def test_held_out_demonstrations_are_others_and_measured_the_same_way_each_time(task: Task) -> None:
+    config = settings("warm_start.steps=4", "warm_start.held_out=6", "warm_start.held_out_every=3")
+    policy, reported = small_policy(), []
+    warm_start(policy, task, config, report=reported.append)
+    assert ["warm_start_held_out_loss" in row for row in reported] == [False, False, True, True]
+    started = WarmStart(policy, task, config)
+    assert started.held_out_loss() == started.held_out_loss() == reported[-1]["warm_start_held_out_loss"]
+    assert not math.isnan(started.held_out_loss())
+    assert math.isnan(WarmStart(policy, task, settings()).held_out_loss())
 
 
-def test_a_file_gives_every_pair_once_per_epoch_in_an_order_by_seed(
-    policy: Policy, task: Task, write: Callable[..., str]
-) -> None:
-    prompts = ["0", "01", "012", "0123", "1", "12", "123", "2"]
-    path = write(*(pair(prompt, prompt[::-1]) for prompt in prompts), "", "  ")
-    assert read_demonstrations(path) == [(prompt, prompt[::-1]) for prompt in prompts]
+def test_a_warm_start_that_was_killed_ends_with_the_same_weights(task: Task, tmp_path: Path) -> None:
+    config = settings("warm_start.steps=7", "warm_start.checkpoint_every=2", "warm_start.held_out=2")
+    whole = supervised(config, task, tmp_path / "whole")
 
-    def epochs(seed: int) -> list[list[str]]:
-        stream = demonstrations(settings(f"warm_start.file={path}", f"run.seed={seed}"), task, policy.tokenizer)
-        found = []
-        for prompt, completion in islice(stream, 2 * len(prompts)):
-            found.append(policy.decode(prompt))
-            assert policy.decode(completion) == found[-1][::-1]
-            assert len(completion) == LENGTH
-        return [found[: len(prompts)], found[len(prompts) :]]
+    class Killed(Exception):
+        pass
 
-    first, second = epochs(0)
-    assert sorted(first) == sorted(second) == sorted(prompts)
-    assert first != second
-    assert epochs(0) == [first, second]
-    assert epochs(1)[0] != first
+    def killed(values: dict[str, float]) -> None:
+        if values["warm_start_steps"] == 5:
+            raise Killed
 
-
-GOOD = pair("1", "2")
-BAD_LINES = [
-    "not json",
-    '{"prompt": "1"}',
-    '{"completion": "1"}',
-    '["1", "2"]',
-    "17",
-    "null",
-    '"text"',
-    '{"prompt": "1", "completion": "2"',
-]
-
-
-@pytest.mark.parametrize("line", BAD_LINES)
-def test_a_bad_line_is_named_with_its_file(write: Callable[..., str], line: str) -> None:
-    path = write(GOOD, "", line, GOOD)
-    with pytest.raises(UserError) as caught:
-        read_demonstrations(path)
-    message = str(caught.value)
-    assert message.startswith(f"{path}, line 3: ")
-    assert "`prompt` and `completion`" in message
-    assert "\n" not in message
-
-
-@pytest.mark.parametrize("lines", [(), ("",), ("  ", "")])
-def test_an_empty_file_is_refused(write: Callable[..., str], lines: tuple[str, ...]) -> None:
-    path = write(*lines)
-    with pytest.raises(UserError, match="holds no demonstrations"):
-        read_demonstrations(path)
-
-
-def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"warm_start\.file=.*/nothing\.jsonl cannot be read"):
-        read_demonstrations(str(tmp_path / "nothing.jsonl"))
-
-
-@pytest.mark.parametrize(("prompt", "completion", "kind"), [("0" * 33, "1", "prompt"), ("0", "1" * 21, "completion")])
-def test_a_pair_beyond_the_limits_names_number_and_limit(
-    policy: Policy, task: Task, write: Callable[..., str], prompt: str, completion: str, kind: str
-) -> None:
-    config = settings(f"warm_start.file={write(pair(prompt, completion))}")
-    limit = {"prompt": 32, "completion": LENGTH}[kind]
-    with pytest.raises(UserError, match=f"demonstration 1: {kind} of {limit + 1} tokens exceeds .*={limit};"):
-        next(demonstrations(config, task, policy.tokenizer))
-
-
-def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "pairs.jsonl"
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match=r"pairs\.jsonl"):
-        read_demonstrations(str(path))
-
-
-def test_a_line_separator_inside_a_text_does_not_split_the_line(write: Callable[..., str]) -> None:
-    assert read_demonstrations(write(pair("1\u2028", "2"))) == [("1\u2028", "2")]
-
-
-@pytest.mark.parametrize("value", [None, ["1", "2"], {"text": "1"}])
-def test_a_value_that_is_no_text_is_refused(write: Callable[..., str], value: object) -> None:
-    path = write(json.dumps({"prompt": "1", "completion": value}))
-    with pytest.raises(UserError, match="line 1"):
-        read_demonstrations(path)
+    store = CheckpointStore(tmp_path / "sft")
+    with pytest.raises(Killed):
+        supervised(config, task, tmp_path / "resumed", killed, store)
+    assert [one.step for one in store.checkpoints()] == [2, 4]
+    reported: list[dict[str, float]] = []
+    resumed = supervised(config, task, tmp_path / "resumed", reported.append, store)
+    assert [row["warm_start_steps"] for row in reported] == [5, 6, 7]
+    assert (parameters(resumed) == parameters(whole)).all()

@@ -1,0 +1,28 @@
+"""Evaluation file: the questions of `diffpo eval --file`, in place of the task's test split."""
+
+from pathlib import Path
+
+from common.config import Config
+from common.tasks import build_task
+
+KEYS = ("file", "test_data")  # what a task's section calls the file of its test split
+
+
+def with_file(config: Config, file: Path, *, all_rows: bool) -> Config:
+    """The configuration with a file as its test split.
+
+    Args:
+        config: the configuration.
+        file: the questions.
+        all_rows: whether `evaluation.prompts` becomes the number of its rows.
+
+    Raises:
+        UserError: for a file that the task cannot use.
+    """
+    section = config.task
+    key = next(key for key in KEYS if key in type(section).model_fields)
+    task = type(section).model_validate(section.model_dump() | {key: str(file)})
+    evaluation = config.evaluation
+    if all_rows:
+        evaluation = evaluation.model_copy(update={"prompts": build_task(task).size("test")})
+    return config.model_copy(update={"task": task, "evaluation": evaluation})

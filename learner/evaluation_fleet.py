@@ -1,0 +1,169 @@
+"""Evaluation fleet: workers that answer shards of prompts, in this process or as Ray actors side by side.
+
+- A shard is one policy, one setting and some prompts. How prompts are cut into shards does not depend on the number of
+  workers, and every draw is keyed by its prompt, so neither does what they find.
+- A worker holds one policy at a time. One that dies is started again, within `rollout.max_restarts`, and its shard is
+  done again, by whoever is free.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayError, RayTaskError
+
+from actors.evaluation import Evaluator, Point, Setting, standard_settings
+from actors.failure import FailureKind, failure_kind
+from common.config import Config
+from common.errors import RunError, UserError, one_line
+from common.policy import load_policy
+from common.tasks import build_task
+
+Done = Callable[[int, Point], None]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a worker does at a time."""
+
+    name: str
+    """Of the policy, e.g. before, after."""
+    folder: Path
+    setting: Setting
+    prompts: range
+
+
+def shards_of(config: Config, folders: Mapping[str, Path], size: int) -> list[Shard]:
+    """All shards of an evaluation, of at most `size` prompts; those of one policy stand together."""
+    prompts = config.evaluation.prompts
+    return [
+        Shard(name, folder, setting, range(start, min(start + size, prompts)))
+        for name, folder in folders.items()
+        for setting in standard_settings(config)
+        for start in range(0, prompts, size)
+    ]
+
+
+class EvaluationWorker:
+    """Measures shards, one after the other, until `close`."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._task = build_task(config.task)
+        self._folder: Path | None = None
+        self._evaluator: Evaluator | None = None
+        torch.set_num_threads(config.rollout.threads)
+
+    def ready(self) -> None:
+        """Answers once the worker is there."""
+
+    def measure(self, shard: Shard) -> Point:
+        """Raises UserError, RunError: when the policy cannot be loaded, or the evaluation is hopeless."""
+        if self._evaluator is None or self._folder != shard.folder:
+            self.close()
+            config, chosen = self._config, self._config.evaluation
+            policy = load_policy(shard.folder, config.model, config.sampler.threshold).for_rollout(config.rollout)
+            self._evaluator = Evaluator(policy, self._task, config, prompts=chosen.prompts, split=chosen.split)
+            self._folder = shard.folder
+        return self._evaluator.measure(shard.setting, prompts=shard.prompts)
+
+    def close(self) -> None:
+        """Stop the reward processes and let go of the policy."""
+        if self._evaluator is not None:
+            self._evaluator.close()
+            self._evaluator = None
+
+
+def measure_here(config: Config, shards: Mapping[int, Shard], done: Done) -> None:
+    """All shards, in this process; `done` is called with the number of each."""
+    worker = EvaluationWorker(config)
+    try:
+        for number, shard in shards.items():
+            done(number, worker.measure(shard))
+    finally:
+        worker.close()
+
+
+async def measure_on_ray(config: Config, shards: Mapping[int, Shard], done: Done, *, workers: int) -> None:
+    """All shards, by actors of the Ray that this process is connected to; `done` is called with the number of each.
+
+    Args:
+        config: the run's configuration; `rollout` says what a worker reserves, and how often one may die.
+        shards: what to measure, by number.
+        done: called in this process.
+        workers: how many; those that find no room in the cluster wait, and the others do their part.
+
+    Raises:
+        UserError, RunError: as `EvaluationWorker.measure`; RunError when a worker dies too often.
+    """
+    waiting: asyncio.Queue[int] = asyncio.Queue()
+    for number in shards:
+        waiting.put_nowait(number)
+    missing = len(shards)
+    ended = asyncio.Event()
+
+    async def work() -> None:
+        nonlocal missing
+        deaths, number, most = 0, None, config.rollout.max_restarts
+        while True:
+            worker = _start(config)
+            try:
+                await worker.ready.remote()
+                while True:
+                    number = await waiting.get()
+                    done(number, await worker.measure.remote(shards[number]))
+                    number = None
+                    missing -= 1
+                    if not missing:
+                        ended.set()
+            except RayTaskError as error:
+                known = isinstance(error.cause, UserError | RunError)
+                raise (error.cause if known else RunError(f"evaluation: {one_line(error.cause)}")) from error
+            except RayError as error:
+                deaths += 1
+                if failure_kind(error) is not FailureKind.INFRASTRUCTURE or deaths > most:
+                    raise RunError(
+                        f"an evaluation worker died {deaths} times (rollout.max_restarts={most}); the last: "
+                        f"{one_line(error)}"
+                    ) from error
+                if number is not None:
+                    waiting.put_nowait(number)
+                    number = None
+            finally:
+                with suppress(RayError):
+                    ray.kill(worker)
+
+    if not shards:
+        return
+    everyone = [asyncio.create_task(work()) for _ in range(min(workers, len(shards)))]
+    over = asyncio.create_task(ended.wait())
+    try:
+        await asyncio.wait([*everyone, over], return_when=asyncio.FIRST_COMPLETED)
+        for one in everyone:
+            if one.done():
+                one.result()  # raises: nobody returns
+    finally:
+        over.cancel()
+        for one in everyone:
+            one.cancel()
+        await asyncio.gather(*everyone, return_exceptions=True)
+
+
+def _start(config: Config) -> Any:
+    rollout = config.rollout
+    options = {"num_cpus": rollout.cpus, "num_gpus": rollout.gpus, "max_restarts": 0}
+    return ray.remote(EvaluationWorker).options(**options).remote(config)
+
+
+def room_for_workers(config: Config) -> int:
+    """How many workers the cluster has room for, at least 1."""
+    there, rollout = ray.cluster_resources(), config.rollout
+    room = there.get("CPU", 0.0) / rollout.cpus
+    if rollout.gpus:
+        room = min(room, there.get("GPU", 0.0) / rollout.gpus)
+    return max(1, int(room))

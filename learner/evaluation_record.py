@@ -1,0 +1,203 @@
+"""Evaluation record: what an evaluation found, answer by answer, on disk.
+
+    shards/DIGEST/N.parquet      finished shards of an evaluation that is going on; removed at its end
+    answers.parquet              a row for every answer: policy, setting, prompt, completion, verdict, reward, NFE
+    samples_POLICY.jsonl         the same in the layout of lm-evaluation-harness' sample files
+
+The digest tells evaluations apart: of everything in the configuration that says what is computed, of the policies'
+files and of the task's (names, sizes, times of change). So the same command goes on where it was killed, and another
+one begins anew.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from actors.evaluation import Point, Setting
+from common.config import Config
+from common.errors import RunError, one_line
+from common.tasks import Example, Task
+from learner.evaluation_fleet import Shard
+
+ANSWERS = "answers.parquet"
+ELSEWHERE = {"actors", "cpus", "gpus", "max_restarts", "drain_seconds", "reward_workers"}
+COMPONENT = "component."  # prefix of a column
+Points = Mapping[str, list[Point]]
+
+
+class ShardFolder:
+    """The finished shards of one evaluation, by their numbers."""
+
+    def __init__(self, out: Path, config: Config, folders: Mapping[str, Path]) -> None:
+        """Raises RunError when the folder cannot be made."""
+        self.path = out / "shards" / evaluation_digest(config, folders)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be made ({one_line(error)}); choose another --out") from error
+
+    def read(self, number: int, shard: Shard) -> Point | None:
+        """The point of a shard that is finished; one that cannot be read is not."""
+        try:
+            return _point(pq.read_table(self.path / f"{number}.parquet"), shard)
+        except (OSError, pa.ArrowException, KeyError, ValueError):
+            return None
+
+    def write(self, number: int, point: Point) -> None:
+        """As a whole or not at all. Raises RunError when there is no room."""
+        partial = self.path / f"{number}.{os.getpid()}.partial"
+        try:
+            pq.write_table(pa.table(_columns(point)), partial)
+            os.replace(partial, self.path / f"{number}.parquet")
+        except OSError as error:
+            raise RunError(f"shard {number} cannot be written to {self.path} ({one_line(error)}); make room") from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        with suppress(OSError):  # shards of another evaluation are there
+            self.path.parent.rmdir()
+
+
+def evaluation_digest(config: Config, folders: Mapping[str, Path]) -> str:
+    """Changes with whatever changes what an evaluation finds."""
+    said = {
+        "task": config.task.model_dump(mode="json"),
+        "model": config.model.model_dump(mode="json", exclude={"path"}),
+        "sampler": config.sampler.model_dump(mode="json"),
+        "rollout": config.rollout.model_dump(mode="json", exclude=ELSEWHERE),
+        "evaluation": config.evaluation.model_dump(mode="json"),
+        "cost": [config.learner.speed_weight, config.learner.cost],
+        "seed": config.run.seed,
+        "policies": {name: [str(folder.absolute()), *_files(folder)] for name, folder in folders.items()},
+        "data": [[*_files(Path(name))] for name in config.task.model_dump().values() if isinstance(name, str)],
+    }
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _files(path: Path) -> Iterator[list[Any]]:
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        with suppress(OSError):
+            found = file.stat()
+            yield [file.name, found.st_size, found.st_mtime_ns]
+
+
+def write_answers(out: Path, config: Config, task: Task, points: Points) -> list[Path]:
+    """Every answer of an evaluation, as Parquet and as sample files.
+
+    Raises:
+        RunError: when there is no room.
+    """
+    chosen = config.evaluation
+    examples = [task.example(chosen.split, index) for index in range(chosen.prompts)]
+    answers = out / ANSWERS
+    written = [answers]
+    try:
+        writer: pq.ParquetWriter | None = None
+        for name, found in points.items():
+            for point in found:
+                table = _answers(name, point, task, examples)
+                writer = writer or pq.ParquetWriter(answers, table.schema)
+                writer.write_table(table)
+            written.append(_write_samples(out, config, name, found, task, examples))
+        if writer is not None:
+            writer.close()
+    except OSError as error:
+        raise RunError(f"the answers cannot be written to {out} ({one_line(error)}); make room") from error
+    return written
+
+
+def _answers(name: str, point: Point, task: Task, examples: list[Example]) -> pa.Table:
+    count = len(examples)
+    return pa.table(
+        {
+            "policy": [name] * count,
+            "setting": [point.setting.name] * count,
+            "index": np.arange(count),
+            "prompt": [example.prompt for example in examples],
+            "ground_truth": [json.dumps(example.fields) for example in examples],
+            "answer": [task.answer(text) for text in point.completions],
+            **_columns(point),
+        }
+    )
+
+
+def _write_samples(
+    out: Path, config: Config, name: str, points: list[Point], task: Task, examples: list[Example]
+) -> Path:
+    path = out / f"samples_{name}.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for point in points:
+            asked = _arguments(config, point.setting)
+            for index, (example, text) in enumerate(zip(examples, point.completions, strict=True)):
+                sample = {
+                    "doc_id": index,
+                    "doc": example.fields,
+                    "target": json.dumps(example.fields),
+                    "arguments": [[example.prompt, asked]],
+                    "resps": [[text]],
+                    "filtered_resps": [task.answer(text)],
+                    "filter": "answer",
+                    "metrics": ["exact_match", "reward"],
+                    "exact_match": float(point.correct[index]),
+                    "reward": float(point.reward[index]),
+                    "nfe": int(point.nfe[index]),
+                    "gamma": float(point.gamma[index]),
+                }
+                file.write(json.dumps(sample, ensure_ascii=False, default=str) + "\n")
+    return path
+
+
+def _arguments(config: Config, setting: Setting) -> dict[str, Any]:
+    return {
+        "setting": setting.name,
+        "rule": setting.rule,
+        "parameter": setting.parameter,
+        "temperature": setting.temperature,
+        "max_gen_toks": config.sampler.max_completion_tokens,
+    }
+
+
+def _columns(point: Point) -> dict[str, Any]:
+    return {
+        "completion": list(point.completions),
+        "correct": point.correct,
+        "reward": point.reward,
+        "reward_costed": point.reward_costed,
+        "nfe": point.nfe,
+        "gamma": point.gamma,
+        "failure": list(point.failures),
+        **{f"{COMPONENT}{name}": values for name, values in point.components.items()},
+    }
+
+
+def _point(table: pa.Table, shard: Shard) -> Point:
+    """Raises KeyError, ValueError for a table that is not the shard's."""
+    if table.num_rows != len(shard.prompts):
+        raise ValueError(f"{table.num_rows} rows for {len(shard.prompts)} prompts")
+    values = {name: table.column(name).to_numpy() for name in table.column_names}
+    failures = tuple(table.column("failure").to_pylist())
+    return Point(
+        setting=shard.setting,
+        correct=values["correct"].astype(bool),
+        nfe=values["nfe"],
+        reward=values["reward"],
+        reward_costed=values["reward_costed"],
+        components={
+            name.removeprefix(COMPONENT): values[name] for name in table.column_names if name.startswith(COMPONENT)
+        },
+        gamma=values["gamma"],
+        failed=sum(map(bool, failures)),
+        completions=tuple(table.column("completion").to_pylist()),
+        failures=failures,
+    )

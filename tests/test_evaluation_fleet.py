@@ -1,0 +1,183 @@
+"""Evaluation at scale: the same answers from one process and from workers, after a kill, and after a worker's death."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import ray
+from learner_fixtures import MODEL
+
+from actors.evaluation import Point
+from common.config import Config, ThresholdConfig
+from common.config_file import load_config
+from common.errors import RunError
+from common.policy import build_policy
+from common.tasks import build_task
+from learner.evaluation_fleet import Shard, measure_on_ray, shards_of
+from learner.evaluation_record import ShardFolder, evaluation_digest
+from learner.final_evaluation import evaluate_folders, evaluate_kept
+from learner.ray_connection import LOCAL, connect
+
+Points = dict[str, list[Point]]
+
+
+def settings(*overrides: str) -> Config:
+    given = ["task.name=sudoku", "sampler.max_prompt_tokens=16", "evaluation.prompts=10", "evaluation.gammas=[0.1,1]"]
+    given += ["evaluation.confidences=[0.9]", "evaluation.tokens_per_step=[4,4]", "evaluation.shard_prompts=4"]
+    return load_config(None, [*given, *overrides])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = {}
+    for seed, name in enumerate(("before", "after")):
+        made[name] = tmp_path_factory.mktemp(name)
+        task = build_task(settings().task)
+        build_policy(MODEL, ThresholdConfig(), alphabet=task.alphabet, seed=seed).save(made[name])
+    return made
+
+
+def evaluated(config: Config, folders: dict[str, Path], out: Path) -> Points:
+    return evaluate_kept(config, folders, ShardFolder(out, config, folders), lambda name, point: None)
+
+
+@pytest.fixture(scope="module")
+def whole(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Points:
+    return evaluated(settings(), folders, tmp_path_factory.mktemp("whole"))
+
+
+def check_equal(found: Points, expected: Points) -> None:
+    assert list(found) == list(expected)
+    for name, points in expected.items():
+        assert len(found[name]) == len(points) == 7
+        for mine, theirs in zip(found[name], points, strict=True):
+            assert (mine.setting, mine.failed) == (theirs.setting, theirs.failed)
+            assert mine.completions == theirs.completions
+            assert mine.failures == theirs.failures
+            for field in ("correct", "nfe", "reward", "reward_costed", "gamma"):
+                np.testing.assert_array_equal(getattr(mine, field), getattr(theirs, field))
+            for key, values in theirs.components.items():
+                np.testing.assert_array_equal(mine.components[key], values)
+
+
+def test_shards_cover_every_prompt_of_every_setting(folders: dict[str, Path]) -> None:
+    shards = shards_of(settings(), folders, 4)
+    assert [list(shard.prompts) for shard in shards[:3]] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert len(shards) == 2 * 7 * 3
+
+
+def test_policies_differ_and_answers_are_recorded(whole: Points) -> None:
+    [before, after] = [points[0] for points in whole.values()]
+    assert len(before.completions) == 10
+    assert before.completions != after.completions
+
+
+def test_an_evaluation_that_was_killed_does_what_is_missing(
+    folders: dict[str, Path], whole: Points, tmp_path: Path
+) -> None:
+    config, killed_after = settings(), 5
+    kept = ShardFolder(tmp_path, config, folders)
+    write, written = kept.write, []
+
+    def killed(number: int, point: Point) -> None:
+        write(number, point)
+        written.append(number)
+        if len(written) == killed_after:
+            raise KeyboardInterrupt
+
+    kept.write = killed  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_kept(config, folders, kept, lambda name, point: None)
+    (kept.path / "1.parquet").write_bytes(b"half of a fi")
+    again = ShardFolder(tmp_path, config, folders)
+    write_again, missing = again.write, []
+    again.write = lambda number, point: (missing.append(number), write_again(number, point))[1]  # type: ignore[method-assign]
+    told: list[tuple[str, str]] = []
+    found = evaluate_kept(config, folders, again, lambda name, point: told.append((name, point.setting.name)))
+    check_equal(found, whole)
+    assert missing == [1, *range(killed_after, 42)]
+    assert len(told) == 14
+    again.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_computed_decides_what_goes_on(folders: dict[str, Path], tmp_path: Path) -> None:
+    digest = evaluation_digest(settings(), folders)
+    for same in ("rollout.actors=3", "run.name=other", "learner.steps=7"):
+        assert evaluation_digest(settings(same), folders) == digest
+    for other in ("run.seed=1", "task.seed=1", "evaluation.prompts=9", "rollout.slots=8", "learner.speed_weight=0.2"):
+        assert evaluation_digest(settings(other), folders) != digest
+    assert evaluation_digest(settings(), {"before": folders["after"]}) != digest
+    moved = {**folders, "after": tmp_path}
+    assert evaluation_digest(settings(), moved) != digest
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    connect(LOCAL, way_out="")
+    yield
+    ray.shutdown()
+
+
+def test_workers_find_what_one_process_finds_though_one_dies(
+    cluster: None, folders: dict[str, Path], whole: Points
+) -> None:
+    config = settings("rollout.cpus=0.5")
+    shards = dict(enumerate(shards_of(config, folders, 4)))
+    found: dict[int, Point] = {}
+    killed: list[int] = []
+
+    def done(number: int, point: Point) -> None:
+        found[number] = point
+        if len(found) == 10:
+            worker = next(one for one in workers() if one.pid not in killed)
+            killed.append(worker.pid)
+            worker.kill()
+
+    asyncio.run(measure_on_ray(config, shards, done, workers=2))
+    assert len(killed) == 1
+    assert sorted(found) == sorted(shards)
+    points = [found[number] for number in shards]
+    joined = [Point.joined(points[start : start + 3]) for start in range(0, 42, 3)]
+    check_equal({"before": joined[:7], "after": joined[7:]}, whole)
+
+
+def workers() -> list[psutil.Process]:
+    found = []
+    for one in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has just ended
+            found += [one] if "EvaluationWorker" in " ".join(one.cmdline()) else []
+    return found
+
+
+def test_a_worker_that_dies_again_and_again_ends_it(cluster: None, folders: dict[str, Path]) -> None:
+    config = settings("rollout.cpus=0.5", "rollout.max_restarts=0")
+
+    def done(number: int, point: Point) -> None:
+        for worker in workers():
+            with suppress(psutil.Error):
+                worker.kill()
+
+    shards = dict(enumerate(shards_of(config, folders, 4)))
+    with pytest.raises(RunError, match=r"an evaluation worker died 1 times \(rollout.max_restarts=0\)"):
+        asyncio.run(measure_on_ray(config, shards, done, workers=1))
+
+
+def test_a_policy_that_cannot_be_loaded_is_the_users_error(cluster: None, tmp_path: Path) -> None:
+    shard: Any = Shard("policy", tmp_path, shards_of(settings(), {"policy": tmp_path}, 4)[0].setting, range(4))
+    with pytest.raises(Exception, match=r"no config\.json there") as caught:
+        asyncio.run(measure_on_ray(settings(), {0: shard}, lambda number, point: None, workers=1))
+    assert type(caught.value).__name__ == "UserError"
+
+
+def test_the_end_of_a_run_measures_the_same(cluster: None, folders: dict[str, Path], whole: Points) -> None:
+    progress: list[None] = []
+    config = settings("evaluation.prompts=4", "rollout.cpus=2")
+    found = asyncio.run(evaluate_folders(config, folders, lambda: progress.append(None)))
+    assert len(progress) == 14
+    assert [point.completions for point in found["after"]] == [point.completions[:4] for point in whole["after"]]
