@@ -319,7 +319,7 @@ class LearnerConfig(Section):
     """Tokens in one forward and backward pass, padding and all rows counted; one completion's rows may be more."""
     activation_checkpointing: bool = False
     """Keep only the inputs of the model's layers for the backward pass, and compute the rest again in it: less memory,
-    a third more time."""
+    up to a third more time."""
     max_skipped_steps: int = Field(default=3, ge=0)
     """Batches in a row that may be set aside because a reward, the loss or a gradient is not finite."""
     max_restarts: int = Field(default=3, ge=0)
