@@ -20,7 +20,9 @@ from common.config import ModelConfig, ThresholdConfig
 from common.errors import UserError
 from common.family import FAMILIES, recognise
 from common.policy import Policy, load_policy
+from learner.demonstrations import Demonstration
 from learner.learner import Learner
+from learner.packing import micro_batches
 from learner.surrogate import draw_taus, mean_field, surrogate_log_probs
 from learner.warm_start import masked_diffusion_loss
 
@@ -160,16 +162,23 @@ def test_the_exact_surrogate_is_what_behaviour_recorded(policy: Policy) -> None:
     np.testing.assert_allclose(exact[batch.scored], batch.behaviour_logprob[batch.scored], rtol=1e-6, atol=1e-6)
 
 
-def test_the_warm_start_predicts_positions_and_not_columns(policy: Policy) -> None:
-    """All masked: the loss is the mean cross-entropy of the completion, MASK left out."""
-    prompt, completion = torch.tensor([[9, 8, 7]]), torch.tensor([[12, 13, 14, 15]])
-    mask = policy.vocabulary.mask_id
+@pytest.mark.parametrize("packs", [False, True])
+def test_the_warm_start_predicts_positions_and_not_columns(policy: Policy, packs: bool) -> None:
+    """All masked: the loss is the mean cross-entropy of each completion, MASK left out, packed or not."""
+    pairs = [Demonstration([9, 8, 7], [12, 13, 14, 15]), Demonstration([11, 10], [8, 12])]
+    mask, expected = policy.vocabulary.mask_id, 0.0
+    for prompt, completion in pairs:
+        first, count = len(prompt) - policy.shift, len(completion)
+        logits = plain_logits(policy, torch.tensor([prompt + [mask] * count]))[0][first : first + count]
+        logits[:, mask] = -torch.inf
+        expected += float(cross_entropy(logits, torch.tensor(completion))) / len(pairs)
+    width = 11 if packs and policy.takes_segments else None
+    (rows,) = micro_batches(
+        pairs, torch.ones(2), torch.zeros(6), pad_id=policy.vocabulary.pad_id, width=width, budget=99
+    )
+    assert rows.several == (width is not None)
     with torch.no_grad():
-        loss = masked_diffusion_loss(policy, prompt, completion, torch.ones(1), torch.zeros(1, 4))
-    logits = plain_logits(policy, torch.cat([prompt, torch.full((1, 4), mask)], 1))[0]
-    logits = logits[3 - policy.shift : 7 - policy.shift]
-    logits[:, mask] = -torch.inf
-    assert float(loss) == pytest.approx(float(cross_entropy(logits, completion[0])), rel=1e-6)
+        assert float(masked_diffusion_loss(policy, rows)) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", WRITERS)

@@ -16,7 +16,9 @@ from common.keyed_random import derive
 from common.policy import Policy
 from common.token_scores import row_pieces, token_scores
 from learner.benchmarks.learner import SavedTensors
+from learner.demonstrations import Demonstration
 from learner.learner import Learner
+from learner.packing import micro_batches
 from learner.surrogate import surrogate_gap
 from learner.warm_start import masked_diffusion_loss
 
@@ -99,15 +101,19 @@ def test_a_learner_step_in_pieces_is_the_same_step(policy: Policy, rule: str, mo
 
 def test_the_gap_and_the_warm_start_in_pieces_are_the_same(policy: Policy, small_pieces: pytest.MonkeyPatch) -> None:
     batch = generate_batch(policy)
-    prompt, completion = batch.prompts[batch.group], batch.completion_ids
     generator = torch.Generator().manual_seed(derive(1, 2))
-    t = torch.rand(len(prompt), generator=generator, dtype=torch.float64).clamp(min=0.2)
-    noise = torch.rand(completion.shape, generator=generator, dtype=torch.float64)
+    pairs = [
+        Demonstration(*pair)
+        for pair in zip(batch.prompts[batch.group].tolist(), batch.completion_ids.tolist(), strict=True)
+    ]
+    t = torch.rand(len(pairs), generator=generator).clamp(min=0.2)
+    noise = torch.rand(batch.completion_ids.numel(), generator=generator)
+    (rows,) = micro_batches(pairs, t, noise, pad_id=policy.vocabulary.pad_id, width=None, budget=1 << 20)
     found = []
     for size in (3, 1 << 30):
         small_pieces.setattr(common.token_scores, "LOGIT_BYTES", size * 4 * policy.model.config.vocab_size)
         gaps = surrogate_gap(policy, batch, (1, 2, 4))
-        loss = masked_diffusion_loss(policy, prompt, completion, t, noise)
+        loss = masked_diffusion_loss(policy, rows)
         weights = list(policy.model.parameters())
         found.append([*gaps.values(), loss, *torch.autograd.grad(loss, weights)])
     for mine, its in zip(*found, strict=True):
