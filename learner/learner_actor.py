@@ -46,13 +46,8 @@ class LearnerActor:
         self._blocked = 0.0
         self._doing, self._since = "starts", time.monotonic()
 
-    def address(self) -> tuple[str, int]:
-        """Called by the controller where there are several ranks: where they meet."""
-        ranked: Any = self._trainer
-        return ranked.address
-
     def lead(self, others: list[Any]) -> None:
-        """Called by the controller then: the other ranks' actors, which obey this one from now on."""
+        """Called by the controller where there are several ranks: the others' actors obey this one from now on."""
         ranked: Any = self._trainer
         ranked.lead(others)
 

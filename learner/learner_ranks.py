@@ -33,8 +33,7 @@ class LearnerRanks:
     """Owned by the controller; one life of the learner."""
 
     def __init__(self, config: Config, directory: Path, parts: Parts, controller: Any) -> None:
-        self._config = config
-        self._options = {
+        options: dict[str, Any] = {
             "num_cpus": config.learner.cpus,
             "num_gpus": config.learner.gpus,
             "max_concurrency": 2,
@@ -45,17 +44,20 @@ class LearnerRanks:
             raise UserError(f"learner.ranks={config.learner.ranks}: simulated learners have one; set learner.ranks=1")
         self._first: Any = (
             ray.remote(LearnerActor)
-            .options(**self._options)
+            .options(**options)
             .remote(config=config, directory=directory, controller=controller, make=make)
         )
-        self._directory = directory
-        self._others: list[Any] = []
-        self._followed: list[asyncio.Future[None]] = []
+        warm_start = RunDirectory(directory).warm_start
+        self._others: list[Any] = [
+            ray.remote(RankActor).options(**options).remote(config=config, rank=rank, warm_start=warm_start)
+            for rank in range(1, config.learner.ranks)
+        ]
+        self._followed = [asyncio.ensure_future(_answer(other.follow.remote())) for other in self._others]
 
     async def warm_start(self) -> None:
-        """Start the other ranks, and make or load the weights that training starts from."""
-        if self._config.learner.ranks > 1:
-            await self._meet()
+        """Make or load the weights that training starts from."""
+        if self._others:
+            await self._together(self._first.lead.remote(self._others))
         await self._together(self._first.warm_start.remote())
 
     async def run(self, buffer: Any) -> dict[str, float]:
@@ -73,17 +75,6 @@ class LearnerRanks:
             follower.cancel()
         for actor in [self._first, *self._others]:
             ray.kill(actor)
-
-    async def _meet(self) -> None:
-        address = await self._first.address.remote()
-        actor = ray.remote(RankActor).options(**self._options)
-        warm_start = RunDirectory(self._directory).warm_start
-        self._others = [
-            actor.remote(config=self._config, rank=rank, warm_start=warm_start, address=address)
-            for rank in range(1, self._config.learner.ranks)
-        ]
-        self._followed = [asyncio.ensure_future(_answer(other.follow.remote())) for other in self._others]
-        await self._together(self._first.lead.remote(self._others))
 
     async def _together(self, call: Awaitable[T]) -> T:
         """Rank 0's answer. Raises what ended one of the ranks; a death rather than what followed from it."""

@@ -17,8 +17,8 @@ ENDING = "close"
 class RankActor:
     """Started by the controller beside the learner actor, and ended with it."""
 
-    def __init__(self, *, config: Config, rank: int, warm_start: Path, address: tuple[str, int]) -> None:
-        self._config, self._rank, self._address = config, rank, address
+    def __init__(self, *, config: Config, rank: int, warm_start: Path) -> None:
+        self._config, self._rank = config, rank
         self._warm_start = warm_start
         self._orders: SimpleQueue[tuple[str, tuple[Any, ...]]] = SimpleQueue()
         self._doing, self._since = "starts", time.monotonic()
@@ -44,7 +44,7 @@ class RankActor:
             if name == ENDING:
                 return
             if name == "begin":
-                host, port = self._address
+                host, port = arguments
                 store = Ranks.store(host, port, self._config.learner.ranks)
                 arguments = (Ranks.join(store, self._rank, self._config),)
             try:

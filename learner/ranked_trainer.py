@@ -33,11 +33,6 @@ class RankedTrainer:
         self._trainer = PolicyTrainer(config, warm_start)
         self._others: list[Any] = []
 
-    @property
-    def address(self) -> tuple[str, int]:
-        """Of the store."""
-        return str(self._store.host), int(self._store.port)
-
     def lead(self, others: Sequence[Any]) -> None:
         """Called before everything else, with the other ranks' actors."""
         self._others = list(others)
@@ -49,7 +44,7 @@ class RankedTrainer:
     def warm_start(self, report: Report) -> None:
         """The supervised part is rank 0's alone."""
         self._trainer.open(report)
-        self._order("begin")
+        self._order("begin", str(self._store.host), int(self._store.port))
         self._trainer.begin(Ranks.join(self._store, 0, self._config))
 
     def restore(self, folder: Path) -> None:

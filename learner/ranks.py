@@ -13,6 +13,8 @@
 """
 
 import copy
+import os
+import socket
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Self
@@ -28,6 +30,7 @@ from common.policy import Policy
 from common.weights import sharded, whole
 
 PATIENCE = 10.0  # of a rank that waits in a call for the others, as a multiple of `run.stall_timeout`
+LOOPBACK = "127.0.0.1"
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 
@@ -40,10 +43,16 @@ class Ranks:
 
     @staticmethod
     def store(host: str, port: int, count: int) -> Any:
-        """Where `count` ranks meet; port 0 opens one here, which has `host` and `port` for the others."""
+        """Where `count` ranks meet; port 0 opens one at this address, whose `port` the others are told."""
         from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]: documented
 
-        return TCPStore(host, port, count, is_master=port == 0, wait_for_workers=False)
+        listener = None
+        if port == 0:  # torch's own would listen on all addresses
+            server = socket.create_server((host, 0))
+            port, listener = server.getsockname()[1], server.detach()
+        return TCPStore(
+            host, port, count, is_master=listener is not None, wait_for_workers=False, master_listen_fd=listener
+        )
 
     @classmethod
     def join(cls, store: Any, rank: int, config: Config) -> Self:
@@ -58,6 +67,9 @@ class Ranks:
         count, kind = config.learner.ranks, torch.device(config.model.device).type
         if kind not in BACKENDS:
             raise UserError(f"learner.ranks={count} on model.device={config.model.device}; use cpu or cuda")
+        if store.host == LOOPBACK:  # as a local Ray: gloo as well
+            names = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])
         patience = timedelta(seconds=PATIENCE * config.run.stall_timeout)
         dist.init_process_group(BACKENDS[kind], store=store, rank=rank, world_size=count, timeout=patience)
         return cls(rank, count, init_device_mesh(kind, (count,)))

@@ -15,16 +15,20 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from actors.evaluation import Setting
 from common.adapter import ADAPTER_BASE, ADAPTER_CONFIG, Base, adapt, adapted, frozen_parameters, learned_parameters
 from common.config import LoraConfig, ModelConfig, RolloutConfig, ThresholdConfig
 from common.config_file import load_config
 from common.errors import RunError, UserError
 from common.policy import Policy, build_policy, load_policy, open_rollout_policy
 from common.tasks import build_task
+from common.trajectory import decode_group
 from common.weight_store import digest
 from common.weights import adopt_base, base_arrays, load_flat, not_finite, to_flat
 from learner.cli import app
 from learner.export import export
+from learner.final_evaluation import evaluate_policy
+from learner.group_replay import replay_group
 from learner.learner import Learner
 from learner.policy_trainer import LEARNER_STATE, PolicyTrainer
 from learner.preflight import preflight
@@ -369,6 +373,22 @@ def test_three_steps_a_checkpoint_and_on(sudoku_model: Path, tmp_path: Path, giv
     saved = load_policy(tmp_path / "saved", config.model, config.sampler.threshold)
     before = load_policy(tmp_path / "warm_start", config.model, config.sampler.threshold)
     assert not torch.equal(logits(saved), logits(before))
+    tolerance = 1e-4 if precision == "float32" else 0.05
+    table = decode_group(batches[-1][0])  # drawn with the weights that were saved
+    replayed = replay_group(saved, config, task, table, version=3, tolerance=tolerance)
+    assert replayed.agrees
+    assert all(token.comparable for token in replayed.tokens)
+
+
+def test_a_checkpoint_is_evaluated_and_generates(sudoku_model: Path, tmp_path: Path) -> None:
+    config = load_config(None, [*TINY, f"model.path={sudoku_model}", "evaluation.prompts=4", "evaluation.gammas=[3]"])
+    policy = load_policy(sudoku_model, config.model, config.sampler.threshold)
+    disturb(policy).save(tmp_path)
+    [point] = evaluate_policy(config, tmp_path, settings=[Setting("one", "entropy_bound", 3.0)])
+    assert 1 <= point.mean_nfe <= 16
+    done = CliRunner().invoke(app, ["generate", str(tmp_path), "1004040003104001", "--no-steps"])
+    assert done.exit_code == 0, done.output
+    assert "NFE" in done.output
 
 
 def test_another_runs_adapter_does_not_fit(sudoku_model: Path, tmp_path: Path) -> None:
