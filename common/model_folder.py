@@ -18,9 +18,32 @@ from transformers import (
 )
 
 from common.errors import UserError
-from common.family import SHIFT_KEY, recognise
+from common.family import SHIFT_KEY, Family, recognise
 from common.shards import Shards
 from common.vocabulary import read_vocabulary, settle_special_tokens
+
+
+def read_described(folder: Path, *, shift: int | None = None) -> tuple[Family, Any]:
+    """Family of a checkpoint, and the configuration of transformers that it is loaded with; only config.json is read.
+
+    Raises:
+        UserError: for an unknown architecture; other errors for a damaged file.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model {folder}: no config.json there; give a folder in Hugging Face layout")
+    given = json.loads((folder / "config.json").read_bytes())
+    if shift is not None and isinstance(given, dict):
+        given |= {SHIFT_KEY: shift}
+    try:
+        family = recognise(given)
+        described = family.described(given)
+        if described["model_type"] not in CONFIG_MAPPING:
+            raise UserError(
+                f"config.json: model_type {described['model_type']!r} is not one that transformers has natively"
+            )
+    except UserError as error:
+        raise UserError(f"model {folder}: {error}") from error
+    return family, CONFIG_MAPPING[described["model_type"]].from_dict(described)
 
 
 class ModelFolder:
@@ -36,20 +59,9 @@ class ModelFolder:
         Raises:
             UserError: for an unknown architecture, or special tokens that do not fit; other errors for damaged files.
         """
-        if not (folder / "config.json").is_file():
-            raise UserError(f"model {folder}: no config.json there; give a folder in Hugging Face layout")
-        given = json.loads((folder / "config.json").read_bytes())
-        if shift is not None and isinstance(given, dict):
-            given |= {SHIFT_KEY: shift}
         self.folder = folder
+        self.family, self.config = read_described(folder, shift=shift)
         try:
-            self.family = recognise(given)
-            described = self.family.described(given)
-            if described["model_type"] not in CONFIG_MAPPING:
-                raise UserError(
-                    f"config.json: model_type {described['model_type']!r} is not one that transformers has natively"
-                )
-            self.config: Any = CONFIG_MAPPING[described["model_type"]].from_dict(described)
             self.tokenizer = self._open_tokenizer()
             settle_special_tokens(self.tokenizer, self.config, self.family, mask_token)
             self.vocabulary = read_vocabulary(self.tokenizer, self.config)

@@ -14,12 +14,14 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from common.adapter import target_layers
 from common.autocast import has_bfloat16
-from common.config import Config
+from common.config import Config, LoraConfig
 from common.errors import UserError
+from common.model_folder import read_described
 from common.policy import build_policy
 from common.tasks import build_task
 from common.token_scores import row_bytes
@@ -173,35 +175,28 @@ def measure(config: Config) -> tuple[Model, Activations]:
         ends = {id(p): p.numel() for part in around for p in part.parameters()}
         heads = described.num_attention_heads
         head_size = getattr(described, "head_dim", None) or described.hidden_size // heads
-        lora = getattr(config.model, "lora", None)
+        lora = config.model.lora or LoraConfig()
         return Model(
             parameters=sum(p.numel() for p in model.parameters()),
             embeddings=sum(ends.values()),
-            adapters=adapter_parameters(
-                model.base_model,
-                rank=int(getattr(lora, "rank", 16)),
-                targets=tuple(getattr(lora, "targets", None) or ()),
-            ),
+            adapters=adapter_parameters(model, lora),
             layers=layers,
             vocabulary=described.vocab_size,
             cache_per_token=2 * layers * head_size * (getattr(described, "num_key_value_heads", None) or heads),
         ), Activations(kept=kept, recomputed=again + kept // layers)
 
 
-def adapter_parameters(model: nn.Module, *, rank: int, targets: tuple[str, ...]) -> int:
-    """Parameters of LoRA adapters of a rank beside the linear layers whose last name is among `targets`, or all."""
-    return sum(
-        rank * (module.in_features + module.out_features)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and (not targets or name.rpartition(".")[2] in targets)
-    )
+def adapter_parameters(model: PreTrainedModel, lora: LoraConfig) -> int:
+    """Parameters of an adapter. Raises UserError for targets that the model does not have."""
+    layers = [model.get_submodule(name) for name in target_layers(model, lora.targets)]
+    return sum(lora.rank * (layer.in_features + layer.out_features) for layer in layers if isinstance(layer, nn.Linear))
 
 
 def settings_of(config: Config, model: Model) -> Settings:
     """The numbers that the plan takes from a configuration."""
     rollout = config.rollout
     return Settings(
-        ranks=int(getattr(config.learner, "ranks", 1)),
+        ranks=config.learner.ranks,
         reference=config.learner.kl_beta > 0,
         inner_updates=config.learner.inner_updates,
         tokens=config.learner.micro_batch_tokens,
@@ -209,7 +204,7 @@ def settings_of(config: Config, model: Model) -> Settings:
         width=config.sampler.max_prompt_tokens + config.sampler.max_completion_tokens,
         rollout_bytes=HALF if rollout.precision == "bfloat16" else FULL,
         rollout_autocast=rollout.precision == "autocast",
-        published_bytes=FULL,
+        published_bytes=HALF if rollout.precision == "bfloat16" else FULL,
         keep_versions=config.replay.keep_versions,
         replay=config.replay.memory_bytes,
         actors=rollout.actors,
@@ -223,15 +218,13 @@ def _described(config: Config) -> PreTrainedConfig:
         alphabet = build_task(config.task).alphabet
         return build_policy(config.model, config.sampler.threshold, alphabet=alphabet, seed=0).model.config
     folder = Path(config.model.path)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"model {folder}: no config.json there; give a folder in Hugging Face layout")
     try:
-        described = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return read_described(folder)[1]
+    except UserError:
+        raise
     except Exception as error:  # a config.json can be wrong in more ways than transformers has errors for
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(f"model {folder}: config.json cannot be read: {reason}; give one of transformers") from error
-    described.is_causal = False
-    return described
+        raise UserError(f"model {folder}: config.json cannot be read: {reason}; give the model's own") from error
 
 
 def _fake_model(described: PreTrainedConfig, attention: str) -> PreTrainedModel:

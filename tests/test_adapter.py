@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from actors.evaluation import Setting
+from actors.evaluation import Point, Setting
 from common.adapter import ADAPTER_BASE, ADAPTER_CONFIG, Base, adapt, adapted, frozen_parameters, learned_parameters
 from common.config import LoraConfig, ModelConfig, RolloutConfig, ThresholdConfig
 from common.config_file import load_config
@@ -26,8 +26,8 @@ from common.trajectory import decode_group
 from common.weight_store import digest
 from common.weights import adopt_base, base_arrays, load_flat, not_finite, to_flat
 from learner.cli import app
+from learner.evaluation_fleet import Shard, measure_here
 from learner.export import export
-from learner.final_evaluation import evaluate_policy
 from learner.group_replay import replay_group
 from learner.learner import Learner
 from learner.policy_trainer import LEARNER_STATE, PolicyTrainer
@@ -384,8 +384,10 @@ def test_a_checkpoint_is_evaluated_and_generates(sudoku_model: Path, tmp_path: P
     config = load_config(None, [*TINY, f"model.path={sudoku_model}", "evaluation.prompts=4", "evaluation.gammas=[3]"])
     policy = load_policy(sudoku_model, config.model, config.sampler.threshold)
     disturb(policy).save(tmp_path)
-    [point] = evaluate_policy(config, tmp_path, settings=[Setting("one", "entropy_bound", 3.0)])
-    assert 1 <= point.mean_nfe <= 16
+    found: dict[int, Point] = {}
+    shard = Shard("one", tmp_path, Setting("one", "entropy_bound", 3.0), range(4))
+    measure_here(config, {0: shard}, found.__setitem__)
+    assert 1 <= found[0].mean_nfe <= 16
     done = CliRunner().invoke(app, ["generate", str(tmp_path), "1004040003104001", "--no-steps"])
     assert done.exit_code == 0, done.output
     assert "NFE" in done.output
