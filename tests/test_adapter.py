@@ -4,19 +4,31 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from learner_fixtures import ALPHABET, MODEL, generate_batch, learner_config, parameters, tiny_policy
+from ray._private.ray_constants import ENABLE_RAY_CLUSTERS_ENV_VAR
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from actors.evaluation import Point, Setting
-from common.adapter import ADAPTER_BASE, ADAPTER_CONFIG, Base, adapt, adapted, frozen_parameters, learned_parameters
+from common.adapter import (
+    ADAPTER_BASE,
+    ADAPTER_CONFIG,
+    Base,
+    adapt,
+    adapted,
+    frozen_parameters,
+    learned_parameters,
+    read_base,
+)
 from common.config import LoraConfig, ModelConfig, RolloutConfig, ThresholdConfig
 from common.config_file import load_config
 from common.errors import RunError, UserError
@@ -32,8 +44,10 @@ from learner.group_replay import replay_group
 from learner.learner import Learner
 from learner.policy_trainer import LEARNER_STATE, PolicyTrainer
 from learner.preflight import preflight
+from learner.ray_connection import LOCAL, connect
 from learner.study.single_run import SingleRun
 from learner.synchronous_rollout import SynchronousRollout
+from learner.warm_start import supervised
 
 LORA = LoraConfig(rank=2, alpha=4.0)
 IDS = torch.tensor([[4, 5, 6, 7, 3, 3]])
@@ -378,6 +392,45 @@ def test_three_steps_a_checkpoint_and_on(sudoku_model: Path, tmp_path: Path, giv
     replayed = replay_group(saved, config, task, table, version=3, tolerance=tolerance)
     assert replayed.agrees
     assert all(token.comparable for token in replayed.tokens)
+
+
+def test_demonstrations_teach_adapters_and_training_goes_on_with_them(sudoku_model: Path, tmp_path: Path) -> None:
+    """`diffpo sft` of a given model, then `diffpo train` from what it wrote."""
+    config = load_config(None, [*TINY, f"model.path={sudoku_model}", "model.lora.dropout=0.1"])
+    taught = supervised(config, build_task(config.task), tmp_path / "taught")
+    plain = load_policy(sudoku_model, config.model.model_copy(update={"lora": None}), config.sampler.threshold)
+    assert digest(*base_arrays(taught)) == digest(*[p.detach().numpy() for p in plain.model.parameters()])
+    later = load_config(None, [*TINY, f"model.path={tmp_path / 'taught'}"])
+    trainer = PolicyTrainer(later, tmp_path / "run" / "warm_start")
+    trainer.warm_start(lambda kind, values: None)
+    load_flat(plain := load_policy(sudoku_model, config.model, config.sampler.threshold), trainer.weights())
+    assert torch.equal(logits(plain), logits(taught))
+    assert read_base(tmp_path / "run" / "warm_start") == Base.of(sudoku_model)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks at Linux's list of mapped memory")
+def test_the_base_stays_in_rays_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters lie in the object store's own mapping, which every process of the node has."""
+    wide = ModelConfig(hidden_size=64, layers=2, heads=2, intermediate_size=128, max_positions=64)
+    policy = build_policy(wide, ThresholdConfig(), alphabet=ALPHABET, seed=0)
+    for name in ("RAY_AUTH_MODE", ENABLE_RAY_CLUSTERS_ENV_VAR):  # restored, whatever connecting makes of them
+        monkeypatch.setenv(name, "0")
+        monkeypatch.delenv(name)
+    connect(LOCAL, way_out="")
+    try:
+        private = base_arrays(with_adapter(policy))
+        arrays: Any = ray.get(ray.put(private))
+        adopt_base(policy, arrays)
+        lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+        ends = [line[0].split("-") for line in lines if any("plasma" in part for part in line)]
+
+        def in_store(address: int) -> bool:
+            return any(int(low, 16) <= address < int(high, 16) for low, high in ends)
+
+        assert all(in_store(parameter.data_ptr()) for _, parameter in frozen_parameters(policy))
+        assert not any(in_store(array.ctypes.data) for array in private)
+    finally:
+        ray.shutdown()
 
 
 def test_a_checkpoint_is_evaluated_and_generates(sudoku_model: Path, tmp_path: Path) -> None:

@@ -128,3 +128,38 @@ def test_pieces_of_logits_are_counted() -> None:
     config = load_config(CONFIG, SMALL)
     model, _ = measure(config)
     assert settings_of(config, model).logits == 2048 * 4 * model.vocabulary
+
+
+LLADA_8B = {
+    "model_type": "llada",
+    "architectures": ["LLaDAModelLM"],
+    "d_model": 4096,
+    "n_heads": 32,
+    "n_kv_heads": 32,
+    "n_layers": 32,
+    "mlp_hidden_size": 12288,
+    "vocab_size": 126464,
+    "embedding_size": 126464,
+    "max_sequence_length": 4096,
+    "rope_theta": 500000.0,
+    "rms_norm_eps": 1e-05,
+    "weight_tying": False,
+    "mask_token_id": 126336,
+    "eos_token_id": 126081,
+    "pad_token_id": 126081,
+}
+"""As LLaDA-8B-Instruct has them."""
+
+
+@pytest.mark.parametrize(("name", "gpus"), [("llada_8b", 8), ("llada_8b_two_nodes", 16)])
+def test_the_configurations_for_llada_fit_their_gpus(name: str, gpus: int, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLADA_8B))
+    config = load_config(CONFIG.with_name(f"{name}.yaml"), [f"model.path={tmp_path}"])
+    assert config.learner.ranks * config.learner.gpus + config.rollout.actors * config.rollout.gpus == gpus
+    model, activations = measure(config)
+    settings = settings_of(config, model)
+    assert model.parameters == 8_015_581_184
+    least = learner_gpus(model, activations, settings, lora=False, checkpointing=True, gpu=80e9)
+    assert least is not None
+    assert least <= config.learner.ranks
+    assert rollout_gpus(model, activations, settings, lora=False, gpu=80e9) == config.rollout.actors
