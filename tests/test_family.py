@@ -16,7 +16,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from actors.engine import DenoisingEngine
-from common.config import ModelConfig, ThresholdConfig
+from common.adapter import frozen_parameters
+from common.config import LoraConfig, ModelConfig, ThresholdConfig
 from common.errors import UserError
 from common.family import FAMILIES, recognise
 from common.policy import Policy, load_policy
@@ -179,6 +180,27 @@ def test_the_warm_start_predicts_positions_and_not_columns(policy: Policy, packs
     assert rows.several == (width is not None)
     with torch.no_grad():
         assert float(masked_diffusion_loss(policy, rows)) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_three_steps_of_an_adapter_move_nothing_else_and_survive_saving(
+    name: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    policy = opened(folders[name], lora=LoraConfig(rank=2))
+    base = opened(folders[name])
+    assert torch.equal(all_logits(policy, IDS), all_logits(base, IDS))
+    frozen = [parameter.clone() for _, parameter in frozen_parameters(policy.model)]
+    learner = Learner(policy, learner_config(learning_rate=1e-2))
+    for step in range(3):
+        batch = generate_batch(policy, prompts=((9, 8, 7), (10,), (12, 11, 10, 9)), sizes=(4, 4, 4))
+        assert np.isfinite(learner.step(batch, version=step)["learner_loss"])
+    assert all(map(torch.equal, frozen, (parameter for _, parameter in frozen_parameters(policy.model))))
+    trained = all_logits(policy, IDS)
+    assert not torch.allclose(trained, all_logits(base, IDS), atol=1e-3)
+    policy.save(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "model.safetensors").exists()
+    assert torch.equal(all_logits(opened(tmp_path / "saved", lora=LoraConfig(rank=2)), IDS), trained)
+    torch.testing.assert_close(all_logits(opened(tmp_path / "saved"), IDS), trained, rtol=0, atol=1e-4)  # merged
 
 
 @pytest.mark.parametrize("name", WRITERS)
