@@ -22,7 +22,7 @@ from actors.reward_pool import RewardPool, Scores
 from common.config import Config
 from common.errors import UserError
 from common.lease import FinishedGroup, Lease
-from common.policy import open_rollout_policy
+from common.policy_loading import open_rollout_policy
 from common.tasks import Example, build_task
 from common.trajectory import Completion
 from common.weight_store import Snapshot

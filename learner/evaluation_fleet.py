@@ -21,7 +21,7 @@ from actors.evaluation import Evaluator, Point, Setting, standard_settings
 from actors.failure import FailureKind, failure_kind
 from common.config import Config
 from common.errors import RunError, UserError, one_line
-from common.policy import load_policy
+from common.policy_loading import load_policy
 from common.tasks import build_task
 
 Done = Callable[[int, Point], None]

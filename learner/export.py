@@ -8,7 +8,7 @@ import torch
 from common.adapter import ADAPTER_BASE, read_base
 from common.config import ModelConfig, ThresholdConfig
 from common.errors import UserError, cause
-from common.policy import load_policy
+from common.policy_loading import load_policy
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -13,7 +13,8 @@ from actors.engine import DenoisingEngine
 from actors.request import Failure, Request
 from common.config import ModelConfig, ThresholdConfig
 from common.errors import RunError, UserError
-from common.policy import Policy, load_policy
+from common.policy import Policy
+from common.policy_loading import load_policy
 from common.prompt import has_unknown
 from common.trajectory import Completion
 from learner.preflight import check_device

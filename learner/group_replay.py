@@ -24,7 +24,8 @@ from actors.reward_pool import score
 from common.autocast import autocast
 from common.config import Config
 from common.errors import RunError, UserError, one_line
-from common.policy import Policy, load_policy
+from common.policy import Policy
+from common.policy_loading import load_policy
 from common.tasks import Task, build_task
 from common.trajectory import NOT_DRAWN, SCHEMA, decode_group
 from learner.batch import Batch, build_batch

@@ -22,7 +22,7 @@ from common.autocast import has_bfloat16
 from common.config import Config, LoraConfig
 from common.errors import UserError
 from common.model_folder import read_described
-from common.policy import build_policy
+from common.policy_loading import build_policy
 from common.tasks import build_task
 from common.token_scores import row_bytes
 from learner.activation_checkpointing import activation_checkpointing, checkpointing_layers

@@ -15,7 +15,8 @@ from actors.evaluation import Evaluator, Setting
 from common.adapter import Base, adapt, adapted, learned_state
 from common.config import Config
 from common.errors import RunError, one_line
-from common.policy import THRESHOLD_CONFIG, Policy, load_policy, open_empty_policy, open_policy, read_learned
+from common.policy import THRESHOLD_CONFIG, Policy
+from common.policy_loading import load_policy, open_empty_policy, open_policy, read_learned
 from common.tasks import build_task
 from common.trajectory import decode_group
 from common.weights import adopt_base, base_arrays, load_flat, not_finite, to_flat

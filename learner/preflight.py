@@ -7,7 +7,7 @@ import torch
 from actors.reward_pool import RewardPool, Score
 from common.config import Config
 from common.errors import UserError, one_line
-from common.policy import open_rollout_policy, open_tokenizer
+from common.policy_loading import open_rollout_policy, open_tokenizer
 from common.tasks import SPLITS, CustomConfig, Split, Task, build_task
 from learner.demonstrations import Demonstrations, checked_ids
 

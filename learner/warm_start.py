@@ -21,7 +21,8 @@ from common.checkpoint_store import CheckpointStore
 from common.config import Config, WarmStartConfig
 from common.errors import RunError, UserError, one_line
 from common.keyed_random import derive
-from common.policy import Policy, load_policy, open_policy
+from common.policy import Policy
+from common.policy_loading import load_policy, open_policy
 from common.tasks.task import Task
 from common.token_scores import token_scores
 from learner.activation_checkpointing import activation_checkpointing

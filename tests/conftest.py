@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from common.config import ModelConfig, ThresholdConfig
-from common.policy import Policy, build_policy
+from common.policy import Policy
+from common.policy_loading import build_policy
 
 torch.set_num_threads(1)
 

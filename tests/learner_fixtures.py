@@ -16,7 +16,8 @@ from actors.engine import DenoisingEngine
 from actors.request import Request
 from common.config import LearnerConfig, ModelConfig, ThresholdConfig
 from common.keyed_random import derive
-from common.policy import Policy, build_policy
+from common.policy import Policy
+from common.policy_loading import build_policy
 from common.trajectory import Completion, decode_group, encode_group
 from learner.batch import Batch, build_batch
 

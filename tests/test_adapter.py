@@ -32,7 +32,8 @@ from common.adapter import (
 from common.config import LoraConfig, ModelConfig, RolloutConfig, ThresholdConfig
 from common.config_file import load_config
 from common.errors import RunError, UserError
-from common.policy import Policy, build_policy, load_policy, open_rollout_policy
+from common.policy import Policy
+from common.policy_loading import build_policy, load_policy, open_rollout_policy
 from common.tasks import build_task
 from common.trajectory import decode_group
 from common.weight_store import digest

@@ -27,7 +27,7 @@ from common.config_file import dump_config, load_config
 from common.errors import RunError, UserError
 from common.journal import encode_journal
 from common.lease import FinishedGroup
-from common.policy import build_policy
+from common.policy_loading import build_policy
 from common.recovery import JOURNAL_FILE, recover
 from common.segment_folder import SegmentFolder
 from common.segment_store import SegmentStore

@@ -22,7 +22,7 @@ import learner.warm_start
 from common.config import ThresholdConfig
 from common.config_file import load_config
 from common.metrics import CATALOGUE, PREFIX
-from common.policy import build_policy
+from common.policy_loading import build_policy
 from learner.cli import main
 from learner.run_directory import RunDirectory
 

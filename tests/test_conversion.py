@@ -18,7 +18,8 @@ import common.shards as module
 from common.config import ModelConfig, ThresholdConfig
 from common.conversion import convert
 from common.errors import UserError
-from common.policy import Policy, load_policy
+from common.policy import Policy
+from common.policy_loading import load_policy
 from common.shards import Shards
 from learner.cli import app
 from learner.generation import Choice, generate

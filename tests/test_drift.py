@@ -9,7 +9,8 @@ import pytest
 import torch
 from learner_fixtures import MODEL, generate_batch, learner_config, parameters, tiny_policy
 
-from common.policy import Policy, load_policy
+from common.policy import Policy
+from common.policy_loading import load_policy
 from learner.advantage import advantages
 from learner.batch import Batch
 from learner.drift import DriftRemedy

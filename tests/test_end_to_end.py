@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from common.config_file import load_config
 from common.metrics import CATALOGUE, PREFIX
-from common.policy import load_policy
+from common.policy_loading import load_policy
 from common.version import lineage_of, step_of
 from common.weight_store import digest
 from common.weights import to_flat

@@ -16,7 +16,7 @@ from actors.evaluation import Point
 from common.config import Config, ThresholdConfig
 from common.config_file import load_config
 from common.errors import RunError
-from common.policy import build_policy
+from common.policy_loading import build_policy
 from common.tasks import build_task
 from learner.evaluation_fleet import Shard, measure_on_ray, shards_of
 from learner.evaluation_record import ShardFolder, evaluation_digest

@@ -20,7 +20,8 @@ from common.adapter import frozen_parameters
 from common.config import LoraConfig, ModelConfig, ThresholdConfig
 from common.errors import UserError
 from common.family import FAMILIES, recognise
-from common.policy import Policy, load_policy
+from common.policy import Policy
+from common.policy_loading import load_policy
 from learner.demonstrations import Demonstration
 from learner.learner import Learner
 from learner.packing import micro_batches

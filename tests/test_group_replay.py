@@ -19,7 +19,8 @@ from common.config import Config
 from common.config_file import dump_config, load_config
 from common.errors import RunError, UserError
 from common.lease import FinishedGroup
-from common.policy import Policy, build_policy
+from common.policy import Policy
+from common.policy_loading import build_policy
 from common.segment_folder import SegmentFolder
 from common.tasks import build_task
 from common.trajectory import decode_group

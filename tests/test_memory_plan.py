@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from common.config_file import load_config
 from common.errors import UserError
-from common.policy import open_policy
+from common.policy_loading import open_policy
 from common.tasks import build_task
 from learner.benchmarks.learner import generate, groups_to_fill, peak_bytes, without_diagnostics
 from learner.cli import app

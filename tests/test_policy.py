@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from common.config import ModelConfig, ThresholdConfig
 from common.errors import RunError, UserError
-from common.policy import Policy, load_policy, read_vocabulary
+from common.policy import Policy, read_vocabulary
+from common.policy_loading import load_policy
 from common.tokenizer import VOCABULARY_SIZE, character_tokenizer
 from common.weight_store import digest
 from common.weights import load_flat, to_flat

@@ -13,7 +13,7 @@ from learner_fixtures import parameters
 from common.config import Config
 from common.config_file import load_config
 from common.errors import RunError
-from common.policy import load_policy
+from common.policy_loading import load_policy
 from common.tasks import build_task
 from learner.policy_trainer import LEARNER_STATE, PolicyTrainer
 from learner.synchronous_rollout import SynchronousRollout

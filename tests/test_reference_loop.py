@@ -11,7 +11,8 @@ import torch
 from common.config import Config
 from common.config_file import load_config
 from common.errors import UserError
-from common.policy import Policy, open_policy
+from common.policy import Policy
+from common.policy_loading import open_policy
 from common.tasks import build_task
 from common.weight_store import digest
 from common.weights import to_flat

@@ -22,7 +22,7 @@ from actors.evaluation import Evaluator, Setting
 from actors.reward_pool import RewardError, RewardPool, Score, score
 from common.config import Config, ModelConfig, RolloutConfig, ThresholdConfig
 from common.errors import RunError
-from common.policy import build_policy
+from common.policy_loading import build_policy
 from common.tasks import CountdownTask, SudokuConfig, SudokuTask
 
 PATIENCE = 30.0

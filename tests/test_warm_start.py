@@ -14,7 +14,8 @@ from common.checkpoint_store import CheckpointStore
 from common.config import Config, ThresholdConfig
 from common.config_file import load_config
 from common.errors import RunError
-from common.policy import Policy, build_policy
+from common.policy import Policy
+from common.policy_loading import build_policy
 from common.tasks import Task, build_task
 from learner.demonstrations import Demonstration
 from learner.packing import Rows, micro_batches

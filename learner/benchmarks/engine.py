@@ -34,7 +34,8 @@ from actors.request import Request
 from common.behaviour import behaviour_log_probs
 from common.config import ModelConfig, ThresholdConfig
 from common.keyed_random import derive
-from common.policy import Policy, build_policy
+from common.policy import Policy
+from common.policy_loading import build_policy
 from learner.benchmarks import Options
 from learner.benchmarks.llada_sampler import llada_sample
 

@@ -43,7 +43,8 @@ from actors.group import finished_group, group_requests
 from common.config import Config, LearnerConfig
 from common.config_file import load_config
 from common.errors import RunError
-from common.policy import Policy, open_policy
+from common.policy import Policy
+from common.policy_loading import open_policy
 from common.tasks import build_task
 from common.trajectory import decode_group
 from learner.batch import Batch, build_batch

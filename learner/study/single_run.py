@@ -25,7 +25,8 @@ from actors.frontier import area, frontier_area
 from actors.group import rollout_threshold
 from common.adapter import adapt, adapted
 from common.config import Config
-from common.policy import Policy, open_policy
+from common.policy import Policy
+from common.policy_loading import open_policy
 from common.tasks import Split, Task, build_task
 from common.weights import load_flat, to_flat
 from learner.learner import Learner
