@@ -13,10 +13,8 @@ One `step`: advantages -> (proximal scores) -> `inner_updates` times {surrogate,
 """
 
 import copy
-import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,29 +25,25 @@ from common.autocast import autocast
 from common.config import LearnerConfig
 from common.cost import with_cost
 from common.policy import Policy
-from common.version import LINEAGE, step_of
 from common.weights import sharded
 from learner.activation_checkpointing import activation_checkpointing, checkpointing_layers
 from learner.advantage import advantages
 from learner.batch import Batch
 from learner.drift import DriftRemedy
+from learner.micro_batches import cuts, micro_batches
 from learner.objective import (
     clipped_objective,
-    effective_sample_share,
     importance_weight,
     kl_k3,
-    log_ratio,
     token_mean,
 )
 from learner.ranks import Ranks, cloned
+from learner.step_metrics import StepSums, batch_metrics, step_buckets, update_metrics
 from learner.surrogate import draw_latents, mean_field, most_rows, surrogate_gap, surrogate_log_probs
 from learner.trainer import BatchRefused
 
-STEP_BUCKETS = (1, 2, 4, 8)
 GAP_PASSES = (1, 2, 4)
 GAP_COMPLETIONS = 32
-THIRDS = ("low", "middle", "high")
-LARGEST_LOG_RATIO = 80.0  # nats; in metrics only, which say "huge" beyond it instead of infinity
 
 
 @dataclass(frozen=True)
@@ -110,30 +104,6 @@ class _Proximal:
     """Mean truncated weight of all scored tokens, for self-normalised weights."""
 
 
-@dataclass
-class _Sums:
-    """Running sums over the micro-batches of one update, for metrics."""
-
-    weights: list[Tensor] = field(default_factory=list)
-    steps: list[Tensor] = field(default_factory=list)
-    stale: list[Tensor] = field(default_factory=list)
-    clipped: float = 0.0
-    tokens: float = 0.0
-    kl: float = 0.0
-    entropy: list[Tensor] = field(default_factory=list)
-    rows: int = 0
-    loss: float = 0.0
-
-    @classmethod
-    def together(cls, parts: list["_Sums"]) -> "_Sums":
-        """Of all ranks."""
-        first, *others = parts
-        for other in others:
-            for name in cls.__dataclass_fields__:
-                setattr(first, name, getattr(first, name) + getattr(other, name))
-        return first
-
-
 class Learner:
     """Holds policy and optimizer for a whole run; `step` is called once per batch."""
 
@@ -190,7 +160,7 @@ class Learner:
         if not batch.reward.isfinite().all():
             raise BatchRefused(f"rewards of the batch at version {version} are not finite; look at the reward function")
         costed, advantage = self._earned(batch)
-        metrics = _batch_metrics(batch, costed, advantage, version)
+        metrics = batch_metrics(batch, costed, advantage, version)
         self.policy.eval()
         if config.diagnostics_every and self.steps_done % config.diagnostics_every == 0:
             metrics |= self._surrogate_kl(batch)
@@ -304,16 +274,16 @@ class Learner:
         fillers: int,
     ) -> dict[str, float]:
         self.optimizer.zero_grad(set_to_none=True)
-        sums = _Sums()
+        sums = StepSums()
         own = len(micro) - fillers
         for index, ((part, advantage), scores) in enumerate(zip(micro, proximal.scores, strict=True)):
-            counted = sums if index < own else _Sums()
+            counted = sums if index < own else StepSums()
             objective = self._objective(part, advantage, proximal, scores, totals, counted, version)
             share = self._ranks.count if index < own else 0.0  # gradients are averaged over ranks
             (-share * objective).backward()
             counted.loss -= float(objective.detach())
         norm = self._ranks.clip([p for g in self.optimizer.param_groups for p in g["params"]], self.config.grad_clip)
-        sums = _Sums.together(self._ranks.gathered(sums))
+        sums = StepSums.together(self._ranks.gathered(sums))
         loss = sums.loss
         if not (math.isfinite(loss) and math.isfinite(norm) and all(w.isfinite().all() for w in sums.weights)):
             self.optimizer.zero_grad(set_to_none=True)
@@ -324,7 +294,7 @@ class Learner:
         self.optimizer.step()
         self.scheduler.step()
         self.updates_done += 1
-        return _update_metrics(sums) | {"learner_loss": loss, "learner_gradient_norm": norm}
+        return update_metrics(sums) | {"learner_loss": loss, "learner_gradient_norm": norm}
 
     def _objective(
         self,
@@ -333,7 +303,7 @@ class Learner:
         proximal: _Proximal,
         scores: _Scored | None,
         totals: dict[str, float],
-        sums: _Sums,
+        sums: StepSums,
         version: int,
     ) -> Tensor:
         config = self.config
@@ -347,7 +317,7 @@ class Learner:
             sums.entropy.append(terms.gamma_entropy.detach())
             scale = config.threshold_weight if config.train == "joint" else 1.0
             objective = objective + scale * terms.gamma_objective.sum() / totals["completions"]
-        self._observe(part, terms.logprob.detach(), terms.proximal, version, sums)
+        sums.observe(part, terms.logprob.detach(), terms.proximal, version, self.config)
         sums.rows += terms.rows
         return objective
 
@@ -404,17 +374,6 @@ class Learner:
         value = clipped_objective(found.sets, prox, weight, advantage, **clip) * part.nfe
         return (value / part.scored.sum(-1).clamp(min=1)).unsqueeze(-1)
 
-    def _observe(self, part: Batch, current: Tensor, proximal: Tensor, version: int, sums: _Sums) -> None:
-        scored = part.scored
-        log_weight = log_ratio(proximal, part.behaviour_logprob, level=self.config.weight_level, scored=scored)
-        sums.weights.append(log_weight[scored].double().clamp(max=LARGEST_LOG_RATIO).exp())
-        sums.steps.append(part.reveal_step[scored])
-        sums.stale.append((step_of(version) - part.token_version % LINEAGE)[scored].clamp(min=0))
-        ratio = (current - proximal).exp()[scored]
-        outside = (ratio < 1 - self.config.clip_low) | (ratio > 1 + self.config.clip_high)
-        sums.clipped += float(outside.sum())
-        sums.tokens += float(scored.sum())
-
     def _share(self, batch: Batch, advantage: Tensor) -> tuple[list[tuple[Batch, Tensor]], int]:
         """This rank's micro-batches, and how many of them, the last, do not count: every rank makes as many passes."""
         if self._ranks.count == 1:
@@ -427,37 +386,15 @@ class Learner:
         return micro + [(batch.select(cheapest), advantage[cheapest])] * fillers, fillers
 
     def _micro_batches(self, batch: Batch, advantage: Tensor) -> list[tuple[Batch, Tensor]]:
-        """Groups, cut so that no part exceeds the token budget; one that does alone is cut as well (one completion
-        may exceed it)."""
-        sizes = torch.bincount(batch.group)
-        width = batch.prompts.shape[1] + batch.length
-        together = most_rows(torch.arange(1, int(sizes.max()) + 1), self.config) * width
-        largest = max(1, int((together <= self.config.micro_batch_tokens).sum()))
-        parts = [size for group in sizes.tolist() for size in _even_parts(group, largest)]
-        ends = [0, *itertools.accumulate(parts)]
-        cut = []
-        for low, high in self._cuts(most_rows(torch.tensor(parts), self.config), batch):
-            rows = torch.arange(ends[low], ends[high], device=advantage.device)
-            cut.append((batch.select(rows), advantage[rows]))
-        return cut
-
-    def _cuts(self, rows: Tensor, batch: Batch) -> list[tuple[int, int]]:
-        """Ranges of things that need `rows` each, in order, within the token budget where one thing alone is."""
-        width = batch.prompts.shape[1] + batch.length
-        cuts, first, budget = [], 0, 0
-        for number, cost in enumerate((rows * width).tolist()):
-            if budget and budget + cost > self.config.micro_batch_tokens:
-                cuts.append((first, number))
-                first, budget = number, 0
-            budget += cost
-        return [*cuts, (first, len(rows))]
+        parts = micro_batches(batch, self.config)
+        return [(batch.select(rows), advantage[rows]) for rows in parts]
 
     def _surrogate_kl(self, batch: Batch) -> dict[str, float]:
         """KL from the exact to the surrogate distributions under the current weights, by passes and reveal step."""
         count = min(len(batch.nfe), GAP_COMPLETIONS)
         sample = batch.select(torch.arange(count, device=batch.nfe.device) * len(batch.nfe) // count)
         gaps: dict[int, list[Tensor]] = {passes: [] for passes in GAP_PASSES}
-        for low, high in self._cuts(sample.nfe, sample):
+        for low, high in cuts(sample.nfe, sample, self.config.micro_batch_tokens):
             part = sample.select(torch.arange(low, high, device=batch.nfe.device))
             with autocast(self.policy.device, enabled=self.config.autocast):
                 found = surrogate_gap(self.policy, part, GAP_PASSES)
@@ -469,7 +406,7 @@ class Learner:
                 torch.cat(gap)[sample.scored][inside].mean()
             )
             for passes, gap in gaps.items()
-            for low, inside in _step_buckets(step)
+            for low, inside in step_buckets(step)
         }
 
     def _copy(self) -> dict[str, Any]:
@@ -507,79 +444,3 @@ class Learner:
 def reference_policy(policy: Policy) -> Policy:
     """What the KL term holds a policy to, as it is now: the policy itself less its adapter, else a frozen copy."""
     return policy if adapted(policy) else copy.deepcopy(policy).requires_grad_(False)
-
-
-def _even_parts(count: int, largest: int) -> list[int]:
-    """As few numbers up to `largest` as add up to `count`, alike to one."""
-    parts = math.ceil(count / largest)
-    return [count // parts + (number < count % parts) for number in range(parts)]
-
-
-def _step_buckets(step: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """First step of each bucket that is not empty, and which of the `[T]` reveal steps lie in it."""
-    for low, high in zip(STEP_BUCKETS, (*STEP_BUCKETS[1:], 1 << 15), strict=True):
-        inside = (step >= low) & (step < high)
-        if inside.any():
-            yield low, inside
-
-
-def _gamma_by_difficulty(batch: Batch) -> dict[str, float]:
-    """Geometric mean threshold of the batch's groups, in thirds by mean reward (ties in batch order)."""
-    sizes = torch.bincount(batch.group)
-    groups = len(sizes)
-    if groups < len(THIRDS):
-        return {}
-    order = (torch.bincount(batch.group, batch.reward) / sizes).argsort(stable=True)
-    third = torch.empty_like(order)
-    third[order] = torch.arange(groups, device=order.device) * len(THIRDS) // groups
-    log_gamma = _log_gamma(batch)
-    return {
-        f"threshold_gamma_by_difficulty{{group_reward={name}}}": float(log_gamma[third[batch.group] == n].mean().exp())
-        for n, name in enumerate(THIRDS)
-    }
-
-
-def _log_gamma(batch: Batch) -> Tensor:
-    return batch.gamma.clamp(min=1e-9).log()
-
-
-def _batch_metrics(batch: Batch, costed: Tensor, advantage: Tensor, version: int) -> dict[str, float]:
-    drawn = batch.token_version >= 0
-    oldest = batch.token_version.masked_fill(~drawn, version).amin(-1)
-    age = (step_of(version) - oldest % LINEAGE).clamp(min=0)
-    revealed = drawn.sum(-1).float()
-    log_gamma = _log_gamma(batch)
-    moves = torch.zeros(len(batch.prompts), dtype=torch.bool, device=advantage.device)
-    moves[batch.group[advantage != 0]] = True
-    return _gamma_by_difficulty(batch) | {
-        "rollout_reward": float(batch.reward.mean()),
-        "rollout_reward_costed": float(costed.mean()),
-        "rollout_nfe": float(batch.nfe.float().mean()),
-        "rollout_tokens_per_forward": float((revealed / batch.nfe).mean()),
-        "rollout_token_entropy": float(batch.entropy[batch.scored].mean()),
-        "threshold_gamma": float(log_gamma.mean().exp()),
-        "threshold_gamma_spread": float(log_gamma.std()) if len(log_gamma) > 1 else 0.0,
-        "learner_flat_groups": float((~moves).sum()),
-        "replay_staleness_mean": float(age.float().mean()),
-        "replay_staleness_max": float(age.max()),
-    }
-
-
-def _update_metrics(sums: _Sums) -> dict[str, float]:
-    weight, step, stale = torch.cat(sums.weights), torch.cat(sums.steps), torch.cat(sums.stale)
-    metrics = {
-        "learner_weight_ess": float(effective_sample_share(weight)),
-        "learner_weight_mean": float(weight.mean()),
-        "learner_clip_fraction": sums.clipped / max(sums.tokens, 1.0),
-        "learner_kl": sums.kl / max(sums.tokens, 1.0),
-        "learner_rows_forwarded": float(sums.rows),
-    }
-    if sums.entropy:
-        metrics["threshold_entropy"] = float(torch.cat(sums.entropy).mean())
-    for low, inside in _step_buckets(step):
-        metrics[f"learner_weight_mean{{reveal_step={low}}}"] = float(weight[inside].mean())
-        metrics[f"learner_weight_ess{{reveal_step={low}}}"] = float(effective_sample_share(weight[inside]))
-    for value in stale.unique().tolist():
-        metrics[f"learner_weight_mean{{staleness={value}}}"] = float(weight[stale == value].mean())
-        metrics[f"learner_weight_ess{{staleness={value}}}"] = float(effective_sample_share(weight[stale == value]))
-    return metrics
