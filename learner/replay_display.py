@@ -6,7 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from learner.group_replay import GroupReplay
+from learner.replay_verdict import GroupReplay
 
 TOKENS_SHOWN = 60
 TEXT_SHOWN = 20

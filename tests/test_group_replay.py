@@ -26,7 +26,8 @@ from common.tasks import build_task
 from common.trajectory import decode_group
 from common.weights import to_flat
 from learner.cli import main
-from learner.group_replay import GroupReplay, replay_group, replay_saved, same_sets
+from learner.group_replay import replay_group, replay_saved, same_sets
+from learner.replay_verdict import GroupReplay
 from learner.run_directory import RunDirectory
 from learner.saved_group import find_group
 from learner.synchronous_rollout import SynchronousRollout
