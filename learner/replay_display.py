@@ -9,6 +9,7 @@ from rich.table import Table
 from learner.replay_verdict import GroupReplay
 
 TOKENS_SHOWN = 60
+LINES_SHOWN = 10
 TEXT_SHOWN = 20
 
 
@@ -52,8 +53,10 @@ def show(source: dict[str, Any], replay: GroupReplay, console: Console) -> None:
             console.print(f"... and {len(differing) - TOKENS_SHOWN} more tokens; --json has all")
     for line in replay.wrong:
         console.print(f"differs: {line}", markup=False)
-    for line in replay.expected:
+    for line in replay.expected[:LINES_SHOWN]:
         console.print(f"differs, as expected: {line}", markup=False)
+    if len(replay.expected) > LINES_SHOWN:
+        console.print(f"... and {len(replay.expected) - LINES_SHOWN} more that are expected; --json has all")
     for line in replay.notes:
         console.print(f"note: {line}", markup=False)
     console.print("means: " + "  ".join(f"{name} {value:.5g}" for name, value in replay.means.items()))
