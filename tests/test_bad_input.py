@@ -406,7 +406,9 @@ def inputs() -> Iterator[Case]:
     yield Case("sft: resume nothing", ["sft", "--resume", ""], ["--resume is empty"])
     yield Case("sft: resume no run", ["sft", "--resume", "nowhere"], ["run 'nowhere'"])
     yield Case("sft: resume a finished one", ["sft", "--resume", "done"], ["has finished", "model.path="])
-    yield Case("eval: no file", ["eval", "model", *TINY, "--file", "no.csv"], ["no.csv cannot be read"])
+    yield Case(
+        "eval: the file of --file is not there", ["eval", "model", *TINY, "--file", "no.csv"], ["no.csv cannot be read"]
+    )
     yield Case("eval: no workers", ["eval", "model", *TINY, "--actors", "0"], ["equal to 1"])
     yield Case("sft: a folder of them", ["sft", *TINY, "warm_start.file=model"], ["model cannot be read"])
     yield Case("train: benchmark", ["train", *TINY, "task.file=pairs.jsonl"], ["pairs.jsonl, row 1"])
