@@ -361,8 +361,8 @@ class Controller:
                 self._directory.write_json("stall.json", waits)
                 raise RunError(
                     f"no progress for {idle:.0f} s in phase {self._phase} (run.stall_timeout={limit:g})"
-                    f"{self._untrainable}; who waits for whom: {waits} (RUN/stall.json); "
-                    "raise the limit if single groups or steps take longer, else look at the actors' logs"
+                    f"{self._untrainable}; raise the limit if single groups or steps take longer, else look at the "
+                    f"actors' logs; who waits for whom (RUN/stall.json): {waits}"  # long: what follows may be cut
                 )
             await asyncio.sleep(limit - idle)
 

@@ -86,7 +86,11 @@ def evaluation_digest(config: Config, folders: Mapping[str, Path]) -> str:
 
 
 def _files(path: Path) -> Iterator[list[Any]]:
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+    """Of what may be no path at all: any text of the task's."""
+    files = [path]
+    with suppress(OSError):
+        files = sorted(path.iterdir()) if path.is_dir() else files
+    for file in files:
         with suppress(OSError):
             found = file.stat()
             yield [file.name, found.st_size, found.st_mtime_ns]
