@@ -129,7 +129,7 @@ def _answers(name: str, point: Point, task: Task, examples: list[Example]) -> pa
             "setting": [point.setting.name] * count,
             "index": np.arange(count),
             "prompt": [example.prompt for example in examples],
-            "ground_truth": [json.dumps(example.fields) for example in examples],
+            "ground_truth": [json.dumps(example.fields, default=str) for example in examples],
             "answer": [task.answer(text) for text in point.completions],
             **_columns(point),
         }
@@ -147,7 +147,7 @@ def _write_samples(
                 sample = {
                     "doc_id": index,
                     "doc": example.fields,
-                    "target": json.dumps(example.fields),
+                    "target": json.dumps(example.fields, default=str),
                     "arguments": [[example.prompt, asked]],
                     "resps": [[text]],
                     "filtered_resps": [task.answer(text)],
