@@ -20,7 +20,7 @@ from actors.producer import Fault
 from actors.request import Failure
 from actors.reward_pool import RewardPool, Scores
 from common.config import Config
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.lease import FinishedGroup, Lease
 from common.policy_loading import open_rollout_policy
 from common.tasks import Example, build_task
@@ -165,7 +165,9 @@ class GroupProducer:
         if self._groups.pop((lease.number, lease.attempt), None) is None:
             return None
         if isinstance(scores, Exception):
-            return Fault(lease.number, lease.attempt, "".join(traceback.format_exception(scores)))
+            where = "".join(traceback.format_exception(scores)).rstrip()
+            reason = f"{type(scores).__name__}: {one_line(scores)}"  # last: there notes may follow it
+            return Fault(lease.number, lease.attempt, f"{where}\n{reason}")
         return finished_group(
             self.config,
             [c for c in group.completions if c is not None],

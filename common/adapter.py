@@ -15,7 +15,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,14 @@ NAME = "default"  # of the one adapter that a model has
 MARK = ".lora_"  # in the names of all parameters of an adapter
 PREFIX = "base_model.model."  # of all names in peft's files
 AUTO = ("auto",)
+READ = {
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "inference_mode"),
+    *("base_model_name_or_path", "revision"),
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights"),
+}
+"""Settings of a saved adapter that are understood. Others of peft's import modules, or change the base."""
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal")  # of `init_lora_weights`: others take weights out of the base
 SAMPLE = 1 << 16  # bytes of each end of a weight file that the digest of a base sees
 
 
@@ -230,7 +238,7 @@ def read_base(folder: Path) -> Base | None:
     if not right:
         raise UserError(
             f"adapter {folder}: its base model {found[0]} is another one than it was trained on (digest "
-            f"{bases[0].digest[:12]}, not {where['digest'][:12]}); put the old one back"
+            f"{bases[0].digest[:12]}, not {str(where['digest'])[:12]}); put the old one back"
         )
     return right[0]
 
@@ -241,8 +249,18 @@ def _read_settings(folder: Path) -> Any:
     written = json.loads((folder / ADAPTER_CONFIG).read_text())
     if written.get("peft_type") != "LORA":
         raise UserError(f"adapter {folder}: it is of the kind {written.get('peft_type')}; give one of the kind LORA")
-    known = {field.name for field in fields(Settings)}
-    return Settings(**{key: value for key, value in written.items() if key in known and value is not None})
+    usual = Settings()
+    known = {key: value for key, value in written.items() if hasattr(usual, key) and value is not None}
+    odd = {key: value for key, value in known.items() if key not in READ and value and value != getattr(usual, key)}
+    if known.get("init_lora_weights", True) not in PLAIN_STARTS:
+        odd["init_lora_weights"] = known["init_lora_weights"]
+    if odd:
+        key = min(odd)
+        raise UserError(
+            f"adapter {folder}: {ADAPTER_CONFIG} has {key}={odd[key]!r:.60}, which is not supported; give a plain "
+            "LoRA, or merge it into its base with peft"
+        )
+    return Settings(**{key: value for key, value in known.items() if key in READ})
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, base: Base, config: LoraConfig | None) -> None:

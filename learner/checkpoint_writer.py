@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from common.checkpoint_store import Checkpoint, CheckpointStore
-from common.errors import RunError
+from common.errors import RunError, one_line
 from common.lease import Export
 from common.recovery import GROUPS_FILE, JOURNAL_FILE
 
@@ -32,6 +32,8 @@ class CheckpointWriter:
         self.seconds = 0.0
         """How long the last one took to write."""
         self.failures = 0
+        self.fault = ""
+        """Why the last one that failed could not be written."""
 
     def start(self, step: int, version: int, save: Callable[[Path], None], export: Export) -> None:
         """Begin to write; call `finished` until there is none under way before the next one."""
@@ -49,6 +51,7 @@ class CheckpointWriter:
             return writing.result()
         except RunError as error:
             self.failures += 1
+            self.fault = str(error)
             log.error("checkpoint not written, the last one stays: %s", error)
             return []
 
@@ -67,7 +70,7 @@ class CheckpointWriter:
             if isinstance(error, RunError):
                 raise
             raise RunError(
-                f"checkpoint of step {step} in {self._store.name} cannot be written: {error}; make room there"
+                f"checkpoint of step {step} in {self._store.name} cannot be written: {one_line(error)}; make room there"
             ) from error
         self.newest, self.seconds = step, time.monotonic() - started
         return self._store.prune(self._keep)

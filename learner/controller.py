@@ -19,7 +19,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -361,8 +360,8 @@ class Controller:
                 self._directory.write_json("stall.json", waits)
                 raise RunError(
                     f"no progress for {idle:.0f} s in phase {self._phase} (run.stall_timeout={limit:g})"
-                    f"{self._untrainable}; who waits for whom: {waits} (RUN/stall.json); "
-                    "raise the limit if single groups or steps take longer, else look at the actors' logs"
+                    f"{self._untrainable}; raise the limit if single groups or steps take longer, else look at the "
+                    f"actors' logs; who waits for whom (RUN/stall.json): {waits}"  # long: what follows may be cut
                 )
             await asyncio.sleep(limit - idle)
 
@@ -381,8 +380,8 @@ class Controller:
         """Write the failures down with their tracebacks, and tell the last line of the newest."""
         found = await self._buffer.quarantine.remote()
         task = build_task(self.config.task)
-        kept = [{"group": n, "example": asdict(task.example("train", n)), "reason": reason} for n, reason in found]
-        self._directory.write_json("quarantine.json", kept)
+        kept = [{"group": n, "example": vars(task.example("train", n)), "reason": reason} for n, reason in found]
+        self._directory.write_json("quarantine.json", kept, default=str)  # a user's task may have any fields
         group, reason = found[-1]
         said = reason.strip().splitlines()[-1]
         await self._tell("quarantine", {"group": group, "reason": said})

@@ -86,7 +86,11 @@ def evaluation_digest(config: Config, folders: Mapping[str, Path]) -> str:
 
 
 def _files(path: Path) -> Iterator[list[Any]]:
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+    """Of what may be no path at all: any text of the task's."""
+    files = [path]
+    with suppress(OSError):
+        files = sorted(path.iterdir()) if path.is_dir() else files
+    for file in files:
         with suppress(OSError):
             found = file.stat()
             yield [file.name, found.st_size, found.st_mtime_ns]
@@ -125,7 +129,7 @@ def _answers(name: str, point: Point, task: Task, examples: list[Example]) -> pa
             "setting": [point.setting.name] * count,
             "index": np.arange(count),
             "prompt": [example.prompt for example in examples],
-            "ground_truth": [json.dumps(example.fields) for example in examples],
+            "ground_truth": [json.dumps(example.fields, default=str) for example in examples],
             "answer": [task.answer(text) for text in point.completions],
             **_columns(point),
         }
@@ -143,7 +147,7 @@ def _write_samples(
                 sample = {
                     "doc_id": index,
                     "doc": example.fields,
-                    "target": json.dumps(example.fields),
+                    "target": json.dumps(example.fields, default=str),
                     "arguments": [[example.prompt, asked]],
                     "resps": [[text]],
                     "filtered_resps": [task.answer(text)],

@@ -104,7 +104,7 @@ class LearnerActor:
             self._checkpoint(link, writer, version)
             self._settle(link, writer, wait=True)
             if writer.newest < trainer.steps:
-                raise RunError(f"the checkpoint of step {trainer.steps} could not be written; see the learner's log")
+                raise RunError(writer.fault)
         return {"steps": float(trainer.steps), "version": float(version)}
 
     def _begin(self, link: BufferLink, writer: CheckpointWriter) -> int:
@@ -115,7 +115,7 @@ class LearnerActor:
             self._checkpoint(link, writer, version)
             self._settle(link, writer, wait=True)
             if writer.newest < 0:
-                raise RunError("the checkpoint of step 0 could not be written; see the learner's log")
+                raise RunError(writer.fault)
         else:
             for warning in found.warnings:
                 self._controller.warn.remote(warning)
@@ -142,7 +142,10 @@ class LearnerActor:
 
     def _settle(self, link: BufferLink, writer: CheckpointWriter, *, wait: bool) -> None:
         """Tell the buffer what it need not keep any more, once a checkpoint is durable."""
+        failures = writer.failures
         kept = writer.finished(wait=wait)
+        if writer.failures > failures:
+            self._controller.warn.remote(f"a checkpoint is missing, the last one stays: {writer.fault}")
         if kept:
             link.settle(min(one.journal_index for one in kept), max(one.version for one in kept))
 

@@ -19,7 +19,7 @@ time works on it (`lock`).
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -154,9 +154,11 @@ class RunDirectory:
                 rows.append(json.loads(line))
         return rows
 
-    def write_json(self, name: str, value: Any, *, indent: int | None = 1) -> Path:
-        """Write a file as a whole or not at all."""
-        return write_whole(self.path / name, json.dumps(value, indent=indent) + "\n")
+    def write_json(
+        self, name: str, value: Any, *, indent: int | None = 1, default: Callable[[Any], Any] | None = None
+    ) -> Path:
+        """Write a file as a whole or not at all; `default` as that of `json.dumps`."""
+        return write_whole(self.path / name, json.dumps(value, indent=indent, default=default) + "\n")
 
     def read_json(self, name: str) -> Any:
         return json.loads((self.path / name).read_text())

@@ -328,6 +328,28 @@ def test_an_adapter_of_another_shape_is_refused(folder: Path, tmp_path: Path, ch
         opened(tmp_path, **changes)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("megatron_config", {"tensor_model_parallel_size": 1}),  # imports megatron_core
+        ("init_lora_weights", "pissa"),  # takes weights out of the base
+        ("use_dora", True),
+        ("modules_to_save", ["lm_head"]),
+        ("layer_replication", [[0, 2], [1, 2]]),
+    ],
+)
+def test_settings_of_an_adapter_that_do_more_than_a_plain_one_are_refused(
+    folder: Path, tmp_path: Path, key: str, value: object
+) -> None:
+    opened(folder).save(tmp_path)
+    settings = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps({**settings, "unknown_to_this_peft": 1}))
+    opened(tmp_path)
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps({**settings, key: value}))
+    with pytest.raises(UserError, match=f"has {key}=.*not supported; give a plain LoRA"):
+        opened(tmp_path)
+
+
 def test_a_run_that_moved_finds_its_base(tmp_path: Path) -> None:
     """Its own warm start, beside its checkpoints."""
     build_policy(MODEL, ThresholdConfig(), alphabet=ALPHABET, seed=0).save(tmp_path / "run" / "warm_start")

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 from common.config_file import parse_config
 from common.errors import RunError
 from common.ledger import GroupState
+from common.tasks import Example
+from learner import controller as controller_module
 from learner.controller import MOST_QUARANTINED, Controller
 
 
@@ -65,3 +68,21 @@ def test_failures_in_a_row_end_the_run_and_failures_between_results_do_not(tmp_p
             await controller._update_gauges()
 
     asyncio.run(scenario())
+
+
+def test_a_quarantined_example_may_hold_what_json_has_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dated:
+        def example(self, split: str, index: int) -> Example:
+            return Example("when?", {"answer": date(2026, 1, 1)}, 1.0)
+
+    async def scenario() -> None:
+        monkeypatch.setattr(controller_module, "build_task", lambda _: Dated())
+        controller = Controller(config=parse_config({"task": {"name": "sudoku"}}), directory=tmp_path)
+        buffer = Buffer()
+        controller._buffer, controller._fleet = buffer, Fleet()  # pyright: ignore[reportAttributeAccessIssue]
+        buffer.fail(1)
+        await controller._update_gauges()
+
+    asyncio.run(scenario())
+    [kept] = json.loads((tmp_path / "quarantine.json").read_text())
+    assert kept["example"] == {"prompt": "when?", "fields": {"answer": "2026-01-01"}, "difficulty": 1.0}

@@ -117,6 +117,12 @@ def test_what_is_computed_decides_what_goes_on(folders: dict[str, Path], tmp_pat
     assert evaluation_digest(settings(), moved) != digest
 
 
+def test_a_text_of_the_task_too_long_for_a_path_is_none(folders: dict[str, Path]) -> None:
+    prompt = f"task.prompt='{{question}} {'step by step ' * 30}'"
+    told = load_config(None, ["task.name=custom", "task.reward=a:b", prompt])
+    assert evaluation_digest(told, folders) == evaluation_digest(told, folders)
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     connect(LOCAL, way_out="")

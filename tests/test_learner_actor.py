@@ -345,7 +345,7 @@ def test_the_buffer_may_die_before_there_is_a_learner(tmp_path: Path) -> None:
 def test_a_learner_that_dies_before_its_first_checkpoint(tmp_path: Path) -> None:
     with world(tmp_path) as found:
         found.unwritable = [0]
-        with pytest.raises(RunError, match="the checkpoint of step 0 could not be written"):
+        with pytest.raises(RunError, match=r"step 0 in .*checkpoints cannot be written: no space left; make room"):
             found.learn()
         assert found.buffer.call("gauges")["groups_leased"] == 0, "nothing begins without it"
         for _ in range(2):  # a run that is resumed has another buffer
@@ -380,6 +380,9 @@ def test_a_checkpoint_that_cannot_be_written_costs_nothing_but_its_place(tmp_pat
         reached = found.learn()
         assert_each_was_trained_once(found, reached)
         assert found.checkpoints() == [0, 2, 6, 8]
+        [warning] = found.warnings
+        assert "the last one stays: checkpoint of step 4" in warning
+        assert "no space left" in warning
 
 
 def test_a_closed_buffer_ends_the_loop_with_a_checkpoint(tmp_path: Path) -> None:

@@ -19,9 +19,12 @@ import pytest
 from misbehaving_task import ALPHABET, ON_PROMPTS, BrokenTask, HangingTask, LockedTask, MisbehavingTask
 
 from actors.evaluation import Evaluator, Setting
+from actors.group_producer import GroupProducer
+from actors.producer import Fault
 from actors.reward_pool import RewardError, RewardPool, Score, score
 from common.config import Config, ModelConfig, RolloutConfig, ThresholdConfig
 from common.errors import RunError
+from common.lease import Lease
 from common.policy_loading import build_policy
 from common.tasks import CountdownTask, SudokuConfig, SudokuTask
 
@@ -287,3 +290,23 @@ def test_an_evaluation_whose_rewards_all_hang_ends_after_a_few() -> None:
         with pytest.raises(RunError, match=r"8 rewards in a row took too long, 8 of 60 prompts were scored; the last"):
             hopeless.measure(Setting("chosen", "top_k", 16.0))
         assert hopeless._pool is None
+
+
+def test_a_group_whose_reward_hangs_tells_where_and_on_the_last_line_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.group_producer.build_task", lambda config: HangingTask(config))
+    sampler: Any = {"max_prompt_tokens": 32, "max_completion_tokens": 16}
+    model = ModelConfig(hidden_size=16, layers=1, heads=2, intermediate_size=32, max_positions=64)
+    limits = RolloutConfig(reward_timeout=0.1)
+    config = Config(task=SudokuConfig(), rollout=limits, sampler=sampler, model=model)
+    producer = GroupProducer(config, "one", lambda: None)
+    try:
+        producer.start(Lease(number=3, cursor=3, attempt=0, version=0, seconds=60.0))
+        until = time.monotonic() + PATIENCE
+        while not (ended := producer.step()):
+            assert time.monotonic() < until
+    finally:
+        producer.close()
+    [fault] = ended
+    assert isinstance(fault, Fault)
+    assert "misbehaving_task.py" in fault.reason  # where
+    assert fault.reason.splitlines()[-1].startswith("RewardTimeout: reward exceeded rollout.reward_timeout=0.1 seconds")
