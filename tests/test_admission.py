@@ -139,7 +139,7 @@ POLICIES = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(POLICIES, SCHEDULES)
 def test_random_schedules_keep_the_bound_and_every_invariant(
     policy: WindowedFifo, schedule: list[tuple[str, float]]
@@ -164,7 +164,7 @@ def test_random_schedules_keep_the_bound_and_every_invariant(
     assert loop.worst <= policy.staleness_bound
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(POLICIES, WITH_REWINDS)
 def test_the_bound_holds_through_rewinds_and_nothing_is_trained_twice(
     policy: WindowedFifo, schedule: list[tuple[str, float]]

@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from learner.advantage import STD_FLOOR, advantages
@@ -24,7 +24,6 @@ def loop_advantages(rewards: list[float], baseline: str, scale: bool) -> list[fl
     return found
 
 
-@settings(deadline=None)
 @given(groups, st.sampled_from(BASELINES), st.booleans(), st.randoms(use_true_random=False))
 def test_advantages_are_the_loops_for_groups_of_any_size_and_order(
     rewards: list[list[float]], baseline: str, scale: bool, shuffle: object
@@ -42,7 +41,6 @@ def test_advantages_are_the_loops_for_groups_of_any_size_and_order(
     assert found.tolist() == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
 
-@settings(deadline=None)
 @given(groups, st.booleans())
 def test_leave_one_out_is_the_mean_baseline_stretched(rewards: list[list[float]], scale: bool) -> None:
     group = torch.tensor([number for number, values in enumerate(rewards) for _ in values])

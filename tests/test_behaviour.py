@@ -77,7 +77,7 @@ def test_draws_have_the_frequencies_of_the_softmax(temperature: float) -> None:
     assert chi_square < 8 + 5 * math.sqrt(2 * 8)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     logits=st.lists(st.floats(-3, 3), min_size=3, max_size=12),
     u=st.floats(2.0**-53, 1 - 2.0**-53),
@@ -98,7 +98,7 @@ def test_a_draw_on_an_edge_goes_to_the_next_id_with_mass(u: float, expected: int
     assert draw(log_probs, torch.tensor([u], dtype=torch.float64)).tolist() == [expected]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     logits=st.lists(st.one_of(st.floats(-1e4, 1e4), st.just(-math.inf), st.just(0.0)), min_size=2, max_size=40),
     u=st.one_of(st.sampled_from(EDGES), st.floats(2.0**-53, 1 - 2.0**-53)),

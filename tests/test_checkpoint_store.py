@@ -147,7 +147,7 @@ SIZE = "bytes instead of"
 WHAT_IS_WRONG = {"removed": "is missing", "extended": SIZE, "cut": SIZE, "flipped": "digest"}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     name=st.sampled_from([*FILES, "manifest.json"]),
     how=st.sampled_from(list(WHAT_IS_WRONG)),

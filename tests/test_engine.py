@@ -587,7 +587,7 @@ def workloads(draw: st.DrawFn) -> tuple[dict[str, object], list[Request]]:
     return {"rule": rule, "block_length": block, "slots": draw(st.integers(1, 5)), "cache": cache}, requests
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(workload=workloads())
 def test_every_step_reveals_in_every_row_and_nothing_is_taken_back(
     policy: Policy, workload: tuple[dict[str, object], list[Request]]
@@ -617,7 +617,7 @@ def test_every_step_reveals_in_every_row_and_nothing_is_taken_back(
         assert len(finished[handle].completion_ids) == (request.completion_tokens or LENGTH)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(workload=workloads())
 def test_the_entropy_bound_takes_the_longest_admissible_prefix(
     policy: Policy, workload: tuple[dict[str, object], list[Request]]

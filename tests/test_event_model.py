@@ -52,7 +52,7 @@ def test_the_slowest_group_holds_up_strict_fifo_and_not_the_window() -> None:
         assert simulate(policy, workload, draw=lambda number: times.get(number, 1.0)).seconds == seconds
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.sampled_from(["windowed_fifo", "strict_fifo", "drop_when_stale"]),
     st.integers(0, 4),

@@ -62,7 +62,7 @@ def sweep(rng: np.random.Generator, prompts: int = 60) -> list[Point]:
     return points
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 1000))
 def test_area_does_not_depend_on_the_order_of_the_points(seed: int) -> None:
     points = sweep(np.random.default_rng(seed))
@@ -82,7 +82,7 @@ def test_gain_of_a_policy_over_itself_is_nothing() -> None:
     assert gain(points, points[::-1], RANGE, resamples=50) == (0.0, 0.0, 0.0)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 1000))
 def test_the_interval_contains_the_observed_gain_and_turns_with_its_sign(seed: int) -> None:
     rng = np.random.default_rng(seed)

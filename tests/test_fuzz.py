@@ -30,9 +30,7 @@ from learner.run_directory import RunDirectory
 from learner.saved_group import WHY, _version
 from learner.study.grid import Study, load_study
 
-FEW = settings(
-    max_examples=250, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+FEW = settings(max_examples=250, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 DAMAGES = 1000  # read in the other process, of each format
 CONFIG = Path(__file__).parents[1] / "deploy/configs/sudoku.yaml"
 STUDY = Path(__file__).parents[1] / "deploy/studies/quick.yaml"

@@ -40,7 +40,7 @@ def test_uniform_stays_inside_the_open_interval(seed: int, step: int, position: 
     assert 0 < u < 1
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(keys=st.lists(st.tuples(INT64, st.integers(0, 4096), st.integers(-2, 4096)), min_size=1, max_size=20))
 def test_a_batch_gives_what_each_key_gives_alone(keys: list[tuple[int, int, int]]) -> None:
     batch = uniform(*torch.tensor(keys).unbind(1))

@@ -212,7 +212,7 @@ class Lineage:
 LINEAGE_MOVES = ["save", "settle", "rewind"]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(
         st.tuples(

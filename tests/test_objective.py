@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -27,7 +27,6 @@ def columns(rows: list[tuple[float, ...]]) -> list[Tensor]:
     return [torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True)]
 
 
-@settings(deadline=None)
 @given(pairs, st.floats(0.1, 5.0))
 def test_weight_is_the_truncated_ratio(rows: list[tuple[float, float]], cap: float) -> None:
     proximal, behaviour = columns(rows)
@@ -40,7 +39,6 @@ def test_weight_is_the_truncated_ratio(rows: list[tuple[float, float]], cap: flo
 KINDS = ["truncated", "none", "self_normalised"]
 
 
-@settings(deadline=None)
 @given(pairs, st.floats(0.1, 5.0))
 def test_self_normalised_weights_are_the_truncated_ones_over_their_mean(
     rows: list[tuple[float, float]], cap: float
@@ -116,7 +114,6 @@ def test_weight_is_a_constant_for_the_gradient(kind: str) -> None:
     assert not importance_weight(proximal, torch.tensor([-1.5, -1.5]), cap=2.0, kind=kind).requires_grad
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(logs, logs, st.floats(0.0, 3.0), st.floats(-2.0, 2.0)), min_size=1, max_size=12),
     st.floats(0.05, 0.9),
@@ -213,7 +210,6 @@ def test_a_batch_in_which_nothing_is_scored_has_mean_zero(kind: str) -> None:
     assert float(token_mean(torch.ones(2, 3), nothing, kind=kind, completions=2.0, tokens=0.0)) == 0.0
 
 
-@settings(deadline=None)
 @given(pairs)
 def test_k3_is_never_negative_and_zero_only_where_both_agree(rows: list[tuple[float, float]]) -> None:
     current, reference = columns(rows)
@@ -239,7 +235,6 @@ def test_k3_passes_no_gradient_to_the_reference() -> None:
     assert float(current.grad) == pytest.approx(1 - math.exp(-1.0))  # type: ignore[arg-type]
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(0.01, 20.0), min_size=1, max_size=20))
 def test_effective_sample_share_is_the_loops(weights: list[float]) -> None:
     expected = sum(weights) ** 2 / (len(weights) * sum(w * w for w in weights))
@@ -252,7 +247,6 @@ def test_effective_sample_share_does_not_depend_on_the_weights_scale() -> None:
     assert float(effective_sample_share(torch.full((8,), 1e-8, dtype=torch.float64))) == pytest.approx(1.0)
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.floats(-3.0, 3.0), st.integers(1, 16)), min_size=1, max_size=8),
     st.floats(0.0, 1.0),
@@ -271,7 +265,6 @@ def test_cost_is_the_loops(rows: list[tuple[float, int]], speed_weight: float, f
     assert found.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
-@settings(deadline=None)
 @given(st.floats(-3.0, 3.0), st.integers(1, 16), st.integers(1, 16), st.floats(0.0, 1.0), st.sampled_from(FORMS))
 def test_no_form_of_cost_rewards_slowness(reward: float, one: int, other: int, speed_weight: float, form: str) -> None:
     nfe = torch.tensor(sorted((one, other)))

@@ -426,7 +426,7 @@ async def inline(function: Callable[..., T], *arguments: Any) -> T:
     return function(*arguments)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.integers(1, 3),
     st.integers(0, 3),

@@ -909,7 +909,7 @@ class Driver:
         assert not self.buffer._changed.locked()
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     st.integers(1, 3),
     st.integers(0, 4),

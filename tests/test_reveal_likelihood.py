@@ -28,7 +28,7 @@ def random_rows(rows: int, length: int, seed: int = 0) -> tuple[torch.Tensor, to
     return entropy, active, 3 * torch.rand(rows, generator=generator, dtype=WIDE)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 10_000))
 def test_the_set_is_the_textbook_loops(seed: int) -> None:
     entropy, active, gamma = random_rows(5, 6, seed)

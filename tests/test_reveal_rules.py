@@ -43,7 +43,7 @@ def apply(rule: str, batch: list[Row]) -> Tensor:
 
 
 @pytest.mark.parametrize("rule", REVEAL_RULES)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_a_rule_does_what_its_loop_does_row_by_row(rule: str, data: st.DataObject) -> None:
     batch = data.draw(rows(rule))
@@ -59,7 +59,7 @@ def test_a_rule_does_what_its_loop_does_row_by_row(rule: str, data: st.DataObjec
 
 
 @pytest.mark.parametrize("rule", REVEAL_RULES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_a_bolder_parameter_reveals_a_superset(rule: str, data: st.DataObject) -> None:
     batch = data.draw(rows(rule))
@@ -85,7 +85,7 @@ def test_entropy_bound_by_hand(gamma: float, revealed: list[int]) -> None:
     assert apply("entropy_bound", [row])[0].nonzero().flatten().tolist() == revealed
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(entropies=st.lists(st.floats(1e-6, 5), min_size=1, max_size=9))
 def test_gamma_zero_reveals_one(entropies: list[float]) -> None:
     size = len(entropies)

@@ -512,7 +512,7 @@ class Model:
         assert gauges["segments"] == len(self.store._folder.numbers())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from([0, 150, 400, 10_000]), st.integers(0, 2**32), OPERATIONS)
 def test_random_sequences(memory_bytes: int, seed: int, operations: list[str]) -> None:
     async def scenario() -> None:

@@ -6,7 +6,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from learner_fixtures import (
     LENGTH,
@@ -115,7 +115,6 @@ def test_taus_depend_on_seed_and_update_only(law: str, passes: int) -> None:
     assert (together != other_seed).any()
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.lists(st.integers(1, 9), min_size=4, max_size=4), min_size=1, max_size=5),
     st.lists(st.integers(0, 8), max_size=4),
@@ -126,7 +125,6 @@ def test_each_token_is_scored_after_the_latest_tau_before_it(reveal: list[list[i
     assert scored_after(torch.tensor(reveal), drawn).tolist() == expected
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.lists(st.integers(1, 9), min_size=4, max_size=4), min_size=1, max_size=5),
     st.integers(0, 9),

@@ -55,7 +55,7 @@ def test_pieces_cover_all_rows_in_order_within_the_budget(device: str) -> None:
     assert len(row_pieces(5000, 126_464, torch.device(device))) > 1
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.integers(1, 20), tokens=st.integers(0, 40), per_piece=st.integers(1, 21), seed=st.integers(0, 99))
 def test_pieces_have_the_plain_values_and_gradients(
     policy: Policy, small_pieces: pytest.MonkeyPatch, rows: int, tokens: int, per_piece: int, seed: int

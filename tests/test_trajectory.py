@@ -95,7 +95,7 @@ def test_another_schema_version_is_refused(metadata: dict[str, str] | None, foun
         decode_group(with_metadata(metadata))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(payload=st.binary(max_size=400))
 @example(payload=b"")
 @example(payload=b"\xff\xff\xff\xff")
