@@ -72,8 +72,6 @@ def convert(
         raise UserError(f"--dtype {dtype} is unknown; give one of {', '.join(DTYPES)}, or leave it out to keep types")
     if target.exists():
         raise UserError(f"{target} is there already; give a name that is free")
-    if not target.absolute().parent.is_dir():
-        raise UserError(f"{target}: the folder {target.absolute().parent} is not there; make it first")
     try:
         found = ModelFolder(source, mask_token=mask_token, shift=shift)
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -85,6 +83,10 @@ def convert(
         types = {name: wanted or shards.parameters[own].dtype for name, own in names.items()}
         sizes = {name: shards.parameters[own].count * types[name].itemsize for name, own in names.items()}
         files = _files(sizes, shard_bytes)
+        try:
+            target.absolute().parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{target} cannot be made ({error.strerror}); choose another folder") from error
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
         try:
             partial.chmod(0o777 & ~_umask())  # mkdtemp's is for its owner alone

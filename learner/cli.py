@@ -118,7 +118,7 @@ def sft(
             raise UserError(f"run {found.path} has finished; start another from it with model.path={found.warm_start}")
     from learner.preflight import preflight
 
-    task = preflight(loaded)
+    task = preflight(loaded, trains=loaded.warm_start.file is None, evaluates=False)
     from learner.display import Display
     from learner.warm_start import supervised
 

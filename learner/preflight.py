@@ -1,5 +1,6 @@
 """Preflight: everything a user can have got wrong, checked before anything expensive starts."""
 
+from collections.abc import Sequence
 from queue import SimpleQueue
 
 import torch
@@ -15,8 +16,13 @@ SAMPLED_PROMPTS = 64
 CHECKED_ROWS = 10_000  # of a file of demonstrations; a bad one among more ends the warm start when it comes
 
 
-def preflight(config: Config, *, trains: bool = True) -> Task:
-    """Check device, task, data, model folder, special tokens and lengths; training questions only for what `trains`.
+def preflight(config: Config, *, trains: bool = True, evaluates: bool = True) -> Task:
+    """Check device, task, data, model folder, special tokens and lengths.
+
+    Args:
+        config: the configuration.
+        trains: whether the task's training questions are needed.
+        evaluates: whether its held-out ones are.
 
     Raises:
         UserError: naming the value, the limit and the way out.
@@ -24,15 +30,16 @@ def preflight(config: Config, *, trains: bool = True) -> Task:
     check_device(config.model.device)
     task = build_task(config.task)
     chosen = config.evaluation
-    check_size(task, chosen.split, "evaluation.prompts", chosen.prompts)
+    if evaluates:
+        check_size(task, chosen.split, "evaluation.prompts", chosen.prompts)
     if trains:
         check_size(task, "train", "learner.steps", 0)
-        if chosen.drift_every:
+        if chosen.drift_every and evaluates:
             check_size(task, "validation", "evaluation.drift_prompts", chosen.drift_prompts)
-    check_texts(config, task)
+    check_texts(config, task, splits=SPLITS if trains or evaluates else ())
     if config.model.lora is not None:  # targets that its layers do not have
         open_rollout_policy(config, task)
-    if isinstance(config.task, CustomConfig):
+    if isinstance(config.task, CustomConfig) and (trains or evaluates):
         check_reward(config, task, "train" if trains else chosen.split)
     return task
 
@@ -73,7 +80,7 @@ def check_device(name: str) -> None:
         ) from error
 
 
-def check_texts(config: Config, task: Task) -> None:
+def check_texts(config: Config, task: Task, *, splits: Sequence[Split] = SPLITS) -> None:
     """Tokenise some prompts of every split, and demonstrations (a file's: all, or many), and check them."""
     tokenizer, positions = open_tokenizer(config, task)
     sampler, file = config.sampler, config.warm_start.file
@@ -83,7 +90,7 @@ def check_texts(config: Config, task: Task) -> None:
             f"sampler.max_prompt_tokens + sampler.max_completion_tokens = {total} exceeds the model's {positions} "
             "positions; shorten one of them"
         )
-    for split in SPLITS:
+    for split in splits:
         size = task.size(split)
         for index in range(SAMPLED_PROMPTS if size is None else min(size, SAMPLED_PROMPTS)):
             example = task.example(split, index)

@@ -273,7 +273,7 @@ def test_nothing_is_left_when_writing_fails(tmp_path: Path, monkeypatch: pytest.
     ("target", "dtype", "words"),
     [
         ("source", None, "is there already"),
-        ("nowhere/target", None, "is not there; make it first"),
+        ("source/config.json/target", None, "cannot be made"),
         ("target", "int8", "--dtype int8 is unknown; give one of float32, bfloat16, float16"),
     ],
 )
