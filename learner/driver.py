@@ -28,6 +28,7 @@ from learner.run_directory import RunDirectory
 CONTROLLER = "controller"
 ENDING_SECONDS = 30.0
 STOP_WINDOW = 2.5  # seconds; Ray kills a job's driver 3 s after its SIGTERM (RAY_JOB_STOP_WAIT_TIME_S)
+MESSAGE_CHARACTERS = 2000
 ALIVE_SECONDS = 2.0  # between two looks at the local Ray
 CONTROLLER_FILE = "controller.json"  # in the run directory: where another process finds the controller
 
@@ -178,7 +179,9 @@ def _follow(
                 return ray.get(result)
     except RayTaskError as error:
         cause = error.cause
-        named = "" if isinstance(cause, UserError | RunError | RayError) else f"{type(cause).__name__}: "
+        if isinstance(cause, UserError | RunError):  # ours, with the way out at its end
+            raise RunError(" ".join(str(cause).split())[:MESSAGE_CHARACTERS]) from error
+        named = "" if isinstance(cause, RayError) else f"{type(cause).__name__}: "
         raise RunError(named + cause_line(cause)) from error
     except RayActorError as error:
         raise RunError(f"the controller died: {one_line(error)}") from error
