@@ -9,6 +9,7 @@
 - Infrastructure is told by Ray's error types. An actor's constructor that raises is none: it would raise again.
 """
 
+import re
 from enum import StrEnum
 
 from ray.exceptions import (
@@ -21,6 +22,11 @@ from ray.exceptions import (
     RayTaskError,
     WorkerCrashedError,
 )
+
+from common.errors import one_line
+
+CAUSE_CHARACTERS = 500
+_OWN = re.compile(r"^common\.errors\.\w+: ")  # what these say needs no name
 
 
 class FailureKind(StrEnum):
@@ -44,3 +50,10 @@ def failure_kind(error: BaseException) -> FailureKind:
 def comes_back(error: BaseException) -> bool:
     """Whether the actor that did not answer is being started again."""
     return isinstance(error, ActorUnavailableError) and not isinstance(error, RayTaskError)
+
+
+def cause_line(error: BaseException) -> str:
+    """What went wrong, in a line: the last one of what Ray passes on with a traceback, its own or another actor's."""
+    traced = isinstance(error, RayTaskError) or (isinstance(error, RayActorError) and error.actor_init_failed)
+    lines = str(error).strip().splitlines()
+    return _OWN.sub("", lines[-1].strip())[:CAUSE_CHARACTERS] if traced and lines else one_line(error)

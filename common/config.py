@@ -438,7 +438,8 @@ class RunConfig(Section):
     checkpoints: str | None = None
     """Folder or URI (s3://…, gs://…) below which the checkpoints are written; null is RUN/checkpoints."""
     stall_timeout: float = Field(default=120.0, gt=0)
-    """Seconds without any progress after which the run ends with an error; more than one group or step may take."""
+    """Seconds without any progress after which the run ends with an error; more than one group, one step, or one
+    setting of the final evaluation may take."""
     ray_address: str | None = None
     """Ray cluster to join; null joins the one of the surrounding job, else starts a local one."""
 

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
-from actors.failure import FailureKind, comes_back, failure_kind
+from actors.failure import FailureKind, cause_line, comes_back, failure_kind
 from actors.fleet import Fleet, patiently
 from common.config import Config
 from common.errors import RunError, UserError, one_line
@@ -254,7 +254,7 @@ class Controller:
     async def _learner_died(self, error: RayActorError) -> None:
         """Raises unless another learner may be started."""
         if failure_kind(error) is not FailureKind.INFRASTRUCTURE:
-            raise RunError(f"the replay buffer died and does not come back: {one_line(error)}") from error
+            raise RunError(f"the replay buffer died and does not come back: {cause_line(error)}") from error
         most = self.config.learner.max_restarts
         self._learner_deaths += 1
         if self._learner_deaths > most:
@@ -319,7 +319,7 @@ class Controller:
         except RayActorError as error:
             raise RunError(
                 "the replay buffer died (killed, or out of memory) and does not come back "
-                f"(replay.max_restarts={config.replay.max_restarts}): {one_line(error)}"
+                f"(replay.max_restarts={config.replay.max_restarts}): {cause_line(error)}"
             ) from error
         finally:
             training.cancel()

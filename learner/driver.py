@@ -14,19 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from actors.failure import cause_line
 from common.config import Config
 from common.errors import RunError, UserError, one_line
 from learner.controller import Controller
 from learner.exporter import check_port
 from learner.parts import POLICY, Parts
-from learner.ray_connection import LOCAL, chosen_address, connect
+from learner.ray_connection import LOCAL, chosen_address, connect, dead_daemons
 from learner.run_directory import RunDirectory
 
 CONTROLLER = "controller"
 ENDING_SECONDS = 30.0
 STOP_WINDOW = 2.5  # seconds; Ray kills a job's driver 3 s after its SIGTERM (RAY_JOB_STOP_WAIT_TIME_S)
+MESSAGE_CHARACTERS = 2000
+ALIVE_SECONDS = 2.0  # between two looks at the local Ray
 CONTROLLER_FILE = "controller.json"  # in the run directory: where another process finds the controller
 
 
@@ -117,17 +120,21 @@ def _check_name_is_free(name: str, *, patience: float) -> None:
         if time.monotonic() >= until:
             break
         time.sleep(0.5)
-    raise UserError(f"a run of the name {name} is going on this Ray cluster; choose another run.name")
+    raise _taken(name)
+
+
+def _taken(name: str) -> UserError:
+    return UserError(f"a run of the name {name} is going on this Ray cluster; choose another run.name")
 
 
 def _follow(
     config: Config, directory: Path, show: Callable[[str, dict[str, Any]], None], parts: Parts
 ) -> dict[str, Any]:
-    controller: Any = (
-        ray.remote(Controller)
-        .options(name=CONTROLLER, num_cpus=0, max_concurrency=100)
-        .remote(config=config, directory=directory, parts=parts)
-    )
+    make = ray.remote(Controller).options(name=CONTROLLER, num_cpus=0, max_concurrency=100)
+    try:
+        controller: Any = make.remote(config=config, directory=directory, parts=parts)
+    except ValueError as error:  # a driver that began at the same moment was faster
+        raise _taken(config.run.name) from error
     result = controller.run.remote()
     signals: list[int] = []
     alarm = threading.Timer(STOP_WINDOW, lambda: late())
@@ -156,7 +163,12 @@ def _follow(
         seen = 0
         while True:
             news = controller.events.remote(seen)
-            ready, _ = ray.wait([news, result], num_returns=1)
+            while not (ready := ray.wait([news, result], num_returns=1, timeout=ALIVE_SECONDS)[0]):
+                if dead := dead_daemons():
+                    raise RunError(
+                        f"the local Ray is gone ({', '.join(dead)}): killed, out of memory, or ended by a signal to "
+                        "the whole process group; to stop a run, send signals to this process alone"
+                    )
             if news in ready:
                 for kind, values in ray.get(news):
                     seen += 1
@@ -167,8 +179,10 @@ def _follow(
                 return ray.get(result)
     except RayTaskError as error:
         cause = error.cause
-        named = "" if isinstance(cause, UserError | RunError) else f"{type(cause).__name__}: "
-        raise RunError(named + one_line(cause)) from error
+        if isinstance(cause, UserError | RunError):  # ours, with the way out at its end
+            raise RunError(" ".join(str(cause).split())[:MESSAGE_CHARACTERS]) from error
+        named = "" if isinstance(cause, RayError) else f"{type(cause).__name__}: "
+        raise RunError(named + cause_line(cause)) from error
     except RayActorError as error:
         raise RunError(f"the controller died: {one_line(error)}") from error
     finally:

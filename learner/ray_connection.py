@@ -8,9 +8,11 @@
 import logging
 import os
 import socket
+from typing import Any
 
 import ray
 from ray._private import ray_constants
+from ray._private import worker as ray_worker
 
 from common.errors import UserError, one_line
 
@@ -85,3 +87,10 @@ def probe(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=PROBE_SECONDS).close()
+
+
+def dead_daemons() -> list[str]:
+    """Which of those that a local Ray cannot do without have ended; Ray itself gives up after a minute."""
+    node: Any = ray_worker._global_node
+    vital = (ray_constants.PROCESS_TYPE_GCS_SERVER, ray_constants.PROCESS_TYPE_RAYLET)
+    return sorted({kind for kind, _ in node.dead_processes() if kind in vital}) if node is not None else []

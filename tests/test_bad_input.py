@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Self, get_args, get_origin
 
 import pyarrow as pa
 import pytest
@@ -19,6 +19,7 @@ import ray
 import torch
 from filelock import FileLock
 from pydantic import BaseModel
+from ray.exceptions import ActorAlreadyExistsError
 
 import learner.warm_start
 from common.checkpoint_store import MANIFEST, CheckpointDamaged, CheckpointStore
@@ -32,9 +33,11 @@ from common.recovery import JOURNAL_FILE, recover
 from common.segment_folder import SegmentFolder
 from common.segment_store import SegmentStore
 from common.tasks import CountdownConfig, Gsm8kConfig, Math500Config, SudokuConfig, build_task
+from learner import driver, ray_connection
 from learner.checkpoint_writer import CheckpointWriter
 from learner.cli import main
 from learner.learner_actor import LearnerActor
+from learner.parts import POLICY
 from learner.synchronous_rollout import SynchronousRollout
 
 TINY = [
@@ -750,3 +753,45 @@ def test_a_manifest_that_leads_outside_is_damaged(tmp_path: Path, name: str) -> 
 def test_checkpoints_refuse_what_is_no_uri() -> None:
     with pytest.raises(UserError, match="give a local folder"):
         CheckpointStore("nonsense://bucket/x")
+
+
+def test_a_name_that_another_run_takes_in_the_same_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Taken:
+        def options(self, **_: object) -> Self:
+            return self
+
+        def remote(self, **_: object) -> None:
+            raise ActorAlreadyExistsError("controller")
+
+    monkeypatch.setattr(driver.ray, "remote", lambda _: Taken())
+    with pytest.raises(UserError, match=r"a run of the name new is going .*; choose another run\.name"):
+        driver._follow(load_config(None, TINY), tmp_path, lambda *_: None, POLICY)
+
+
+def test_a_local_ray_without_its_vital_parts_ends_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Node:
+        def dead_processes(self) -> list[tuple[str, object]]:
+            return [(kind, object()) for kind in dead]
+
+    class Waits:
+        """A handle whose calls are never answered."""
+
+        def __getattr__(self, name: str) -> Self:
+            return self
+
+        def __call__(self, *_: object, **__: object) -> Self:
+            return self
+
+    def wait(*_: object, **__: object) -> tuple[list, list]:
+        if len(dead) > 1:
+            dead.append("raylet")
+        dead.append("log_monitor")
+        return [], []
+
+    dead: list[str] = []
+    monkeypatch.setattr(ray_connection.ray_worker, "_global_node", Node())
+    monkeypatch.setattr(driver.ray, "remote", lambda _: Waits())
+    monkeypatch.setattr(driver.ray, "wait", wait)
+    with pytest.raises(RunError, match=r"the local Ray is gone \(raylet\): killed"):
+        driver._follow(load_config(None, TINY), tmp_path, lambda *_: None, POLICY)
+    assert dead.count("log_monitor") == 3, "it can do without that one"

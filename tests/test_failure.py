@@ -15,7 +15,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from actors.failure import FailureKind, comes_back, failure_kind
+from actors.failure import FailureKind, cause_line, comes_back, failure_kind
 from common.errors import RunError, UserError
 
 INFRASTRUCTURE, FATAL = FailureKind.INFRASTRUCTURE, FailureKind.FATAL
@@ -66,3 +66,19 @@ def test_each_failure_has_one_kind(error: Exception, kind: FailureKind, back: bo
 def test_an_error_of_living_code_is_of_its_causes_type_too() -> None:
     """Why `comes_back` does not look at the type alone."""
     assert isinstance(raised_by_living_code(UNAVAILABLE), ActorUnavailableError)
+
+
+TRACEBACK = (
+    'ray::ReplayBuffer.__init__() (pid=7)\n  File "a.py", line 1\n    ^^^^^^^\n'
+    "common.errors.RunError: segment 3 is damaged; restore it from a copy\n"
+)
+
+
+def test_the_cause_of_a_dead_actor_is_the_end_of_its_traceback() -> None:
+    raised = RayTaskError("__init__", TRACEBACK, RunError("segment 3 is damaged; restore it from a copy"))
+    at_start = ActorDiedError(raised)
+    seen_by_the_learner = RayTaskError("run", f"ray::LearnerActor.run()\n{at_start}", at_start).as_instanceof_cause()
+    for error in (raised, at_start, seen_by_the_learner):
+        assert cause_line(error) == "segment 3 is damaged; restore it from a copy"
+    assert cause_line(RayActorError(error_msg="it died:\n\tits worker was killed")) == "it died: its worker was killed"
+    assert cause_line(RunError("a failed run")) == "a failed run"
