@@ -482,7 +482,7 @@ def _check_lengths(policy: Policy, prompt: int, completion: int, block: int) -> 
     if prompt + completion > policy.max_positions:
         raise UserError(
             f"prompt of {prompt} + completion of {completion} tokens exceed the model's {policy.max_positions} "
-            "positions; shorten sampler.max_prompt_tokens or max_completion_tokens"
+            "positions; shorten the prompt or the completion (sampler.max_completion_tokens, --tokens)"
         )
 
 

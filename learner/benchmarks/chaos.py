@@ -65,11 +65,12 @@ def run(options: Options) -> dict[str, Any]:
         raise UserError("bench chaos has its own configurations; leave --config and overrides out")
     folder = Path(tempfile.mkdtemp(prefix="diffpo-chaos-"))
     result: dict[str, Any] = {}
-    for measure in (_kills, _throughput, _all_dead, _resume, _recovery, _checkpoints):
-        started = time.monotonic()
-        found = measure(folder, options)
-        options.console.print(found, f"in {time.monotonic() - started:.0f} s")
-        result |= found
+    with ThreadPoolExecutor() as pool:
+        for together in ((_kills, _all_dead), (_throughput,), (_resume,), (_recovery,), (_checkpoints,)):
+            started = time.monotonic()
+            for found in pool.map(lambda measure: measure(folder, options), together):
+                options.console.print(found, f"in {time.monotonic() - started:.0f} s")
+                result |= found
     shutil.rmtree(folder)
     return result
 
@@ -271,7 +272,6 @@ def _tiny(steps: int, **replay: Any) -> dict[str, Any]:
 
 def _resume(folder: Path, options: Options) -> dict[str, Any]:
     whole = ChaosRun(folder, "whole", "policy", _tiny(24, max_staleness=0))
-    whole.end()
     killed = ChaosRun(folder, "killed", "policy", _tiny(24, max_staleness=0))
     for kind, step in ((LEARNER, 8), (DRIVER, 19)):
         killed.wait_for(f"step {step}", lambda step=step: killed.steps() >= step)
@@ -280,6 +280,7 @@ def _resume(folder: Path, options: Options) -> dict[str, Any]:
     killed.end()
     killed.start("resume")
     code = killed.end()
+    whole.end()
     names = ("model", "threshold")
     one, other = (
         {key: value for name in names for key, value in load_file(run.path / LAST / f"{name}.safetensors").items()}
