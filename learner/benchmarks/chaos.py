@@ -213,7 +213,7 @@ def account(run: ChaosRun) -> dict[str, int]:
 
 
 def _throughput(folder: Path, options: Options) -> dict[str, Any]:
-    windows, seconds, every = (2, 30.0, 10.0) if options.quick else (6, 30.0, 10.0)
+    windows, seconds, every = (2, 20.0, 10.0) if options.quick else (6, 30.0, 10.0)
     run = ChaosRun(folder, "throughput", "simulated", simulated(100_000, actors=4, slots=16))
     run.wait_for("some steps", lambda: run.steps() > 10)
     rates: dict[bool, list[float]] = {False: [], True: []}
