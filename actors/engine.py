@@ -17,7 +17,7 @@
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Self
 
@@ -209,10 +209,11 @@ class DenoisingEngine:
                 f"{LARGEST_THRESHOLD:g}"
             )
 
-    def generate(self, requests: Iterable[Request]) -> list[Completion]:
+    def generate(self, requests: Iterable[Request], progress: Callable[[int], None] | None = None) -> list[Completion]:
         """All completions, in the order of the requests; for an engine that has nothing else to do.
 
-        Whatever it raises, the engine is idle then and can be used again.
+        `progress` is called after every step with how many have finished. Whatever it raises, the engine is idle then
+        and can be used again.
 
         Raises:
             UserError: for a request that cannot be served.
@@ -231,6 +232,8 @@ class DenoisingEngine:
                     if request is not None:
                         handles.append(self.submit(request))
                 finished.update(self.step())
+                if progress is not None:
+                    progress(len(finished))
         except Exception:
             self.abandon()
             raise

@@ -7,7 +7,7 @@
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, Literal, Self
@@ -125,13 +125,21 @@ class Evaluator:
             self._pool.close()
             self._pool = None
 
-    def measure(self, setting: Setting, *, thresholds: np.ndarray | None = None, prompts: range | None = None) -> Point:
+    def measure(
+        self,
+        setting: Setting,
+        *,
+        thresholds: np.ndarray | None = None,
+        prompts: range | None = None,
+        progress: Callable[[str], None] = lambda doing: None,
+    ) -> Point:
         """Accuracy, NFE and reward of every prompt under one setting.
 
         Args:
             setting: how to sample.
             thresholds: one parameter of the reveal rule per prompt, in place of the setting's.
             prompts: which of the prompts; None is all.
+            progress: called after every forward pass and every reward, with what is being done.
 
         Raises:
             RunError: when completions fail, or one reward after the other takes too long.
@@ -141,17 +149,20 @@ class Evaluator:
         slots = min(config.rollout.slots, len(chosen))
         engine = DenoisingEngine.of(self.policy, config, rule=setting.rule, slots=slots)
         completions = engine.generate(
-            Request(
-                prompt_ids=self._prompt_ids[index],
-                seed=derive(config.run.seed, EVALUATION_SEED, index),
-                group=index,
-                temperature=setting.temperature,
-                threshold=setting.parameter if thresholds is None else float(thresholds[index]),
-            )
-            for index in chosen
+            (
+                Request(
+                    prompt_ids=self._prompt_ids[index],
+                    seed=derive(config.run.seed, EVALUATION_SEED, index),
+                    group=index,
+                    temperature=setting.temperature,
+                    threshold=setting.parameter if thresholds is None else float(thresholds[index]),
+                )
+                for index in chosen
+            ),
+            lambda done: progress(f"{done} of {len(chosen)} completions"),
         )
         texts = [self.policy.decode(c.completion_ids.tolist()) for c in completions]
-        outcomes = self._scored([self.examples[index] for index in chosen], texts)
+        outcomes = self._scored([self.examples[index] for index in chosen], texts, progress)
         failures = {index: found for index, found in zip(chosen, outcomes, strict=True) if isinstance(found, Exception)}
         if failures:
             index, failure = next(iter(failures.items()))
@@ -183,7 +194,9 @@ class Evaluator:
             failures=tuple(one_line(found) if isinstance(found, Exception) else "" for found in outcomes),
         )
 
-    def _scored(self, examples: list[Example], texts: list[str]) -> list[Score | Exception]:
+    def _scored(
+        self, examples: list[Example], texts: list[str], progress: Callable[[str], None]
+    ) -> list[Score | Exception]:
         """What each prompt's completion got, or why it could not be scored."""
         if self.task.trusted:
             return [score(self.task, e, [text])[0] for e, text in zip(examples, texts, strict=True)]
@@ -194,9 +207,11 @@ class Evaluator:
             self._pool.submit(example, [text], lambda found, index=index: arrived.put((index, found)))
         outcomes: dict[int, list[Score] | Exception] = {}
         late = 0
+        progress(f"0 of {len(texts)} rewards")
         while len(outcomes) < len(texts):
             index, found = arrived.get()
             outcomes[index] = found
+            progress(f"{len(outcomes)} of {len(texts)} rewards")
             if not isinstance(found, RewardTimeout):
                 late = 0
                 continue

@@ -59,7 +59,7 @@ class Base:
     def of(cls, folder: Path) -> "Base":
         """The base in a folder that holds a whole model."""
         found = xxhash.xxh3_128((folder / "config.json").read_bytes())
-        for file in sorted(folder.glob("*.safetensors")):
+        for file in sorted(one for one in folder.glob("*.safetensors") if one.is_file()):
             size = file.stat().st_size
             found.update(f"{file.name} {size}".encode())
             with file.open("rb") as stream:

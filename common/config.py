@@ -385,7 +385,7 @@ class EvaluationConfig(Section):
     split: Literal["validation", "test"] = "test"
     """Split that the prompts come from."""
     shard_prompts: int = Field(default=256, ge=1)
-    """Prompts that one worker of `diffpo eval` answers at a time; what is finished is kept shard by shard."""
+    """Prompts that one evaluation worker answers at a time; what is finished is kept shard by shard."""
     gammas: Increasing = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
     """Fixed thresholds (nats) of the entropy-bound sweep."""
     confidences: tuple[Annotated[float, Field(le=1)], ...] = (0.5, 0.7, 0.9)
@@ -439,7 +439,7 @@ class RunConfig(Section):
     """Folder or URI (s3://…, gs://…) below which the checkpoints are written; null is RUN/checkpoints."""
     stall_timeout: float = Field(default=120.0, gt=0)
     """Seconds without any progress after which the run ends with an error; more than one group, one step, or one
-    setting of the final evaluation may take."""
+    reward of the final evaluation may take."""
     ray_address: str | None = None
     """Ray cluster to join; null joins the one of the surrounding job, else starts a local one."""
 

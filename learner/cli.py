@@ -173,7 +173,7 @@ def evaluate(
     task = preflight(loaded, trains=False)
     from learner.display import Display
     from learner.evaluation_record import ShardFolder, write_answers
-    from learner.final_evaluation import evaluate_kept, summarise
+    from learner.final_evaluation import Evaluation, summarise
     from learner.pareto import draw_pareto
     from learner.run_directory import RunDirectory
 
@@ -184,7 +184,7 @@ def evaluate(
         raise UserError(f"--out {out} cannot be made ({error.strerror}); choose another folder") from error
     display = Display(warm_start_steps=0, learner_steps=0)
     kept = ShardFolder(out, loaded, folders)
-    points = evaluate_kept(
+    evaluation = Evaluation(
         loaded,
         folders,
         kept,
@@ -192,6 +192,7 @@ def evaluate(
             f"{name}: {point.setting.name}: accuracy {point.accuracy:.3f} NFE {point.mean_nfe:.2f}"
         ),
     )
+    points = evaluation.run()
     results = summarise(loaded, points)
     RunDirectory(out).write_json("evaluation.json", results)
     draw_pareto(points, out / "pareto.png", title=f"{loaded.task.name}: {folder}")

@@ -3,12 +3,13 @@
     phase        who works                                         ends when
     warm_start   learner                                           demonstrations are done (skipped for a given model)
     train        fleet -> buffer -> learner -> buffer -> fleet     all steps done, stop, or a failure
-    evaluate     Ray tasks, one per setting, before and after RL   every setting has been measured
+    evaluate     evaluation workers, before and after RL           every setting has been measured
     finished / stopped / failed
 
 - Whatever fails first ends the run and names the cause; nothing waits on a dead part.
 - The watchdog ends a run in which nothing has progressed for `run.stall_timeout`. In the training phase only groups
-  that can be trained count: discarding every group for equal rewards is not progress.
+  that can be trained count: discarding every group for equal rewards is not progress. In the evaluation every forward
+  pass and every reward counts.
 - A run that did not train all its steps is never reported as finished: a stop is `stopped`, the rest `failed`.
 - A part that dies is started again, within its budget: an actor by the fleet, the buffer by Ray, the learner here. The
   buffer goes on from its files, the learner from its newest checkpoint, and so does a whole run that is resumed.
@@ -100,6 +101,8 @@ class Controller:
         self._quarantined = self._quarantined_before = 0.0
         self._untrainable = ""
         self._warned = False
+        self._lost = 0.0
+        self._evaluating: dict[int, str] = {}  # what each evaluation worker does
 
     # -- called from outside ------------------------------------------------------------------------------------
 
@@ -145,6 +148,11 @@ class Controller:
     async def warn(self, text: str) -> None:
         """Called by the learner when something was wrong that did not end the run."""
         await self._tell("warning", {"text": text})
+
+    async def evaluating(self, worker: int, doing: str) -> None:
+        """Called by evaluation workers, now and then, as long as they get on."""
+        self._evaluating[worker] = doing
+        self._mark_progress()
 
     async def stop(self, reason: str) -> None:
         """Called by the driver on a signal: the learner finishes its step, writes a checkpoint, and the run ends."""
@@ -208,28 +216,34 @@ class Controller:
                 await self._enter("finished")
                 return reached
             await self._enter("evaluate")
-            evaluation = await self._unless_stopped(self._evaluate())
+            evaluation = await self._unless_stopped(self._evaluate(int(reached["steps"])))
         if evaluation is None:
             await self._enter("stopped")
             return {"stopped": self._stop_reason, **reached}
-        from learner.final_evaluation import summarise
+        await self._enter("finished")
+        return {**reached, "evaluation": evaluation, "pareto": str(self._directory.pareto)}
+
+    async def _evaluate(self, steps: int) -> dict[str, Any]:
+        """What `evaluation.json` holds; one that was cut off goes on."""
+        from learner.evaluation_fleet import room_for_workers
+        from learner.evaluation_record import ShardFolder
+        from learner.final_evaluation import Evaluation, summarise
         from learner.pareto import draw_pareto
 
-        results = {"steps": int(reached["steps"]), **summarise(config, evaluation)}
-        self._directory.write_json(EVALUATION, results)
-        draw_pareto(evaluation, self._directory.pareto, title=f"{config.task.name}, run {config.run.name}")
-        if self._exporter is not None:
-            self._exporter.replace("evaluation_frontier_area", results["area"])
-        await self._enter("finished")
-        return {**reached, "evaluation": results, "pareto": str(self._directory.pareto)}
-
-    async def _evaluate(self) -> Any:
-        from learner.final_evaluation import evaluate_folders
-
+        config = self.config
+        listener = ray.get_runtime_context().current_actor
         last = max(self._checkpoints.checkpoints(), key=lambda one: one.version)
         with self._checkpoints.fetch(last) as after:
             folders = {"before": self._directory.warm_start, "after": after}
-            return await evaluate_folders(self.config, folders, self._mark_progress)
+            kept = ShardFolder(self._directory.path, config, folders)
+            points = await Evaluation(config, folders, kept).on_ray(workers=room_for_workers(config), listener=listener)
+        results = {"steps": steps, **summarise(config, points)}
+        self._directory.write_json(EVALUATION, results)
+        draw_pareto(points, self._directory.pareto, title=f"{config.task.name}, run {config.run.name}")
+        kept.remove()
+        if self._exporter is not None:
+            self._exporter.replace("evaluation_frontier_area", results["area"])
+        return results
 
     async def _start_learner(self) -> None:
         """A learner with the weights of the warm start; again, should it die over them."""
@@ -374,6 +388,8 @@ class Controller:
             found["buffer"] = await _answer(self._buffer.waiting.remote())
         if self._fleet is not None:
             found["rollout actors"] = await self._fleet.doing()
+        if self._phase == "evaluate":
+            found["evaluation workers"] = self._evaluating or "have not begun"
         return found
 
     async def _report_quarantine(self) -> str:
@@ -430,6 +446,10 @@ class Controller:
                     "not finite start another run with model.path=RUN/checkpoints/STEP and a lower "
                     "learner.learning_rate"
                 )
+        if gauges["lost_groups"] > self._lost:
+            self._lost = gauges["lost_groups"]
+            text = f"the bytes of {self._lost:.0f} groups that were finished are in no file; they are generated again"
+            await self._tell("warning", {"text": text})
         if gauges["expired_leases"] > 0 and not self._warned:
             await self._warn_of_deadline(gauges["expired_leases"], fleet)
         if gauges["groups_discarded"] + gauges["groups_quarantined"] > 0:

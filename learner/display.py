@@ -44,7 +44,7 @@ class Display:
         elif kind == "metrics":
             self.console.print(f"metrics: http://{values['address']}/metrics")
         elif kind == "signal":
-            self.console.print(f"{values['name']}: stopping; in training, after the step in hand and a checkpoint")
+            self.console.print(f"{values['name']}: {_stopping(values['phase'])}")
         elif kind == "warning":
             self.console.print(f"warning: {values['text']}")
         elif kind == "scale":
@@ -98,6 +98,14 @@ class Display:
             self.console.print(
                 f"frontier gain: {gain['gain']:+.4f} (95 % over prompts: {gain['low']:+.4f} to {gain['high']:+.4f})"
             )
+
+
+def _stopping(phase: str) -> str:
+    if phase == "train":
+        return "stopping, after the step in hand and a checkpoint"
+    if phase == "evaluate":
+        return "stopping; all steps are trained, --resume goes on with the evaluation"
+    return "stopping"
 
 
 def _step_note(values: dict[str, float]) -> str:

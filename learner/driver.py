@@ -91,7 +91,9 @@ def _follow_in(
     try:
         return _follow(config, directory.path, show, parts)
     except RunError as error:
-        raise RunError(f"{error} -- go on with: diffpo train --resume {directory.path}") from error
+        raise RunError(
+            f"{error} -- once its cause is gone, go on with: diffpo train --resume {directory.path}"
+        ) from error
 
 
 def _connect(config: Config) -> None:
@@ -140,15 +142,21 @@ def _follow(
     alarm = threading.Timer(STOP_WINDOW, lambda: late())
     alarm.daemon = True
 
+    phase = ""
+
     def on_signal(number: int, _: Any) -> None:
         if signals:
             raise KeyboardInterrupt
         signals.append(number)
-        show("signal", {"name": signal.Signals(number).name})
+        show("signal", {"name": signal.Signals(number).name, "phase": phase})
         controller.stop.remote(signal.Signals(number).name)
         alarm.start()
 
     def late() -> None:
+        if phase != "train":
+            text = f"still ending {STOP_WINDOW:g} s after the signal; --resume goes on with phase {phase}"
+            show("warning", {"text": text})
+            return
         newest = max((one.step for one in RunDirectory(directory).checkpoint_store(config).checkpoints()), default=-1)
         show(
             "warning",
@@ -172,6 +180,7 @@ def _follow(
             if news in ready:
                 for kind, values in ray.get(news):
                     seen += 1
+                    phase = values["phase"] if kind == "phase" else phase
                     show(kind, values)
                     if kind == "summary":
                         return ray.get(result)

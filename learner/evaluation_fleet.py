@@ -7,9 +7,11 @@
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from common.policy_loading import load_policy
 from common.tasks import build_task
 
 Done = Callable[[int, Point], None]
+TELL_SECONDS = 1.0  # between two words of a worker on what it does
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,14 @@ def shards_of(config: Config, folders: Mapping[str, Path], size: int) -> list[Sh
 class EvaluationWorker:
     """Measures shards, one after the other, until `close`."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, tell: Callable[[str], Any] = lambda doing: None) -> None:
+        """`tell` is called with what is being done, now and then, as long as it goes on."""
         self._config = config
         self._task = build_task(config.task)
         self._folder: Path | None = None
         self._evaluator: Evaluator | None = None
+        self._tell = tell
+        self._told = 0.0
         torch.set_num_threads(config.rollout.threads)
 
     def ready(self) -> None:
@@ -66,11 +72,18 @@ class EvaluationWorker:
         """Raises UserError, RunError: when the policy cannot be loaded, or the evaluation is hopeless."""
         if self._evaluator is None or self._folder != shard.folder:
             self.close()
+            self._tell(f"loads policy {shard.name}")
             config, chosen = self._config, self._config.evaluation
             policy = load_policy(shard.folder, config.model, config.sampler.threshold).for_rollout(config.rollout)
             self._evaluator = Evaluator(policy, self._task, config, prompts=chosen.prompts, split=chosen.split)
             self._folder = shard.folder
-        return self._evaluator.measure(shard.setting, prompts=shard.prompts)
+
+        def progress(doing: str) -> None:
+            if time.monotonic() - self._told >= TELL_SECONDS:
+                self._told = time.monotonic()
+                self._tell(f"{shard.name}: {shard.setting.name}: {doing}")
+
+        return self._evaluator.measure(shard.setting, prompts=shard.prompts, progress=progress)
 
     def close(self) -> None:
         """Stop the reward processes and let go of the policy."""
@@ -89,7 +102,9 @@ def measure_here(config: Config, shards: Mapping[int, Shard], done: Done) -> Non
         worker.close()
 
 
-async def measure_on_ray(config: Config, shards: Mapping[int, Shard], done: Done, *, workers: int) -> None:
+async def measure_on_ray(
+    config: Config, shards: Mapping[int, Shard], done: Done, *, workers: int, listener: Any = None
+) -> None:
     """All shards, by actors of the Ray that this process is connected to; `done` is called with the number of each.
 
     Args:
@@ -97,6 +112,7 @@ async def measure_on_ray(config: Config, shards: Mapping[int, Shard], done: Done
         shards: what to measure, by number.
         done: called in this process.
         workers: how many; those that find no room in the cluster wait, and the others do their part.
+        listener: an actor whose `evaluating(worker, doing)` hears what each of them does; None is nobody.
 
     Raises:
         UserError, RunError: as `EvaluationWorker.measure`; RunError when a worker dies too often.
@@ -107,11 +123,11 @@ async def measure_on_ray(config: Config, shards: Mapping[int, Shard], done: Done
     missing = len(shards)
     ended = asyncio.Event()
 
-    async def work() -> None:
+    async def work(place: int) -> None:
         nonlocal missing
         deaths, number, most = 0, None, config.rollout.max_restarts
         while True:
-            worker = _start(config)
+            worker = _start(config, partial(_tell, listener, place) if listener is not None else None)
             try:
                 await worker.ready.remote()
                 while True:
@@ -140,7 +156,7 @@ async def measure_on_ray(config: Config, shards: Mapping[int, Shard], done: Done
 
     if not shards:
         return
-    everyone = [asyncio.create_task(work()) for _ in range(min(workers, len(shards)))]
+    everyone = [asyncio.create_task(work(place)) for place in range(min(workers, len(shards)))]
     over = asyncio.create_task(ended.wait())
     try:
         await asyncio.wait([*everyone, over], return_when=asyncio.FIRST_COMPLETED)
@@ -154,10 +170,15 @@ async def measure_on_ray(config: Config, shards: Mapping[int, Shard], done: Done
         await asyncio.gather(*everyone, return_exceptions=True)
 
 
-def _start(config: Config) -> Any:
+def _tell(listener: Any, place: int, doing: str) -> None:
+    listener.evaluating.remote(place, doing)
+
+
+def _start(config: Config, tell: Callable[[str], None] | None) -> Any:
     rollout = config.rollout
     options = {"num_cpus": rollout.cpus, "num_gpus": rollout.gpus, "max_restarts": 0}
-    return ray.remote(EvaluationWorker).options(**options).remote(config)
+    given = (config,) if tell is None else (config, tell)
+    return ray.remote(EvaluationWorker).options(**options).remote(*given)
 
 
 def room_for_workers(config: Config) -> int:

@@ -16,67 +16,77 @@ from learner.evaluation_record import Points, ShardFolder
 from learner.ray_connection import LOCAL, chosen_address, connect
 
 
-async def evaluate_folders(
-    config: Config, folders: Mapping[str, Path], progress: Callable[[], None]
-) -> dict[str, list[Point]]:
-    """Points of each folder's policy, at the end of a run, on its Ray; `progress` is called as they arrive."""
-    shards = shards_of(config, folders, config.evaluation.prompts)
-    found: dict[int, Point] = {}
+class Evaluation:
+    """Shards of policies by settings: what was found, kept on disk at once, and what is missing."""
 
-    def done(number: int, point: Point) -> None:
-        found[number] = point
-        progress()
+    def __init__(
+        self,
+        config: Config,
+        folders: Mapping[str, Path],
+        kept: ShardFolder,
+        report: Callable[[str, Point], None] = lambda name, point: None,
+    ) -> None:
+        """
+        Args:
+            config: the configuration.
+            folders: policies by name.
+            kept: where finished shards are, and are put.
+            report: called with policy and point of each setting once all of its shards are there.
+        """
+        self._config = config
+        self._kept = kept
+        self._report = report
+        self._shards = shards_of(config, folders, config.evaluation.shard_prompts)
+        self._each = -(-config.evaluation.prompts // config.evaluation.shard_prompts)  # shards of a setting
+        read = {number: kept.read(number, shard) for number, shard in enumerate(self._shards)}
+        self._found = {number: point for number, point in read.items() if point is not None}
 
-    await measure_on_ray(config, dict(enumerate(shards)), done, workers=room_for_workers(config))
-    return _joined(shards, found)
+    async def on_ray(self, *, workers: int, listener: Any = None) -> dict[str, list[Point]]:
+        """Points of each policy, by workers of the Ray that this process is connected to; `listener` and raises as
+        those of `measure_on_ray`."""
+        await measure_on_ray(self._config, self._missing(), self._done, workers=workers, listener=listener)
+        return self._points()
 
+    def run(self) -> dict[str, list[Point]]:
+        """Points of each policy, for a command: with one worker (`rollout.actors`) it is this process, else there are
+        as many on the Ray of the configuration or of `RAY_ADDRESS`, or on one that is started for it.
 
-def evaluate_kept(
-    config: Config, folders: Mapping[str, Path], kept: ShardFolder, report: Callable[[str, Point], None]
-) -> dict[str, list[Point]]:
-    """Points of each folder's policy, for `diffpo eval`: shard by shard, those that are kept already left out.
+        Raises:
+            UserError: when Ray cannot be reached, or has too few CPUs.
+            RunError: as `measure_on_ray`.
+        """
+        for number in range(0, len(self._shards), self._each):
+            self._tell(number)
+        if self._config.rollout.actors == 1:
+            measure_here(self._config, self._missing(), self._done)
+        elif self._missing():
+            _connect(self._config)
+            try:
+                asyncio.run(self.on_ray(workers=self._config.rollout.actors))
+            finally:
+                ray.shutdown()
+        return self._points()
 
-    With one worker (`rollout.actors`) it is this process, else there are as many on the Ray of the configuration or of
-    `RAY_ADDRESS`, or on one that is started for it.
+    def _missing(self) -> dict[int, Shard]:
+        return {number: shard for number, shard in enumerate(self._shards) if number not in self._found}
 
-    Args:
-        config: the configuration.
-        folders: policies by name.
-        kept: where finished shards are, and are put.
-        report: called with policy and point of each setting once all of its shards are there.
+    def _done(self, number: int, point: Point) -> None:
+        self._kept.write(number, point)
+        self._found[number] = point
+        self._tell(number)
 
-    Raises:
-        UserError: when Ray cannot be reached, or has too few CPUs.
-        RunError: as `measure_on_ray`.
-    """
-    shards = shards_of(config, folders, config.evaluation.shard_prompts)
-    read = {number: kept.read(number, shard) for number, shard in enumerate(shards)}
-    found = {number: point for number, point in read.items() if point is not None}
-    each = -(-config.evaluation.prompts // config.evaluation.shard_prompts)  # shards of a setting
+    def _tell(self, number: int) -> None:
+        first = number - number % self._each
+        parts = [self._found[one] for one in range(first, first + self._each) if one in self._found]
+        if len(parts) == self._each:
+            self._report(self._shards[number].name, Point.joined(parts))
 
-    def tell(number: int) -> None:
-        first = number - number % each
-        parts = [found[one] for one in range(first, first + each) if one in found]
-        if len(parts) == each:
-            report(shards[number].name, Point.joined(parts))
-
-    def done(number: int, point: Point) -> None:
-        kept.write(number, point)
-        found[number] = point
-        tell(number)
-
-    for number in range(0, len(shards), each):
-        tell(number)
-    missing = {number: shard for number, shard in enumerate(shards) if number not in found}
-    if config.rollout.actors == 1:
-        measure_here(config, missing, done)
-    elif missing:
-        _connect(config)
-        try:
-            asyncio.run(measure_on_ray(config, missing, done, workers=config.rollout.actors))
-        finally:
-            ray.shutdown()
-    return _joined(shards, found)
+    def _points(self) -> dict[str, list[Point]]:
+        settings: dict[str, list[Point]] = {}
+        for first in range(0, len(self._shards), self._each):
+            parts = [self._found[number] for number in range(first, first + self._each)]
+            settings.setdefault(self._shards[first].name, []).append(Point.joined(parts))
+        return settings
 
 
 def _connect(config: Config) -> None:
@@ -89,16 +99,6 @@ def _connect(config: Config) -> None:
             f"{actors} evaluation workers x {cpus:g} CPUs (rollout.cpus), {config.rollout.gpus:g} GPUs (rollout.gpus) "
             f"exceed this machine, which has room for {room}; give --actors {room}"
         )
-
-
-def _joined(shards: list[Shard], found: Mapping[int, Point]) -> dict[str, list[Point]]:
-    parts: dict[str, list[list[Point]]] = {}
-    for number, shard in enumerate(shards):
-        settings = parts.setdefault(shard.name, [])
-        if shard.prompts.start == 0:
-            settings.append([])
-        settings[-1].append(found[number])
-    return {name: [Point.joined(points) for points in settings] for name, settings in parts.items()}
 
 
 def summarise(config: Config, points: Points) -> dict[str, Any]:

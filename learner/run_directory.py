@@ -8,6 +8,7 @@
     checkpoints/step-N/    the whole run at one version, newest `keep_checkpoints` (`common.checkpoint_store`)
     set_aside/             batches that could not be trained on, with the weights that they met
     quarantine.json        prompts that failed twice, with tracebacks
+    shards/                what a final evaluation that is going on has finished
     evaluation.json        before and after, every setting
     pareto.png             the accuracy-NFE frontier before and after
     metrics_target.json    Prometheus `file_sd` target

@@ -1,5 +1,6 @@
 """Adapters: they begin as nothing, are all that learns and travels, and add up to a plain model."""
 
+import os
 import copy
 import json
 from collections.abc import Callable
@@ -498,3 +499,10 @@ def test_the_digest_of_a_base_tells_trainings_apart(folder: Path, tmp_path: Path
     disturb(policy).save(tmp_path / "trained")
     one, same, trained = (Base.of(tmp_path / name).digest for name in ("one", "same", "trained"))
     assert one == same != trained
+
+
+def test_what_is_no_file_is_passed_over(folder: Path, tmp_path: Path) -> None:
+    load_policy(folder, ModelConfig(), ThresholdConfig()).save(tmp_path / "one")
+    expected = Base.of(tmp_path / "one").digest
+    os.mkfifo(tmp_path / "one" / "more.safetensors")  # would never be read to its end
+    assert Base.of(tmp_path / "one").digest == expected

@@ -22,6 +22,7 @@ class Buffer:
     def __init__(self) -> None:
         self.groups = {str(state): 0 for state in GroupState}
         self.failed: list[tuple[int, str]] = []
+        self.lost = 0.0
 
     def __getattr__(self, name: str) -> Any:
         class Method:
@@ -37,7 +38,7 @@ class Buffer:
 
     def _gauges(self) -> dict[str, float]:
         groups = {f"groups_{state}": float(count) for state, count in self.groups.items()}
-        return {**groups, "expired_leases": 0.0, "no_spread_discards": 0.0}
+        return {**groups, "expired_leases": 0.0, "no_spread_discards": 0.0, "lost_groups": self.lost}
 
     def _quarantine(self) -> list[tuple[int, str]]:
         return self.failed
@@ -86,3 +87,33 @@ def test_a_quarantined_example_may_hold_what_json_has_not(tmp_path: Path, monkey
     asyncio.run(scenario())
     [kept] = json.loads((tmp_path / "quarantine.json").read_text())
     assert kept["example"] == {"prompt": "when?", "fields": {"answer": "2026-01-01"}, "difficulty": 1.0}
+
+
+def test_bytes_that_are_lost_are_told_once(tmp_path: Path) -> None:
+    async def scenario() -> list[str]:
+        controller = Controller(config=parse_config({"task": {"name": "sudoku"}}), directory=tmp_path)
+        buffer = Buffer()
+        controller._buffer, controller._fleet = buffer, Fleet()  # pyright: ignore[reportAttributeAccessIssue]
+        for lost in (0.0, 3.0, 3.0):
+            buffer.lost = lost
+            await controller._update_gauges()
+        return [values["text"] for kind, values in await controller.events(0) if kind == "warning"]
+
+    [text] = asyncio.run(scenario())
+    assert text.startswith("the bytes of 3 groups that were finished are in no file")
+
+
+def test_an_evaluation_that_stands_still_says_what_its_workers_did(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        config = parse_config({"task": {"name": "sudoku"}, "run": {"stall_timeout": 0.5}})
+        controller = Controller(config=config, directory=tmp_path)
+        await controller._enter("evaluate")
+        watchdog = asyncio.create_task(controller._watch())
+        for done in range(5):
+            await asyncio.sleep(0.2)
+            await controller.evaluating(1, f"after: learned, greedy: {done} of 64 rewards")
+        assert not watchdog.done(), "what gets on, though slowly, is let be"
+        await watchdog
+
+    with pytest.raises(RunError, match=r"phase evaluate .*evaluation workers.*learned, greedy: 4 of 64 rewards"):
+        asyncio.run(scenario())

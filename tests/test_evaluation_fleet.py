@@ -20,7 +20,7 @@ from common.policy_loading import build_policy
 from common.tasks import build_task
 from learner.evaluation_fleet import Shard, measure_on_ray, shards_of
 from learner.evaluation_record import ShardFolder, evaluation_digest
-from learner.final_evaluation import evaluate_folders, evaluate_kept
+from learner.final_evaluation import Evaluation
 from learner.ray_connection import LOCAL, connect
 
 Points = dict[str, list[Point]]
@@ -43,7 +43,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def evaluated(config: Config, folders: dict[str, Path], out: Path) -> Points:
-    return evaluate_kept(config, folders, ShardFolder(out, config, folders), lambda name, point: None)
+    return Evaluation(config, folders, ShardFolder(out, config, folders)).run()
 
 
 @pytest.fixture(scope="module")
@@ -92,13 +92,14 @@ def test_an_evaluation_that_was_killed_does_what_is_missing(
 
     kept.write = killed  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
-        evaluate_kept(config, folders, kept, lambda name, point: None)
+        Evaluation(config, folders, kept).run()
     (kept.path / "1.parquet").write_bytes(b"half of a fi")
     again = ShardFolder(tmp_path, config, folders)
     write_again, missing = again.write, []
     again.write = lambda number, point: (missing.append(number), write_again(number, point))[1]  # type: ignore[method-assign]
     told: list[tuple[str, str]] = []
-    found = evaluate_kept(config, folders, again, lambda name, point: told.append((name, point.setting.name)))
+    evaluation = Evaluation(config, folders, again, lambda name, point: told.append((name, point.setting.name)))
+    found = evaluation.run()
     check_equal(found, whole)
     assert missing == [1, *range(killed_after, 42)]
     assert len(told) == 14
@@ -181,9 +182,28 @@ def test_a_policy_that_cannot_be_loaded_is_the_users_error(cluster: None, tmp_pa
     assert type(caught.value).__name__ == "UserError"
 
 
-def test_the_end_of_a_run_measures_the_same(cluster: None, folders: dict[str, Path], whole: Points) -> None:
-    progress: list[None] = []
+def test_the_end_of_a_run_measures_the_same_and_tells_how_it_gets_on(
+    cluster: None, folders: dict[str, Path], whole: Points, tmp_path: Path
+) -> None:
+    class Listener:
+        """Hears what a controller would; made here, as workers cannot import this file."""
+
+        def __init__(self) -> None:
+            self._heard: list[tuple[int, str]] = []
+
+        def evaluating(self, worker: int, doing: str) -> None:
+            self._heard.append((worker, doing))
+
+        def heard(self) -> list[tuple[int, str]]:
+            return self._heard
+
     config = settings("evaluation.prompts=4", "rollout.cpus=2")
-    found = asyncio.run(evaluate_folders(config, folders, lambda: progress.append(None)))
-    assert len(progress) == 14
+    listener: Any = ray.remote(Listener).options(num_cpus=0).remote()
+    kept = ShardFolder(tmp_path, config, folders)
+    found = asyncio.run(Evaluation(config, folders, kept).on_ray(workers=1, listener=listener))
     assert [point.completions for point in found["after"]] == [point.completions[:4] for point in whole["after"]]
+    heard = ray.get(listener.heard.remote())
+    assert heard[0] == (0, "loads policy before")
+    assert heard[1] == (0, "before: eb gamma=0.1: 0 of 4 completions")
+    again = ShardFolder(tmp_path, config, folders)
+    assert asyncio.run(Evaluation(config, folders, again).on_ray(workers=1)).keys() == found.keys()  # of files alone
