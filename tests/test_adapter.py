@@ -1,8 +1,8 @@
 """Adapters: they begin as nothing, are all that learns and travels, and add up to a plain model."""
 
-import os
 import copy
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
