@@ -1,7 +1,8 @@
 """Fleet: the rollout actors of a run; starts them, notices their deaths, starts them again, adds and drains some.
 
 - An actor that dies (process, node) is infrastructure: its leases go back at once, a replacement starts, up to
-  `rollout.max_restarts` deaths for each place.
+  `rollout.max_restarts` deaths for each place. The preemption of its node is none of these deaths.
+- An actor that the cluster has no node for waits, and the others work; `doing` says what it waits for.
 - An actor that raises, also while it starts, is a defect or a mistake: its error ends the run.
 - A place that is drained gets no further lease, finishes what it has, and ends; after `rollout.drain_seconds` its
   leases go back instead and its actor is killed, as is one that still waits for its resources. The learner and the
@@ -14,7 +15,6 @@
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray._private.state import state as cluster_state
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError
 
+from actors.cluster_state import draining_nodes, pending, why_waiting
 from actors.failure import FailureKind, comes_back, failure_kind
+from actors.placement import Demand
 from actors.producer import MakeProducer
 from actors.rollout_actor import RolloutActor
 from common.config import RolloutConfig
@@ -72,13 +73,6 @@ async def patiently(call: Callable[[], Any]) -> Any:
             await asyncio.sleep(RETRY_SECONDS)
 
 
-def draining_nodes() -> dict[str, float]:
-    """Id -> deadline (Unix seconds) of every node that Ray drains. Ray has no public call for it; its own libraries use
-    this one. A deadline of 0 is none: the node goes when it is empty."""
-    nodes = cluster_state.get_draining_nodes()
-    return {node: deadline / 1000 if deadline else math.inf for node, deadline in nodes.items()}
-
-
 class Fleet:
     """Owned by the controller; `run` ends when every actor has ended."""
 
@@ -93,17 +87,20 @@ class Fleet:
     ) -> None:
         self._actor = actor
         self._config = config
+        self._demand = Demand.of(config)
         self._buffer = buffer
         self._make = make
         self._progress = progress
-        self._wanted = config.actors
+        self.wanted = config.actors
         self._running = False
         self._stopping = False
         self._places: list[_Place] = []
         self._started = 0
         self._changed = asyncio.Event()
         self._drains: set[asyncio.Task[None]] = set()
-        self.restarts = 0
+        self.restarts = self.preemptions = 0
+        self.waiting = ""
+        """What the actors that have no node wait for; empty while all have one."""
         self._of_ended: dict[str, float] = dict.fromkeys(COUNTERS, 0.0)
 
     async def run(self) -> None:
@@ -113,7 +110,7 @@ class Fleet:
             RunError: when all places are out of restarts; other errors are those that an actor raised.
         """
         self._running = True
-        self._start_places(self._wanted)
+        self._start_places(self.wanted)
         causes: list[str] = []
         closed = False
         while self._places:
@@ -135,7 +132,7 @@ class Fleet:
         Returns:
             How many there should have been until now.
         """
-        was, self._wanted = self._wanted, actors
+        was, self.wanted = self.wanted, actors
         if not self._running or self._stopping:
             return was
         kept = [place for place in self._places if not place.draining]
@@ -212,15 +209,16 @@ class Fleet:
 
     async def _keep(self, place: _Place) -> str | None:
         """One place in the fleet; returns the cause when it is given up, None when its actor ended by itself."""
-        cause = ""
-        for attempt in range(self._config.max_restarts + 1):
+        cause, life, deaths = "", 0, 0
+        while deaths <= self._config.max_restarts:
             if place.draining or self._stopping:
                 return None
-            place.name = name = f"rollout-{place.number}.{attempt}"
+            place.name = name = f"rollout-{place.number}.{life}"
+            life += 1
             place.answered, place.asked, place.node = False, None, ""
             place.actor = (
                 ray.remote(self._actor)
-                .options(num_cpus=self._config.cpus, num_gpus=self._config.gpus, max_concurrency=2, name=name)
+                .options(**self._demand.options(), max_concurrency=2, name=name)
                 .remote(name=name, buffer=self._buffer, make=self._make)
             )
             try:
@@ -233,25 +231,42 @@ class Fleet:
                     raise
                 cause = one_line(error)
                 log.warning("%s died: %s", name, cause)
+                preempted = isinstance(error, ActorDiedError) and error.preempted
+                self.preemptions += preempted
+                deaths += not preempted
+                self.restarts += not preempted and deaths <= self._config.max_restarts
             finally:
                 place.actor = None
                 for key in COUNTERS:
                     self._of_ended[key] += (place.gauges or {}).get(key, 0.0)
                 place.gauges = None
                 await patiently(lambda name=name: self._buffer.return_worker.remote(name))
-            self.restarts += attempt < self._config.max_restarts
             self._progress()
         return cause
 
+    @property
+    def working(self) -> int:
+        """Actors that answered, without those that are being drained."""
+        return sum(place.answered and not place.draining for place in self._places)
+
+    async def look_for_nodes(self) -> int:
+        """Called by the controller now and then: how many actors have no node, and `waiting` says why."""
+        quiet = [place.actor for place in self._places if place.actor is not None and not place.answered]
+        without = sum(await asyncio.to_thread(pending, quiet)) if quiet else 0
+        self.waiting = await asyncio.to_thread(why_waiting, self._demand) if without else ""
+        return without
+
     async def doing(self) -> dict[str, str]:
-        """For the watchdog: what is known of every place; actors that wait say how long for what is in the buffer."""
-        found = {}
-        for place in self._places:
-            state = (
-                "draining" if place.draining else "working" if place.answered else "starting, or waits for resources"
-            )
-            found[place.name or f"place {place.number}"] = state if place.actor is not None else "between two lives"
-        return found
+        """For the watchdog and for `status`: what is known of every place; how long actors wait for leases is in the
+        buffer."""
+        quiet = [place for place in self._places if place.actor is not None and not place.answered]
+        without = await asyncio.to_thread(pending, [place.actor for place in quiet])
+        waiting = [place for place, waits in zip(quiet, without, strict=True) if waits]
+        why = await asyncio.to_thread(why_waiting, self._demand) if waiting else ""
+        return {
+            place.name or f"place {place.number}": _state(place, why if place in waiting else "")
+            for place in self._places
+        }
 
     async def gauges(self) -> dict[str, float]:
         """Sums over the actors that answer; one that is pending or starting does not hold the others up."""
@@ -274,8 +289,9 @@ class Fleet:
         probed = total["probed_positions"] or 1.0
         return {
             "rollout_actors": float(len(alive)),
-            "rollout_actors_wanted": float(self._wanted),
+            "rollout_actors_wanted": float(self.wanted),
             "rollout_restarts": float(self.restarts),
+            "rollout_preemptions": float(self.preemptions),
             "rollout_row_forwards": total["row_forwards"],
             "rollout_token_forwards": total["token_forwards"],
             "rollout_cache_drift": total["probed_kl"] / probed,
@@ -287,3 +303,9 @@ class Fleet:
             "weights_adoptions": total["adoptions"],
             "weights_adopt_seconds": total["adopt_seconds"],
         }
+
+
+def _state(place: _Place, waiting: str) -> str:
+    if place.actor is None:
+        return "between two lives"
+    return "draining" if place.draining else "working" if place.answered else waiting or "starting"

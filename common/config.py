@@ -16,6 +16,7 @@ from common.section import Section
 from common.tasks import TaskConfig
 from common.version import LINEAGE
 
+Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9_./-]{0,250}[A-Za-z0-9])?$")]
 Increasing = Annotated[tuple[Annotated[float, Field(le=1e6)], ...], Field(min_length=1)]
 SMALLEST_GAMMA = 1e-9  # nats; what is smaller counts as this wherever a logarithm is taken
 SMALLEST_REWARD_MEMORY = 64 * 2**20  # bytes
@@ -193,7 +194,15 @@ class RolloutConfig(Section):
     """The fleet of rollout actors."""
 
     actors: int = Field(default=1, ge=1)
-    """Rollout actors."""
+    """Rollout actors; with `max_actors`, those that a run begins with."""
+    min_actors: int = Field(default=1, ge=1)
+    """Fewest rollout actors, where the run scales itself."""
+    max_actors: int | None = Field(default=None, ge=1, le=500)
+    """Most rollout actors, and the run scales itself, from who waits for whom; null: `actors`, until `diffpo scale`."""
+    scaling_seconds: float = Field(default=30.0, gt=0)
+    """Seconds over which is judged, all actors working, whether there are too few or too many."""
+    labels: dict[Label, Label] = Field(default_factory=dict)
+    """Ray node labels that the node of a rollout actor must have, e.g. {gpu: inference}."""
     slots: int = Field(default=256, ge=1, le=1_000_000)
     """Rows that one engine denoises at once."""
     threads: int = Field(default=1, ge=1)
@@ -214,7 +223,7 @@ class RolloutConfig(Section):
     """Address space that rewards may take beyond what their process holds once the task is built (the built-in tasks:
     0.17 GB, of which 56 MB resident; more where numpy finds more cores). At least 64 MiB; enforced on Linux."""
     max_restarts: int = Field(default=3, ge=0)
-    """Restarts of one rollout actor before the run gives it up."""
+    """Restarts of one rollout actor (its node's preemption is none) before the run gives it up."""
     drain_seconds: float = Field(default=60.0, ge=0)
     """Seconds that an actor which is taken away has to finish its leases; after that they go back to the queue."""
 
@@ -227,6 +236,15 @@ class RolloutConfig(Section):
                 "or start a thread; give that or more"
             )
         return given
+
+    @model_validator(mode="after")
+    def _within_bounds(self) -> Self:
+        if self.max_actors is not None and not self.min_actors <= self.actors <= self.max_actors:
+            raise ValueError(
+                f"actors={self.actors} must lie between min_actors={self.min_actors} and "
+                f"max_actors={self.max_actors}; change one of them"
+            )
+        return self
 
 
 class ReplayConfig(Section):
@@ -336,6 +354,8 @@ class LearnerConfig(Section):
     """CPUs that Ray reserves for each rank of the learner."""
     gpus: float = Field(default=0, ge=0)
     """GPUs that Ray reserves for each rank of the learner."""
+    labels: dict[Label, Label] = Field(default_factory=dict)
+    """Ray node labels that the node of each rank must have, e.g. {gpu: learner}."""
 
     @field_validator("cost", mode="before")
     @classmethod
@@ -437,6 +457,8 @@ class RunConfig(Section):
     """Newest checkpoints that stay; groups trained since the oldest of them stay too, in RUN/segments."""
     checkpoints: str | None = None
     """Folder or URI (s3://…, gs://…) below which the checkpoints are written; null is RUN/checkpoints."""
+    capacity_timeout: float = Field(default=1800.0, gt=0)
+    """Seconds that a run may wait for nodes, while its learner or all of its rollout actors have none."""
     stall_timeout: float = Field(default=120.0, gt=0)
     """Seconds without any progress after which the run ends with an error; more than one group, one step, or one
     reward of the final evaluation may take."""

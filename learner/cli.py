@@ -15,6 +15,7 @@ import typer
 
 from common.config import IN_RAY_JOB
 from common.errors import RunError, Stopped, UserError, shown
+from learner import control_cli
 
 app = typer.Typer(
     name="diffpo",
@@ -23,6 +24,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train masked diffusion language models by asynchronous reinforcement learning.",
 )
+
+app.add_typer(control_cli.app)
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file, e.g. deploy/configs/sudoku.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, e.g. learner.steps=20 run.name=try.")]
@@ -236,26 +239,6 @@ def score_answers(
     if out is not None:
         write_verdicts(out, answers, verdicts)
         console.print(f"verdicts: {out}")
-
-
-@app.command()
-def scale(
-    run: Annotated[str, typer.Argument(help="A run that is training: its folder, or its name below runs/.")],
-    actors: Annotated[int, typer.Option(help="Rollout actors that it shall have.")],
-) -> None:
-    """Add or drain rollout actors of a run while it trains; drained ones finish or return their leases.
-
-    Example: diffpo scale sudoku --actors 4
-    """
-    # before Ray is imported: it looks once
-    os.environ["RAY_AUTH_MODE"] = os.environ.get("RAY_AUTH_MODE") or "token"
-    import ray
-
-    from learner.remote_control import controller_of
-
-    with controller_of(run) as controller:
-        answer: Any = ray.get(controller.scale.remote(actors))
-    typer.echo(f"{run}: {answer['was']} -> {answer['actors']} rollout actors{answer['note']}")
 
 
 @app.command()

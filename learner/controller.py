@@ -13,6 +13,7 @@
 - A run that did not train all its steps is never reported as finished: a stop is `stopped`, the rest `failed`.
 - A part that dies is started again, within its budget: an actor by the fleet, the buffer by Ray, the learner here. The
   buffer goes on from its files, the learner from its newest checkpoint, and so does a whole run that is resumed.
+- A run that lacks nodes waits for them, and says so (`learner.capacity`); that is no standstill.
 - The driver only listens: `events` blocks until there is news.
 """
 
@@ -34,6 +35,7 @@ from common.errors import RunError, UserError, one_line
 from common.replay_buffer import ReplayBuffer
 from common.segment_store import SegmentStore
 from common.tasks import build_task
+from learner.capacity import Capacity
 from learner.exporter import Exporter
 from learner.learner_ranks import LearnerRanks
 from learner.parts import POLICY, Parts
@@ -46,6 +48,7 @@ log = logging.getLogger(__name__)
 GAUGE_SECONDS = 2.0
 ANSWER_SECONDS = 2.0
 CLOSE_SECONDS = 5.0
+NODE_SECONDS = 3.0  # between two looks for nodes
 MOST_ACTORS = 500  # each may block one of the buffer's calls in `lease`, of which it answers `BUFFER_CALLS` at once
 BUFFER_CALLS = 1000
 CAUSE_SECONDS = 3.0  # a dead learner takes actors with it that need its weights: its death is the cause
@@ -102,6 +105,7 @@ class Controller:
         self._untrainable = ""
         self._warned = False
         self._lost = 0.0
+        self._capacity: Capacity | None = None
         self._evaluating: dict[int, str] = {}  # what each evaluation worker does
 
     # -- called from outside ------------------------------------------------------------------------------------
@@ -112,7 +116,9 @@ class Controller:
         Raises:
             UserError, RunError: with the cause, when it did not.
         """
+        self._capacity = Capacity(self.config)
         watchdog = asyncio.create_task(self._watch())
+        looks = asyncio.create_task(self._look_for_nodes())
         work = asyncio.create_task(self._work())
         try:
             await asyncio.wait({watchdog, work}, return_when=asyncio.FIRST_COMPLETED)
@@ -128,6 +134,7 @@ class Controller:
             raise
         finally:
             watchdog.cancel()
+            looks.cancel()
             if self._exporter is not None:
                 self._exporter.close()
 
@@ -168,29 +175,66 @@ class Controller:
             `was` and `actors`, and a `note` where the cluster has too few CPUs for all of them.
 
         Raises:
-            UserError: below 1, or when the run is not in its training phase.
+            UserError: below 1, outside of what the run may scale itself to, or when it is not in its training phase.
         """
         if not 1 <= actors <= MOST_ACTORS:
             raise UserError(
                 f"{actors} rollout actors; a run needs at least 1 (to end it, stop it) and can have {MOST_ACTORS}"
             )
+        least, most = self.config.rollout.min_actors, self.config.rollout.max_actors
+        if most is not None and not least <= actors <= most:
+            raise UserError(
+                f"{actors} rollout actors; this run scales itself between rollout.min_actors={least} and "
+                f"rollout.max_actors={most}; stop it and resume it with other bounds"
+            )
         if self._phase != "train" or self._fleet is None or self._stopping.is_set():
             raise UserError(f"the run is in phase {self._phase}; rollout actors are there in phase train only")
-        was = await self._fleet.scale(actors)
-        await self._tell("scale", {"was": was, "actors": actors})
+        was = await self._scaled(actors, "command")
         wanted = actors * self.config.rollout.cpus + self.config.learner.ranks * self.config.learner.cpus
         cpus = ray.cluster_resources().get("CPU", 0.0)
         few = f"; they and the learner want {wanted:g} CPUs of {cpus:g}, so some wait until there are more"
         return {"was": was, "actors": actors, "note": few if wanted > cpus else ""}
+
+    async def _scaled(self, actors: int, reason: str) -> int:
+        assert self._fleet is not None
+        was = await self._fleet.scale(actors)
+        if self._capacity is not None:
+            self._capacity.scalings[reason] += 1
+        await self._tell("scale", {"was": was, "actors": actors, "reason": reason})
+        return was
+
+    async def until_ended(self) -> None:
+        """Called by `diffpo stop`: returns, or dies, once the run has ended."""
+        async with self._news:
+            await self._news.wait_for(lambda: self._phase in ("finished", "stopped", "failed"))
 
     async def directory(self) -> str:
         """Called by whoever found this actor by its name: which run it is."""
         return str(self._directory.path)
 
     async def status(self) -> dict[str, Any]:
-        """Called by anyone who found this actor by its name: phase and newest values."""
+        """Called by anyone who found this actor by its name: phase, newest values, and who does, or waits for, what."""
         last = next((values for kind, values in reversed(self._events) if kind == "step"), {})
-        return {"phase": self._phase, "seconds": time.monotonic() - self._started, **last}
+        now = time.monotonic()
+        learner, capacity = self._learner, self._capacity
+        known = {name: await _answer(call) for name, call in learner.doing().items()} if learner is not None else {}
+        if capacity is not None and capacity.learner:
+            known = {"learner": capacity.learner}
+        return {
+            "run": self.config.run.name,
+            "directory": str(self._directory.path),
+            "phase": self._phase,
+            "stopping": self._stop_reason,
+            "seconds": now - self._started,
+            "idle_seconds": now - self._progressed,
+            "steps": self.config.learner.steps,
+            "metrics": self._exporter.address if self._exporter is not None else "",
+            "learner": known,
+            "actors_wanted": self._fleet.wanted if self._fleet is not None else 0,
+            "rollout_actors": await self._fleet.doing() if self._fleet is not None else {},
+            "evaluation_workers": dict(self._evaluating) if self._phase == "evaluate" else {},
+            "last_step": last,
+        }
 
     # -- phases -------------------------------------------------------------------------------------------------
 
@@ -249,7 +293,8 @@ class Controller:
         """A learner with the weights of the warm start; again, should it die over them."""
         while True:
             controller = ray.get_runtime_context().current_actor
-            self._learner = LearnerRanks(self.config, self._directory.path, self._parts, controller)
+            group = self._capacity.group if self._capacity is not None else None
+            self._learner = LearnerRanks(self.config, self._directory.path, self._parts, controller, group)
             try:
                 await self._learner.warm_start()
                 return
@@ -369,6 +414,15 @@ class Controller:
         limit = self.config.run.stall_timeout
         while True:
             idle = time.monotonic() - self._progressed
+            lacking = self._capacity.lacking if self._capacity is not None else ""
+            if lacking and idle < self.config.run.capacity_timeout:
+                await asyncio.sleep(NODE_SECONDS)
+                continue
+            if lacking:
+                raise RunError(
+                    f"no nodes for {idle:.0f} s (run.capacity_timeout={self.config.run.capacity_timeout:g}): "
+                    f"{lacking}; add such nodes, or ask for less (cpus, gpus and labels of rollout and learner)"
+                )
             if idle >= limit:
                 waits = await self._who_waits()
                 self._directory.write_json("stall.json", waits)
@@ -378,6 +432,24 @@ class Controller:
                     f"actors' logs; who waits for whom (RUN/stall.json): {waits}"  # long: what follows may be cut
                 )
             await asyncio.sleep(limit - idle)
+
+    async def _look_for_nodes(self) -> None:
+        """Who waits for a node; told when it lasts, and once there are enough again."""
+        capacity = self._capacity
+        assert capacity is not None
+        told = before = ""
+        while True:
+            await asyncio.sleep(NODE_SECONDS)
+            await capacity.look(self._fleet)
+            if before and not capacity.lacking:
+                self._mark_progress()
+            if told and not capacity.wanting:
+                await self._tell("warning", {"text": "all have their nodes now"})
+                told = ""
+            elif capacity.wanting and not told and before:
+                told = capacity.wanting
+                await self._tell("warning", {"text": f"waiting for nodes: {told}"})
+            before = capacity.wanting
 
     async def _who_waits(self) -> dict[str, Any]:
         """What every part is doing; one that does not answer is named as that."""
@@ -458,10 +530,15 @@ class Controller:
                 f"another reward, or replay.drop_no_spread=false) and {self._quarantined:.0f} quarantined for "
                 "failing rewards or logits (RUN/quarantine.json)"
             )
+        capacity, now = self._capacity, time.monotonic()
+        if capacity is not None and not self._stopping.is_set():
+            proposal = capacity.propose(gauges, self._fleet, now)
+            if proposal is not None:
+                await self._scaled(*proposal)
+            fleet |= capacity.gauges()
         fleet["learner_restarts"] = float(self._learner_deaths)
         if self._exporter is None:
             return
-        now = time.monotonic()
         self._exporter.update({BUFFER_METRICS[key]: value for key, value in gauges.items() if key in BUFFER_METRICS})
         self._exporter.update(fleet)
         self._exporter.update({"run_seconds": now - self._started, "run_idle_seconds": now - self._progressed})

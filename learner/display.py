@@ -7,6 +7,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+SCALED = {
+    "command": "as asked",
+    "learner_waits": "the learner waits for groups",
+    "rollout_waits": "they wait for leases",
+    "stale": "groups grow too old",
+}
 PLAIN_SECONDS = 10.0  # between lines, where there is no terminal to redraw
 
 
@@ -48,7 +54,8 @@ class Display:
         elif kind == "warning":
             self.console.print(f"warning: {values['text']}")
         elif kind == "scale":
-            self.console.print(f"rollout actors: {values['was']} -> {values['actors']}")
+            why = SCALED[values["reason"]]
+            self.console.print(f"rollout actors: {values['was']} -> {values['actors']}, {why}")
         elif kind == "quarantine":
             self.console.print(f"group {values['group']} quarantined, it failed twice: {values['reason']}")
         elif kind == "warm_start":

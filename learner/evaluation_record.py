@@ -29,7 +29,8 @@ from common.tasks import Example, Task
 from learner.evaluation_fleet import Shard
 
 ANSWERS = "answers.parquet"
-ELSEWHERE = {"actors", "cpus", "gpus", "max_restarts", "drain_seconds", "reward_workers"}
+ELSEWHERE = {"actors", "min_actors", "max_actors", "scaling_seconds", "labels", "cpus", "gpus"}
+ELSEWHERE |= {"max_restarts", "drain_seconds", "reward_workers"}
 COMPONENT = "component."  # prefix of a column
 Points = Mapping[str, list[Point]]
 

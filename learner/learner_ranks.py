@@ -2,6 +2,8 @@
 
 - Rank 0 is the `LearnerActor`, which buffer and controller talk to. The others obey it (`learner.ranked_trainer`)
   and run until it ends.
+- They have a placement group of their own, made before any rollout actor starts and kept from life to life, so that
+  the fleet never takes their place.
 - They live and die together: when one dies, or raises, the others are killed at once, whatever they wait for, and the
   controller starts all of them again from the newest checkpoint.
 """
@@ -13,9 +15,13 @@ from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayActorError
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.cluster_state import why_waiting
 from actors.failure import FailureKind, failure_kind
-from common.config import Config
+from actors.placement import Demand
+from common.config import Config, LearnerConfig
 from common.errors import UserError
 from learner.learner_actor import LearnerActor
 from learner.parts import Parts
@@ -29,27 +35,50 @@ CAUSE_SECONDS = 5.0  # a rank that died makes the others fail, maybe sooner than
 PATIENT_THREADS = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
 
 
+def reserved(config: LearnerConfig) -> PlacementGroup | None:
+    """A bundle for each rank, near each other; asked for, maybe not there yet. None for ranks that reserve nothing."""
+    bundle = {kind: count for kind, count in (("CPU", config.cpus), ("GPU", config.gpus)) if count}
+    if not bundle:
+        return None
+    return placement_group(
+        [bundle] * config.ranks, strategy="PACK", bundle_label_selector=[dict(config.labels)] * config.ranks
+    )
+
+
+def unplaced(group: PlacementGroup | None, config: LearnerConfig) -> str:
+    """What the learner waits for, as long as it has no nodes; empty once it has."""
+    if group is None or placement_group_table(group)["state"] == "CREATED":
+        return ""
+    return why_waiting(Demand.of(config))
+
+
 class LearnerRanks:
     """Owned by the controller; one life of the learner."""
 
-    def __init__(self, config: Config, directory: Path, parts: Parts, controller: Any) -> None:
-        options: dict[str, Any] = {
-            "num_cpus": config.learner.cpus,
-            "num_gpus": config.learner.gpus,
-            "max_concurrency": 2,
-            "runtime_env": PATIENT_THREADS,
-        }
+    def __init__(
+        self, config: Config, directory: Path, parts: Parts, controller: Any, group: PlacementGroup | None
+    ) -> None:
+        """`group` is that of `reserved`."""
+
+        def options(rank: int) -> dict[str, Any]:
+            own: dict[str, Any] = {"max_concurrency": 2, "runtime_env": PATIENT_THREADS}
+            demand = Demand.of(config.learner)
+            if group is None:
+                return own | demand.options()
+            place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
+            return own | {"num_cpus": demand.cpus, "num_gpus": demand.gpus, "scheduling_strategy": place}
+
         make = parts.trainer if config.learner.ranks == 1 else parts.ranked_trainer
         if make is None:
             raise UserError(f"learner.ranks={config.learner.ranks}: simulated learners have one; set learner.ranks=1")
         self._first: Any = (
             ray.remote(LearnerActor)
-            .options(**options)
+            .options(**options(0))
             .remote(config=config, directory=directory, controller=controller, make=make)
         )
         warm_start = RunDirectory(directory).warm_start
         self._others: list[Any] = [
-            ray.remote(RankActor).options(**options).remote(config=config, rank=rank, warm_start=warm_start)
+            ray.remote(RankActor).options(**options(rank)).remote(config=config, rank=rank, warm_start=warm_start)
             for rank in range(1, config.learner.ranks)
         ]
         self._followed = [asyncio.ensure_future(_answer(other.follow.remote())) for other in self._others]

@@ -1,34 +1,81 @@
-"""Remote control: another process reaches the controller of a run that is going, through what the run's folder says.
+"""Remote control: another process reaches the controller of a run that is going.
 
-- `RUN/controller.json` names the Ray cluster and the namespace; the driver writes it.
+- `RUN/controller.json` names the Ray cluster and the namespace; the driver writes it. Inside a Ray job it is the job's
+  cluster, and the run's name is enough.
 - Ray's token is taken from where Ray keeps it, if `RAY_AUTH_MODE=token` was set before Ray was imported.
 """
 
 import json
 import logging
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
+from common.config import IN_RAY_JOB
 from common.errors import RunError, UserError, one_line
 from learner.driver import CONTROLLER, CONTROLLER_FILE
 from learner.ray_connection import LOOPBACK, connect
 from learner.run_directory import RunDirectory
 
+ANSWER_SECONDS = 30.0
+
+
+class NotGoing(UserError):
+    """The run is there, and no process works on it."""
+
+
+class RunEnded(RunError):
+    """The run ended while it was asked."""
+
 
 @contextmanager
-def controller_of(run: str) -> Iterator[Any]:
-    """The controller of a run, by the run's folder or its name below `runs/`.
+def controller_of(run: str) -> Iterator[Callable[..., Any]]:
+    """A function that calls a method of a run's controller, by name and arguments, for up to `seconds`.
+
+    Args:
+        run: the run's folder or its name below `runs/`; in a Ray job, a run of its cluster by either.
 
     Raises:
-        UserError: when there is no such run, or it is not going; errors of the controller as they are.
+        UserError: when there is no such run, or what the controller says was wrong.
+        NotGoing: when it is not going.
+        RunEnded: when it ends meanwhile.
     """
-    folder = RunDirectory.find(run).path
+    in_job = IN_RAY_JOB in os.environ
+    name = Path(run).name
+    if in_job:
+        where = f"the cluster of this job has no run {name} that is going"
+        connect(os.environ.get("RAY_ADDRESS", "auto"), namespace=name, logging_level=logging.ERROR, way_out=where)
+        folder = None
+    else:
+        folder = RunDirectory.find(run).path
+        where = _connect_to(folder, run)
+    try:
+        controller = _controller(folder, where)
+        yield lambda method, *arguments, seconds=ANSWER_SECONDS: ray.get(
+            getattr(controller, method).remote(*arguments), timeout=seconds
+        )
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError | RunError):
+            raise error.cause from error
+        raise
+    except GetTimeoutError as error:
+        raise RunError(f"the controller of run {name} does not answer in time; look at its log") from error
+    except RayActorError as error:
+        raise RunEnded(f"run {name} ended meanwhile: {one_line(error)}") from error
+    finally:
+        ray.shutdown()
+
+
+def _connect_to(folder: Path, run: str) -> str:
+    """Connect to the Ray of a run's folder; what to say where it is not going."""
+    if not (folder / CONTROLLER_FILE).is_file():
+        raise NotGoing(f"run {run} is not going: {folder / CONTROLLER_FILE} is not there; one that trains has it")
     try:
         where = json.loads((folder / CONTROLLER_FILE).read_text())
         address, namespace = where["ray_address"], where["namespace"]
@@ -39,28 +86,25 @@ def controller_of(run: str) -> Iterator[Any]:
             f"{folder / CONTROLLER_FILE}: {one_line(error)}; a run that has started training has it"
         ) from error
     way_out = f"run {run} is not going any more, or its Ray wants another RAY_AUTH_MODE (token, unless you changed it)"
-    connect(
-        address,
-        namespace=str(namespace),
-        logging_level=logging.ERROR,
-        way_out=way_out,
-        loopback=address.startswith(f"{LOOPBACK}:"),
-    )
+    try:
+        connect(
+            address,
+            namespace=str(namespace),
+            logging_level=logging.ERROR,
+            way_out=way_out,
+            loopback=address.startswith(f"{LOOPBACK}:"),
+        )
+    except UserError as error:
+        raise NotGoing(str(error)) from error
+    return f"run {run} is not going: its Ray at {address} does not know it"
+
+
+def _controller(folder: Path | None, where: str) -> Any:
     try:
         controller = ray.get_actor(CONTROLLER)
-        found: Any = ray.get(controller.directory.remote())
-        if Path(found) != folder:
+        found: Any = ray.get(controller.directory.remote(), timeout=ANSWER_SECONDS)
+        if folder is not None and Path(found) != folder:
             raise RuntimeError(f"another run of that name is going there, in {found}")
     except (RuntimeError, ValueError, OSError) as error:
-        ray.shutdown()
-        raise UserError(f"run {run} is not going: its Ray at {address} does not know it ({one_line(error)})") from error
-    try:
-        yield controller
-    except RayTaskError as error:
-        if isinstance(error.cause, UserError | RunError):
-            raise error.cause from error
-        raise
-    except RayActorError as error:
-        raise RunError(f"run {run} ended meanwhile: {one_line(error)}") from error
-    finally:
-        ray.shutdown()
+        raise NotGoing(f"{where} ({one_line(error)})") from error
+    return controller

@@ -13,8 +13,17 @@ from common.errors import UserError
 from learner.run_directory import CONFIG_FILE, RunDirectory
 
 SAFE = (
-    *("run.root", "run.name", "run.checkpoint_every", "run.keep_checkpoints", "run.stall_timeout", "run.ray_address"),
-    *("rollout.actors", "rollout.slots", "rollout.cpus", "rollout.gpus", "rollout.max_restarts"),
+    *(
+        "run.root",
+        "run.name",
+        "run.checkpoint_every",
+        "run.keep_checkpoints",
+        "run.stall_timeout",
+        "run.capacity_timeout",
+        "run.ray_address",
+    ),
+    *("rollout.actors", "rollout.min_actors", "rollout.max_actors", "rollout.scaling_seconds", "rollout.labels"),
+    *("rollout.slots", "rollout.cpus", "rollout.gpus", "rollout.max_restarts"),
     *("rollout.reward_workers", "rollout.reward_timeout", "rollout.reward_memory_bytes", "rollout.drain_seconds"),
     *("replay.lease_seconds", "replay.keep_versions", "replay.memory_bytes", "replay.max_restarts"),
     *(
@@ -24,6 +33,7 @@ SAFE = (
         "learner.ranks",
         "learner.cpus",
         "learner.gpus",
+        "learner.labels",
     ),
     *("evaluation", "metrics"),
 )

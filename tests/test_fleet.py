@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorDiedError, RayActorError
 
 from actors import fleet as module
 from actors.fleet import Fleet
@@ -274,3 +274,40 @@ def test_the_last_place_out_of_restarts_ends_the_run_with_its_cause(monkeypatch:
         assert fleet.restarts == 2
 
     asyncio.run(run())
+
+
+def test_a_preempted_node_costs_no_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Preempted(ActorDiedError):
+        preempted = True
+
+    async def scenario(fleet: Fleet, stage: Stage) -> None:
+        for life in range(4):
+            stage.actors[f"rollout-0.{life}"].end(Preempted())
+            await settle()
+        assert stage.alive() == ["rollout-0.4"]
+        assert (fleet.restarts, fleet.preemptions) == (0, 4)
+        gauges = await fleet.gauges()
+        assert (gauges["rollout_restarts"], gauges["rollout_preemptions"]) == (0, 4)
+
+    play(monkeypatch, scenario, max_restarts=1)
+
+
+def test_actors_without_a_node_say_what_they_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "pending", lambda handles: [handle.actor.pending for handle in handles])
+    monkeypatch.setattr(module, "why_waiting", lambda demand: f"waits for {demand}")
+
+    async def scenario(fleet: Fleet, stage: Stage) -> None:
+        assert (await fleet.look_for_nodes(), fleet.waiting, fleet.working) == (0, "", 1)
+        stage.pending = True
+        await fleet.scale(3)
+        await settle()
+        await fleet.gauges()
+        assert (await fleet.look_for_nodes(), fleet.working) == (2, 1)
+        assert fleet.waiting == "waits for 1 CPUs on a node labelled gpu=inference"
+        assert await fleet.doing() == {
+            "rollout-0.0": "working",
+            "rollout-1.0": fleet.waiting,
+            "rollout-2.0": fleet.waiting,
+        }
+
+    play(monkeypatch, scenario, labels={"gpu": "inference"})

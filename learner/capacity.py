@@ -1,0 +1,69 @@
+"""Capacity: the nodes that a run wants, whether it has them, and how many rollout actors it should have.
+
+- The learner's place is reserved first, and for the whole run.
+- A run without a node for its learner, or for any of its rollout actors, waits for up to `run.capacity_timeout`: a
+  cluster that scales itself may take minutes. It says what it waits for.
+- Where `rollout.max_actors` is given, `actors.scaling_policy` decides how many actors there are.
+"""
+
+import asyncio
+
+from actors.fleet import Fleet
+from actors.scaling_policy import Reading, Reason, ScalingPolicy
+from common.config import Config
+from learner.learner_ranks import reserved, unplaced
+
+REASONS: tuple[Reason | str, ...] = ("command", "learner_waits", "rollout_waits", "stale")
+
+
+class Capacity:
+    """Owned by the controller, lives as long as it."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        rollout = config.rollout
+        most = rollout.max_actors
+        self._policy = (
+            ScalingPolicy(least=rollout.min_actors, most=most, window=rollout.scaling_seconds) if most else None
+        )
+        self.group = reserved(config.learner)
+        self.scalings: dict[str, float] = dict.fromkeys(REASONS, 0.0)
+        self.pending = 0
+        """Rollout actors without a node."""
+        self.learner = ""
+        """What the learner waits for; empty once it has its nodes."""
+        self.lacking = ""
+        """What the run cannot go on without; empty while it can."""
+        self.wanting = ""
+        """What it does without, or cannot go on without."""
+
+    async def look(self, fleet: Fleet | None) -> None:
+        """See who waits for nodes now."""
+        self.learner = await asyncio.to_thread(unplaced, self.group, self._config.learner)
+        self.pending = await fleet.look_for_nodes() if fleet is not None else 0
+        rollout = f"{self.pending} rollout actors: each {fleet.waiting}" if fleet is not None and self.pending else ""
+        learner = f"the learner {self.learner}" if self.learner else ""
+        self.lacking = learner or (rollout if fleet is not None and not fleet.working else "")
+        self.wanting = "; ".join(filter(None, (learner, rollout)))
+
+    def propose(self, gauges: dict[str, float], fleet: Fleet, now: float) -> tuple[int, Reason] | None:
+        """How many actors there should be, and why, by the buffer's gauges; None while nothing should change."""
+        if self._policy is None:
+            return None
+        reading = Reading(
+            seconds=now,
+            sample_wait_seconds=gauges["sample_wait_seconds"],
+            lease_wait_seconds=gauges["lease_wait_seconds"],
+            finished=sum(gauges[f"groups_{state}"] for state in ("finished", "sampled", "trained", "discarded")),
+            stale=gauges["stale_discards"],
+            ready=gauges["groups_finished"] / self._config.learner.groups_per_step,
+            working=fleet.working,
+            wanted=fleet.wanted,
+        )
+        return self._policy.propose(reading)
+
+    def gauges(self) -> dict[str, float]:
+        """For the exporter."""
+        given = {f"rollout_scalings{{reason={reason}}}": count for reason, count in self.scalings.items()}
+        waiting = {"rollout_pending_actors": float(self.pending), "learner_pending": float(bool(self.learner))}
+        return {**waiting, "rollout_min_actors": float(self._config.rollout.min_actors), **given}
