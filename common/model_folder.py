@@ -17,7 +17,7 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.family import SHIFT_KEY, Family, recognise
 from common.shards import Shards
 from common.vocabulary import read_vocabulary, settle_special_tokens
@@ -31,7 +31,10 @@ def read_described(folder: Path, *, shift: int | None = None) -> tuple[Family, A
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"model {folder}: no config.json there; give a folder in Hugging Face layout")
-    given = json.loads((folder / "config.json").read_bytes())
+    try:
+        given = json.loads((folder / "config.json").read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"model {folder}: config.json is damaged ({one_line(error)[:160]}); get it again") from error
     if shift is not None and isinstance(given, dict):
         given |= {SHIFT_KEY: shift}
     try:
@@ -102,10 +105,17 @@ class ModelFolder:
 
     def _open_tokenizer(self) -> PreTrainedTokenizerBase:
         """Families name tokenizers of their own code: what these read, transformers' classes read too."""
-        if self.family.native:
-            return AutoTokenizer.from_pretrained(
-                self.folder, config=self.config, local_files_only=True, trust_remote_code=False
-            )
         whole = (self.folder / "tokenizer.json").is_file()
-        kind: Any = PreTrainedTokenizerFast if whole or self.family.target == "llama" else Qwen2Tokenizer
-        return kind.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+        try:
+            if self.family.native:
+                return AutoTokenizer.from_pretrained(
+                    self.folder, config=self.config, local_files_only=True, trust_remote_code=False
+                )
+            kind: Any = PreTrainedTokenizerFast if whole or self.family.target == "llama" else Qwen2Tokenizer
+            return kind.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # a damaged file may raise anything, a bare Exception too
+            files = "tokenizer.json is damaged" if whole else "there is no tokenizer.json"
+            raise UserError(
+                f"its tokenizer cannot be read: {files}, or what stands beside it does not fit "
+                f"({type(error).__name__}: {one_line(error)[:120]}); get the tokenizer's files again"
+            ) from error

@@ -94,10 +94,13 @@ class Shards:
         if not index.is_file():
             if (self.folder / SINGLE).is_file():
                 return None
+            parts = sorted(file.name for file in self.folder.glob("*.safetensors"))
             other = sorted(file.name for pattern in ("*.bin", "*.pt") for file in self.folder.glob(pattern))
             there = f"{other[0]} is a pickle, which is not read" if other else "there is no such file"
+            there = f"{parts[0]} is a shard without its index" if parts else there
             raise UserError(
-                f"model {self.folder}: neither {SINGLE} nor {INDEX} ({there}); give a folder with safetensors"
+                f"model {self.folder}: neither {SINGLE} nor {INDEX} ({there}); give a folder with safetensors, and "
+                "their index where there are several"
             )
         try:
             expected = json.loads(index.read_bytes())["weight_map"]

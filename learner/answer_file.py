@@ -116,6 +116,12 @@ def _verdict(task: Task, outcome: Score | Exception) -> Verdict:
     return Verdict(outcome.correct, outcome.rewards, None)
 
 
+def check_out(path: Path) -> None:
+    """Refuse a file for verdicts whose folder is not there, before anything is scored."""
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--out {path} cannot be written (there is no folder {path.parent}); choose another")
+
+
 def write_verdicts(path: Path, answers: list[Answer], verdicts: list[Verdict]) -> None:
     """One row for each answer: its texts, the verdict, every component, the error if any. Raises UserError."""
     table: dict[str, list[Any]] = {

@@ -225,11 +225,13 @@ def score_answers(
     from common.config_file import load_config
     from common.tasks import build_task
     from learner.answer_display import show
-    from learner.answer_file import field_names, judge, read_answers, write_verdicts
+    from learner.answer_file import check_out, field_names, judge, read_answers, write_verdicts
 
     loaded = load_config(None, ["task.prompt_style=d1", *(overrides or []), f"task.name={task}"])
     built = build_task(loaded.task)
     answers = read_answers(built, file, field_names(fields))
+    if out is not None:
+        check_out(out)
     console = Console(highlight=False, soft_wrap=True)
     with console.status("scoring") as status:
         verdicts = judge(

@@ -140,7 +140,9 @@ def test_what_is_wrong_with_the_command_is_one_line(
         (["--task", "countdown", file, "task.numbrs=3"], "did you mean task.numbers"),
     ):
         assert run(monkeypatch, *arguments) == 2
-        assert told in capsys.readouterr().err
+        printed = capsys.readouterr()
+        assert told in printed.err
+        assert not printed.out  # nothing was scored
 
 
 def test_a_completion_ends_at_its_first_stop_token() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from common.policy import Policy
 from common.policy_loading import load_policy
 from common.shards import Shards
 from learner.cli import app
+from learner.conversion_display import lines
 from learner.generation import Choice, generate
 
 IDS = torch.tensor([[9, 7, 11, 13, 8, 20]])
@@ -153,6 +155,14 @@ def test_convert_says_what_it_recognised(tmp_path: Path) -> None:
         assert word in ended.output
 
 
+@pytest.mark.parametrize(
+    ("parameters", "shown"), [(5_984, "5,984"), (99_999, "99,999"), (100_000, "0.1 M"), (8_015_581_184, "8,015.6 M")]
+)
+def test_parameters_are_counted_in_millions_where_there_are_any(parameters: int, shown: str, tmp_path: Path) -> None:
+    found = replace(convert(write_llada(tmp_path / "source"), tmp_path / "target"), parameters=parameters)
+    assert f"LLaDA, {shown} parameters" in next(lines(found))
+
+
 def test_generate_takes_original_and_converted(name: str, tmp_path: Path) -> None:
     source = WRITERS[name](tmp_path / "source")
     convert(source, tmp_path / "target")
@@ -217,8 +227,14 @@ SPOILED = {
     "index wrong": (wrong_file, ["are not in the shards that"]),
     "pickles": (as_pickles, ["pytorch_model.bin is a pickle"]),
     "integers": (as_integers, ["model.transformer.ln_f.weight as I8", "F32"]),
-    "configuration": (lambda f: (f / "config.json").write_text("{"), ["JSONDecodeError"]),
-    "tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), ["tokenizer"]),
+    "no index": (lambda f: (f / INDEX).unlink(), ["model-00001-of-00003.safetensors is a shard without its index"]),
+    "configuration": (lambda f: (f / "config.json").write_text("{"), ["config.json is damaged", "line 1 column 2"]),
+    "tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), ["tokenizer.json is damaged"]),
+    "tokenizer of another kind": (
+        lambda f: (f / "tokenizer.json").write_text('{"version": "1.0"}'),
+        ["tokenizer.json is damaged"],
+    ),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ["there is no tokenizer.json"]),
 }
 
 
@@ -232,7 +248,7 @@ def test_a_spoiled_checkpoint_is_refused_in_one_line(spoil: str, way: str, tmp_p
         convert(source, tmp_path / "target") if way == "convert" else opened(source)
     message = str(caught.value)
     assert "\n" not in message
-    for word in (str(source), *(words if spoil != "tokenizer" else [])):
+    for word in (str(source), *words):
         assert word in message
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 

@@ -5,6 +5,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from d1_verdicts import check_agreement
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,10 +15,7 @@ from common.tasks.answer_format import soft_format, strict_format, xml_count
 from common.tasks.gsm8k import Gsm8kTask
 from common.tasks.number import numbers_in, read_number
 from common.tasks.task import tagged_completion
-from learner.answer_file import until_stop
 
-SAMPLE = Path(__file__).parent / "llada_answers/gsm8k.jsonl"
-ANSWERS = Path(__file__).parents[2] / "shared/benchmarks/llada_answers/gsm8k.jsonl"
 # Rows of the whole file where our verdict differs from d1's, each read.
 DISAGREEMENTS = {
     34: "\\boxed{6,277} for 6277: d1 reads 6",
@@ -155,20 +153,5 @@ def test_a_row_gives_prompt_answer_and_solution(tmp_path: Path) -> None:
     assert set(compact.demonstration(compact.example("train", 0), 0)) <= set(compact.alphabet)
 
 
-def differing(file: Path) -> tuple[set[int], int]:
-    """Rows of the whole file where our verdict is not d1's, and how many rows there are."""
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    for row in rows:
-        row["ours"] = TASK.correct(TASK.posed(row["question"], row["ground_truth"]), until_stop(row["completion"]))
-    return {row.get("row", index) for index, row in enumerate(rows) if row["ours"] != row["correct"]}, len(rows)
-
-
-def test_agreement_with_d1_on_a_sample() -> None:
-    assert differing(SAMPLE)[0] == set(DISAGREEMENTS)
-
-
-@pytest.mark.skipif(not ANSWERS.exists(), reason="d1's benchmark files are not beside the checkout")
-def test_agreement_with_d1_on_all_real_answers() -> None:
-    found, rows = differing(ANSWERS)
-    assert found == set(DISAGREEMENTS)
-    assert len(found) <= 0.02 * rows
+def test_agreement_with_d1_on_real_answers() -> None:
+    check_agreement(TASK, DISAGREEMENTS)

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from d1_verdicts import check_agreement
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,11 +16,8 @@ from common.tasks import Math500Config, build_task
 from common.tasks.answer_format import boxed_in_answer
 from common.tasks.math500 import Math500Task
 from common.tasks.math_answer import same_answer
-from learner.answer_file import until_stop
 
 ROOT = Path(__file__).parents[1]
-SAMPLE = Path(__file__).parent / "llada_answers/math500.jsonl"
-ANSWERS = Path(__file__).parents[2] / "shared/benchmarks/llada_answers/math500.jsonl"
 # Rows of the whole file where our verdict differs from d1's, each read.
 DISAGREEMENTS = {37: "the roots 3, 7, 5 for 3, 5, 7: a set has no order, d1 compares texts"}
 PIECES = (r"\boxed{", "<answer>", r"\frac", r"\sqrt", r"\pi", r"\text{")
@@ -164,20 +162,5 @@ def test_what_is_slow_to_import_waits_for_the_first_comparison() -> None:
     assert done.stdout.split() == ["False"] * 3
 
 
-def differing(file: Path) -> tuple[set[int], int]:
-    """Rows of the whole file where our verdict is not d1's, and how many rows there are."""
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    for row in rows:
-        row["ours"] = TASK.correct(TASK.posed(row["question"], row["ground_truth"]), until_stop(row["completion"]))
-    return {row.get("row", index) for index, row in enumerate(rows) if row["ours"] != row["correct"]}, len(rows)
-
-
-def test_agreement_with_d1_on_a_sample() -> None:
-    assert differing(SAMPLE)[0] == set(DISAGREEMENTS)
-
-
-@pytest.mark.skipif(not ANSWERS.exists(), reason="d1's benchmark files are not beside the checkout")
-def test_agreement_with_d1_on_all_real_answers() -> None:
-    found, rows = differing(ANSWERS)
-    assert found == set(DISAGREEMENTS)
-    assert len(found) <= 0.02 * rows
+def test_agreement_with_d1_on_real_answers() -> None:
+    check_agreement(TASK, DISAGREEMENTS)

@@ -85,6 +85,12 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: str | 
     assert "\n" not in str(caught.value)
 
 
+def test_a_path_is_taken_for_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"data/train\.jsonl is no file or folder here; give"):
+        read_rows("data/train.jsonl", "task.data")
+
+
 def test_a_hub_is_asked_only_when_named_and_only_for_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)  # not installed
     with pytest.raises(UserError, match=r"needs the package datasets; pip install 'diffpo\[hub\]'"):

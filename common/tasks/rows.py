@@ -90,11 +90,16 @@ def _files(source: str, key: str, split: str | None) -> list[Path]:
             raise UserError(f"{key}: folder {path} has no file that ends in {', '.join(SUFFIXES)}; give another")
         return files
     if not path.is_file():
-        hint = f"; a data set of a hub is {HUB}{source}" if _HUB_NAME.fullmatch(source) and "/" in source else ""
+        hint = f"; a data set of a hub is {HUB}{source}" if _looks_like_hub(source) else ""
         raise UserError(f"{key}: {source} is no file or folder here{hint}; give {_FORMATS}")
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{key}: {path} has an unknown ending {path.suffix!r}; give {_FORMATS}")
     return [path]
+
+
+def _looks_like_hub(source: str) -> bool:
+    named = _HUB_NAME.fullmatch(source) and "/" in source
+    return bool(named) and not source.lower().endswith(SUFFIXES)
 
 
 def _json_lines(path: Path) -> list[Row]:
