@@ -77,7 +77,12 @@ def _run(
             directory = RunDirectory.create(config)
             with directory.lock():
                 return _follow_in(config, directory, show, parts)
-        directory.write_config(config)
+        try:
+            directory.write_config(config)
+        except OSError as error:
+            raise RunError(
+                f"{error}; make room there, or mend its permissions, and repeat the command: nothing was changed"
+            ) from error
         return _follow_in(config, directory, show, parts)
     finally:
         ray.shutdown()

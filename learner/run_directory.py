@@ -45,16 +45,20 @@ class RunDirectory:
 
     @staticmethod
     def check_free(path: Path, command: str = "train") -> None:
-        """Refuse a run directory that exists; `command` is what would go on with it.
+        """Refuse a run directory that exists, or that cannot be made; `command` is what would go on with it.
 
         Raises:
-            UserError: naming a free name.
+            UserError: naming a free name, or what is in the way.
         """
-        if path.exists():
+        if os.path.exists(path):  # Path.exists raises where permission is denied
             raise UserError(
                 f"run directory {path} exists; go on with it (diffpo {command} --resume {path}), choose another "
                 f"run.name (run.name={_next_name(path)} is free), or move it away"
             )
+        above = next(folder for folder in path.absolute().parents if os.path.exists(folder))
+        if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+            why = "cannot be written to" if above.is_dir() else "is a file"
+            raise UserError(f"run directory {path} cannot be made: {above} {why}; choose another run.root")
 
     @classmethod
     def create(cls, config: Config) -> "RunDirectory":
@@ -70,7 +74,13 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"run directory {path} cannot be made: {error}; choose another run.root") from error
         directory = cls(path)
-        directory.write_config(config)
+        try:
+            directory.write_config(config)
+        except OSError as error:
+            path.rmdir()  # without its configuration it could neither be resumed nor begun anew
+            raise UserError(
+                f"run directory {path} cannot be made: {error}; make room there, or choose another run.root"
+            ) from error
         return directory
 
     def write_config(self, config: Config) -> None:
@@ -143,9 +153,13 @@ class RunDirectory:
             held.release()
 
     def append_metrics(self, row: dict[str, Any]) -> None:
-        """Add one line to `metrics.jsonl`."""
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        """Add one line to `metrics.jsonl`; after half of one that a killed process left, a new line is begun first."""
+        with (self.path / "metrics.jsonl").open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            file.write(json.dumps(row).encode() + b"\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`; a process that was killed may have left half of one, which is passed over."""
@@ -171,11 +185,17 @@ class RunDirectory:
 
 
 def write_whole(path: Path, text: str) -> Path:
-    """Write a file as a whole or not at all; of two processes that write it at once, one wins."""
+    """Write a file as a whole or not at all; of two processes that write it at once, one wins.
+
+    Raises:
+        OSError: naming the file.
+    """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         partial.write_text(text)
         os.replace(partial, path)
+    except OSError as error:  # of a full disk it would name none
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
     return path

@@ -1,5 +1,6 @@
 """RunDirectory: nothing is overwritten, a reader never sees half a file, and one driver at a time works on a run."""
 
+import errno
 import json
 import os
 import re
@@ -48,11 +49,44 @@ def test_a_root_that_cannot_hold_directories_is_refused(tmp_path: Path) -> None:
         RunDirectory.create(config_for(tmp_path / "file"))
 
 
+def test_a_root_that_cannot_hold_directories_is_found_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    for root in ("file", "file/deeper"):
+        with pytest.raises(UserError, match=r"cannot be made: .*/file is a file; choose another run\.root"):
+            RunDirectory.check_free(tmp_path / root / "first")
+    RunDirectory.check_free(tmp_path / "new/first")
+    monkeypatch.setattr(os, "access", lambda folder, mode: folder != tmp_path)  # root may write everywhere
+    with pytest.raises(UserError, match=rf"cannot be made: {tmp_path} cannot be written to; choose another run\.root"):
+        RunDirectory.check_free(tmp_path / "new/first")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_full_disk_leaves_no_directory_that_could_not_be_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        with pytest.raises(UserError, match=r"No space left on device: '.*first/config\.yaml'; make room there"):
+            RunDirectory.create(config_for(tmp_path))
+    assert RunDirectory.create(config_for(tmp_path)).path.is_dir()
+
+
 def test_metrics_are_appended_line_by_line(directory: RunDirectory) -> None:
     rows = [{"kind": "step", "learner_steps": 1.0}, {"kind": "step", "learner_loss": -0.5}]
     for row in rows:
         directory.append_metrics(row)
     assert [json.loads(line) for line in (directory.path / "metrics.jsonl").read_text().splitlines()] == rows
+
+
+def test_half_a_line_of_metrics_costs_no_other(directory: RunDirectory) -> None:
+    (directory.path / "metrics.jsonl").write_text('{"kind": "step"}\n{"kind": "st')  # killed, or a full disk
+    directory.append_metrics({"kind": "started"})
+    assert [row["kind"] for row in directory.read_metrics()] == ["step", "started"]
 
 
 def test_json_is_written_as_a_whole(directory: RunDirectory) -> None:
