@@ -14,8 +14,7 @@ from actors.key_value_pages import KeyValuePages
 from actors.rows import Rows
 from common.autocast import autocast
 from common.behaviour import reveal_log_probs
-from common.errors import UserError
-from common.policy import Policy
+from common.policy import Policy, check_cache
 from common.token_scores import row_pieces
 
 NONE = -1
@@ -27,10 +26,7 @@ class CachedForwardPass(ForwardPass):
     def __init__(
         self, policy: Policy, rows: Rows, *, dual: bool, drift_every: int, use_autocast: bool, fixed_padding: bool
     ) -> None:
-        if not policy.takes_cache:
-            raise UserError(
-                f"{type(policy.model).__name__} hands out no keys and values; set sampler.cache=none for this model"
-            )
+        check_cache(policy.model)
         super().__init__(policy, rows, use_autocast=use_autocast, fixed_padding=fixed_padding)
         self._dual, self._drift_every = dual, drift_every
         self._pages = KeyValuePages(rows.slots, rows.width + rows.length, policy.device)

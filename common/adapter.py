@@ -85,16 +85,25 @@ def frozen_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def learned_state(module: nn.Module) -> dict[str, Tensor]:
-    """`state_dict` without what is frozen."""
-    frozen = {name for name, _ in frozen_parameters(module)}
-    return {name: value for name, value in module.state_dict().items() if name not in frozen}
+    """`state_dict` without what is frozen, under any of its names: weights that are shared have several there."""
+    inside = _adapted_parts(module)
+    return {name: value for name, value in module.state_dict().items() if not _is_frozen(name, inside)}
 
 
 def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
-    roots = [name for name, part in module.named_modules() if "peft_config" in vars(part)]
-    inside = tuple(f"{name}." if name else "" for name in roots)
+    inside = _adapted_parts(module)
     for name, parameter in module.named_parameters():
-        yield name, parameter, name.startswith(inside) and MARK not in name
+        yield name, parameter, _is_frozen(name, inside)
+
+
+def _adapted_parts(module: nn.Module) -> tuple[str, ...]:
+    """How the names begin that are inside of an adapted model."""
+    roots = [name for name, part in module.named_modules() if "peft_config" in vars(part)]
+    return tuple(f"{name}." if name else "" for name in roots)
+
+
+def _is_frozen(name: str, inside: tuple[str, ...]) -> bool:
+    return name.startswith(inside) and MARK not in name
 
 
 @contextmanager

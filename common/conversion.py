@@ -117,8 +117,7 @@ def convert(
 def _names(found: ModelFolder, shards: Shards) -> dict[str, str]:
     """The checkpoint's name of each parameter, by the target's, held against what the model really has."""
     names = found.parameter_names(shards)
-    with torch.device("meta"):
-        model = found.model_class(found.config)
+    model = found.skeleton()
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     tied = set(getattr(model, "all_tied_weights_keys", None) or ()) if found.config.tie_word_embeddings else set()
     for name in tied & names.keys():

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -81,6 +82,11 @@ class ModelFolder:
                 "another architecture"
             )
         return classes[type(self.config)]
+
+    def skeleton(self) -> Any:
+        """The model without memory for its weights: names, shapes and methods."""
+        with torch.device("meta"):
+            return self.model_class(self.config)
 
     @property
     def max_positions(self) -> int | None:

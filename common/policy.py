@@ -156,24 +156,9 @@ class Policy(nn.Module):
         return torch.zeros(mask.shape, dtype=self.model.dtype, device=mask.device).masked_fill(~mask, least)
 
     @property
-    def takes_cache(self) -> bool:
-        """Whether the model hands its keys and values to a cache, and attends to all of them.
-
-        Encoders such as ModernBERT do not hand them out; a sliding window would be lost among cached columns.
-        """
-        return not self._slides and "past_key_values" in inspect.signature(self.model.base_model.forward).parameters
-
-    @property
     def takes_segments(self) -> bool:
         """Whether `hidden` can take several sequences in a row: its mask would take a sliding window's place."""
-        return not self._slides
-
-    @property
-    def _slides(self) -> bool:
-        config = self.model.config
-        kinds = getattr(config, "layer_types", None) or ()
-        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        return "sliding_attention" in kinds or (window is not None and not kinds)
+        return not _slides(self.model)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Output head on selected positions: `[..., H]` -> `[..., V]`."""
@@ -238,6 +223,25 @@ class Policy(nn.Module):
         own = {f"{CALIBRATION}{name}": value for name, value in parts["calibration"].items()}
         save_file(parts["head"] | own, folder / THRESHOLD_WEIGHTS)
         (folder / THRESHOLD_CONFIG).write_text(self.head.config.model_dump_json())
+
+
+def check_cache(model: PreTrainedModel) -> None:
+    """Refuse a model that `sampler.cache` cannot serve: it hands out no keys and values, or does not attend to all.
+
+    Encoders such as ModernBERT do not hand them out; a sliding window would be lost among cached columns.
+
+    Raises:
+        UserError: naming the way out.
+    """
+    if _slides(model) or "past_key_values" not in inspect.signature(model.base_model.forward).parameters:
+        raise UserError(f"{type(model).__name__} hands out no keys and values; set sampler.cache=none for this model")
+
+
+def _slides(model: PreTrainedModel) -> bool:
+    config = model.config
+    kinds = getattr(config, "layer_types", None) or ()
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return "sliding_attention" in kinds or (window is not None and not kinds)
 
 
 def segment_positions(segments: Tensor) -> Tensor:

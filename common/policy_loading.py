@@ -32,7 +32,7 @@ from common.adapter import (
 from common.config import Config, ModelConfig, ThresholdConfig
 from common.errors import UserError
 from common.model_folder import ModelFolder
-from common.policy import CALIBRATION, THRESHOLD_CONFIG, THRESHOLD_WEIGHTS, UNLIMITED, Policy
+from common.policy import CALIBRATION, THRESHOLD_CONFIG, THRESHOLD_WEIGHTS, UNLIMITED, Policy, check_cache
 from common.shards import Shards
 from common.tasks import Task
 from common.threshold import build_threshold_head
@@ -201,6 +201,12 @@ def open_tokenizer(config: Config, task: Task) -> tuple[PreTrainedTokenizerBase,
     except Exception as error:
         raise _not_loadable(folder, error) from error
     return found.tokenizer, found.max_positions or UNLIMITED
+
+
+def check_cache_of_folder(config: Config) -> None:
+    """Refuse a `sampler.cache` that `model.path` cannot serve, without reading its weights. Raises UserError."""
+    if config.sampler.cache != "none" and config.model.path is not None:
+        check_cache(ModelFolder(Path(config.model.path), mask_token=config.model.mask_token).skeleton())
 
 
 def _load_model(found: ModelFolder) -> Any:

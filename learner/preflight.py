@@ -8,7 +8,7 @@ import torch
 from actors.reward_pool import RewardPool, Score
 from common.config import Config
 from common.errors import UserError, one_line
-from common.policy_loading import open_rollout_policy, open_tokenizer
+from common.policy_loading import check_cache_of_folder, open_rollout_policy, open_tokenizer
 from common.tasks import SPLITS, CustomConfig, Split, Task, build_task
 from learner.demonstrations import Demonstrations, checked_ids
 
@@ -37,6 +37,8 @@ def preflight(config: Config, *, trains: bool = True, evaluates: bool = True) ->
         if chosen.drift_every and evaluates:
             check_size(task, "validation", "evaluation.drift_prompts", chosen.drift_prompts)
     check_texts(config, task, splits=SPLITS if trains or evaluates else ())
+    if evaluates:
+        check_cache_of_folder(config)
     if config.model.lora is not None:  # targets that its layers do not have
         open_rollout_policy(config, task)
     if isinstance(config.task, CustomConfig) and (trains or evaluates):

@@ -16,8 +16,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from actors.engine import DenoisingEngine
-from common.adapter import frozen_parameters
+from common.adapter import frozen_parameters, learned_parameters, learned_state
 from common.config import LoraConfig, ModelConfig, ThresholdConfig
+from common.config_file import load_config
 from common.errors import UserError
 from common.family import FAMILIES, recognise
 from common.policy import Policy
@@ -25,6 +26,8 @@ from common.policy_loading import load_policy
 from learner.demonstrations import Demonstration
 from learner.learner import Learner
 from learner.packing import micro_batches
+from learner.policy_trainer import PolicyTrainer
+from learner.preflight import preflight
 from learner.surrogate import draw_taus, mean_field, surrogate_log_probs
 from learner.warm_start import masked_diffusion_loss
 
@@ -224,6 +227,39 @@ def test_three_steps_of_training_survive_saving(name: str, folders: dict[str, Pa
     plain = kind.from_pretrained(tmp_path / "saved", local_files_only=True)
     with torch.no_grad():
         assert torch.equal(plain(input_ids=IDS).logits, plain_logits(policy, IDS))
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_cache_that_a_model_cannot_serve_is_refused_before_the_run(name: str, folders: dict[str, Path]) -> None:
+    keys = ["task.name=sudoku", f"model.path={folders[name]}", "sampler.max_prompt_tokens=64"]
+    preflight(load_config(None, keys))
+    cached = load_config(None, [*keys, "sampler.cache=prefix"])
+    if name == "modernbert":
+        with pytest.raises(UserError, match=r"^ModernBertForMaskedLM hands out no keys and values; set sampler\.cache"):
+            preflight(cached)
+    else:
+        preflight(cached)
+
+
+@pytest.mark.parametrize("adapter", [[], ["model.lora.rank=2"]], ids=["all weights", "adapter"])
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_run_goes_on_from_its_checkpoint(
+    name: str, adapter: list[str], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Also where input and output share their weights, which are learned or frozen under two names."""
+    config = load_config(None, ["task.name=sudoku", f"model.path={folders[name]}", "learner.threads=1", *adapter])
+    first, other = (PolicyTrainer(config, tmp_path / "warm_start") for _ in range(2))
+    first.warm_start(lambda kind, values: None)
+    with torch.no_grad():
+        for _, parameter in learned_parameters(first._policy):
+            parameter.add_(0.1)
+    first.saved()(tmp_path / "checkpoint")
+    other.warm_start(lambda kind, values: None)
+    assert not np.array_equal(other.weights(), first.weights())
+    other.restore(tmp_path / "checkpoint")
+    assert np.array_equal(other.weights(), first.weights())
+    if adapter:
+        assert all(".lora_" in name for name in learned_state(first._policy.model))
 
 
 # -- special tokens and prompts ----------------------------------------------------------------------------------------
