@@ -85,6 +85,9 @@ class GroupProducer:
         except UserError as error:
             self._refused.append(Fault(lease.number, lease.attempt, str(error)))
             return
+        except Exception as error:  # of the task's code
+            self._refused.append(Fault(lease.number, lease.attempt, _told(error)))
+            return
         key = (lease.number, lease.attempt)
         self._groups[key] = _Group(lease, example, [None] * config.learner.group_size)
         for index, request in enumerate(group_requests(config, prompt, cursor=lease.cursor, number=lease.number)):
@@ -165,9 +168,7 @@ class GroupProducer:
         if self._groups.pop((lease.number, lease.attempt), None) is None:
             return None
         if isinstance(scores, Exception):
-            where = "".join(traceback.format_exception(scores)).rstrip()
-            reason = f"{type(scores).__name__}: {one_line(scores)}"  # last: there notes may follow it
-            return Fault(lease.number, lease.attempt, f"{where}\n{reason}")
+            return Fault(lease.number, lease.attempt, _told(scores))
         return finished_group(
             self.config,
             [c for c in group.completions if c is not None],
@@ -178,3 +179,9 @@ class GroupProducer:
             worker=self._name,
             model_digest=self._digest,
         )
+
+
+def _told(error: Exception) -> str:
+    """Where it happened, and on the last line what: notes of the error may follow it in the traceback."""
+    where = "".join(traceback.format_exception(error)).rstrip()
+    return f"{where}\n{type(error).__name__}: {one_line(error)}"

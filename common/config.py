@@ -450,7 +450,7 @@ class RunConfig(Section):
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Seed of everything drawn in the run (the task's split has its own)."""
     deterministic: bool | None = None
-    """Bit-equal repeats (CPU, fixed padding, batches by group number); null means max_staleness == 0."""
+    """Bit-equal repeats (CPU only; fixed padding, batches by group number); null means max_staleness == 0 on a CPU."""
     checkpoint_every: int = Field(default=50, ge=0)
     """Learner steps between checkpoints; 0 writes only the last."""
     keep_checkpoints: int = Field(default=2, ge=1)
@@ -501,9 +501,9 @@ class Config(Section):
 
     @property
     def deterministic(self) -> bool:
-        """Whether repeats are bit-equal (`run.deterministic`, by default at `max_staleness` 0)."""
+        """Whether repeats are bit-equal (`run.deterministic`, by default at `max_staleness` 0 on a CPU)."""
         chosen = self.run.deterministic
-        return self.replay.max_staleness == 0 if chosen is None else chosen
+        return self.replay.max_staleness == 0 and self.model.device == "cpu" if chosen is None else chosen
 
     @property
     def run_directory(self) -> Path:
@@ -516,6 +516,11 @@ class Config(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         rule, train = self.sampler.rule, self.learner.train
+        if self.run.deterministic and self.model.device != "cpu":
+            raise ValueError(
+                f"run.deterministic with model.device={self.model.device}: only a CPU repeats bit for bit; leave "
+                "run.deterministic out"
+            )
         if "entropy_bound" not in rule and train != "model":
             raise ValueError(
                 f"learner.train={train} needs sampler.rule=entropy_bound, got {rule}; confidence and top_k have no "

@@ -73,4 +73,8 @@ class CheckpointWriter:
                 f"checkpoint of step {step} in {self._store.name} cannot be written: {one_line(error)}; make room there"
             ) from error
         self.newest, self.seconds = step, time.monotonic() - started
-        return self._store.prune(self._keep)
+        try:
+            return self._store.prune(self._keep)
+        except RunError as error:  # it is durable all the same
+            log.warning("%s", error)
+            return self._store.checkpoints()

@@ -34,7 +34,7 @@ from common.config import Config
 from common.errors import RunError, UserError, one_line
 from common.replay_buffer import ReplayBuffer
 from common.segment_store import SegmentStore
-from common.tasks import build_task
+from common.tasks import Task, build_task
 from learner.capacity import Capacity
 from learner.exporter import Exporter
 from learner.learner_ranks import LearnerRanks
@@ -105,6 +105,7 @@ class Controller:
         self._untrainable = ""
         self._warned = False
         self._lost = 0.0
+        self._task: Task | None = None
         self._capacity: Capacity | None = None
         self._evaluating: dict[int, str] = {}  # what each evaluation worker does
 
@@ -312,6 +313,8 @@ class Controller:
 
     async def _learner_died(self, error: RayActorError) -> None:
         """Raises unless another learner may be started."""
+        if error.actor_init_failed:
+            raise RunError(f"the learner cannot start: {cause_line(error)}") from error
         if failure_kind(error) is not FailureKind.INFRASTRUCTURE:
             raise RunError(f"the replay buffer died and does not come back: {cause_line(error)}") from error
         most = self.config.learner.max_restarts
@@ -467,8 +470,9 @@ class Controller:
     async def _report_quarantine(self) -> str:
         """Write the failures down with their tracebacks, and tell the last line of the newest."""
         found = await self._buffer.quarantine.remote()
-        task = build_task(self.config.task)
-        kept = [{"group": n, "example": vars(task.example("train", n)), "reason": reason} for n, reason in found]
+        if self._task is None:
+            self._task = await asyncio.to_thread(build_task, self.config.task)
+        kept = [{"group": n, "example": _fields(self._task, n), "reason": reason} for n, reason in found]
         self._directory.write_json("quarantine.json", kept, default=str)  # a user's task may have any fields
         group, reason = found[-1]
         said = reason.strip().splitlines()[-1]
@@ -544,6 +548,14 @@ class Controller:
         self._exporter.update({"run_seconds": now - self._started, "run_idle_seconds": now - self._progressed})
         states = {key.removeprefix("groups_"): gauges[key] for key in gauges if key.startswith("groups_")}
         self._exporter.replace("replay_groups", states)
+
+
+def _fields(task: Task, cursor: int) -> dict[str, Any] | None:
+    """Of an example; None of one that cannot be made, which may be why its group failed."""
+    try:
+        return vars(task.example("train", cursor))
+    except Exception:
+        return None
 
 
 async def _answer(call: Any) -> Any:

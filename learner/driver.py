@@ -9,7 +9,7 @@
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def train(
     if parts is POLICY:
         from learner.preflight import preflight
 
-        preflight(config)
+        preflight(config, here=chosen_address(config.run.ray_address) == LOCAL)
     if resume:
         directory = RunDirectory(config.run_directory)
         with directory.lock():
@@ -105,15 +105,30 @@ def _connect(config: Config) -> None:
     address = chosen_address(config.run.ray_address)
     way_out = "start it (`ray start --head`), correct run.ray_address, or leave it out for a local one"
     connect(address, namespace=config.run.name, way_out=way_out)
-    wanted = config.rollout.actors * config.rollout.cpus + config.learner.ranks * config.learner.cpus
-    available = ray.cluster_resources().get("CPU", 0.0)
-    if wanted > available and address == LOCAL:
-        ray.shutdown()
+    if address == LOCAL:
+        try:
+            _check_room(config, ray.cluster_resources())
+        except UserError:
+            ray.shutdown()
+            raise
+
+
+def _check_room(config: Config, there: Mapping[str, float]) -> None:
+    """Refuse what a Ray of this machine alone can never give."""
+    rollout, learner = config.rollout, config.learner
+    if labels := {**rollout.labels, **learner.labels}:
         raise UserError(
-            f"rollout.actors={config.rollout.actors} x {config.rollout.cpus:g} CPUs + learner "
-            f"{config.learner.ranks * config.learner.cpus:g} "
-            f"exceed this machine's {available:g} CPUs; lower rollout.actors, or rollout.cpus to share cores"
+            f"rollout.labels and learner.labels ask for nodes labelled {labels}, and a local Ray has none; leave them "
+            "out, or give a cluster in run.ray_address"
         )
+    for kind, actor, rank in (("CPU", rollout.cpus, learner.cpus), ("GPU", rollout.gpus, learner.gpus)):
+        wanted, available = rollout.actors * actor + learner.ranks * rank, there.get(kind, 0.0)
+        if wanted > available:
+            key = f"rollout.{kind.lower()}s"
+            raise UserError(
+                f"rollout.actors={rollout.actors} x {actor:g} {kind}s + learner {learner.ranks * rank:g} exceed this "
+                f"machine's {available:g} {kind}s; lower rollout.actors, or {key} to share them"
+            )
 
 
 def _check_name_is_free(name: str, *, patience: float) -> None:

@@ -17,10 +17,10 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from actors.evaluation import Evaluator, Point, Setting, standard_settings
-from actors.failure import FailureKind, failure_kind
+from actors.failure import FailureKind, cause_line, failure_kind
 from common.config import Config
 from common.errors import RunError, UserError, one_line
 from common.policy_loading import load_policy
@@ -141,6 +141,8 @@ async def measure_on_ray(
                 known = isinstance(error.cause, UserError | RunError)
                 raise (error.cause if known else RunError(f"evaluation: {one_line(error.cause)}")) from error
             except RayError as error:
+                if isinstance(error, RayActorError) and error.actor_init_failed:
+                    raise RunError(f"an evaluation worker cannot start: {cause_line(error)}") from error
                 deaths += 1
                 if failure_kind(error) is not FailureKind.INFRASTRUCTURE or deaths > most:
                     raise RunError(

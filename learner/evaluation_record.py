@@ -12,9 +12,11 @@ one begins anew.
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +84,19 @@ def evaluation_digest(config: Config, folders: Mapping[str, Path]) -> str:
         "seed": config.run.seed,
         "policies": {name: [str(folder.absolute()), *_files(folder)] for name, folder in folders.items()},
         "data": [[*_files(Path(name))] for name in config.task.model_dump().values() if isinstance(name, str)],
+        "code": [[*_files(Path(name))] for name in _modules(config)],
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _modules(config: Config) -> Iterator[str]:
+    """Files of the modules that a task names as `module:object`."""
+    for name in config.task.model_dump().values():
+        if isinstance(name, str) and re.fullmatch(r"[\w.]+:[\w.]+", name):
+            with suppress(ImportError, ValueError):
+                found = find_spec(name.split(":")[0])
+                if found is not None and found.origin:
+                    yield found.origin
 
 
 def _files(path: Path) -> Iterator[list[Any]]:

@@ -9,12 +9,13 @@
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -31,6 +32,7 @@ from learner.run_directory import RunDirectory
 T = TypeVar("T")
 
 CAUSE_SECONDS = 5.0  # a rank that died makes the others fail, maybe sooner than Ray tells
+NODE_SECONDS = 60.0  # for Ray to find that a node is gone
 # Where cores are shared, OpenMP threads that spin while they wait take the time of those who work.
 PATIENT_THREADS = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
 
@@ -116,8 +118,9 @@ class LearnerRanks:
         if first.done() and first.exception() is None:
             return first.result()
         everyone = [first, *self._followed]
-        if pending and not any(map(_is_death, _errors(everyone))):
-            await asyncio.wait(pending, timeout=CAUSE_SECONDS, return_when=asyncio.FIRST_EXCEPTION)
+        until = time.monotonic() + (NODE_SECONDS if any(map(_lost_another, _errors(everyone))) else CAUSE_SECONDS)
+        while pending and not any(map(_is_death, _errors(everyone))) and (left := until - time.monotonic()) > 0:
+            _, pending = await asyncio.wait(pending, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         errors = _errors(everyone)
         self.kill()
         raise min(errors, key=lambda error: not _is_death(error))
@@ -129,6 +132,13 @@ def _errors(calls: Sequence[asyncio.Future[Any]]) -> list[BaseException]:
 
 async def _answer(call: Awaitable[T]) -> T:
     return await call
+
+
+def _lost_another(error: BaseException) -> bool:
+    """Whether a rank failed since another did not answer: an order to it, or a collective call."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    words = str(cause).lower()
+    return isinstance(cause, RayActorError) or any(word in words for word in ("gloo", "nccl", "connection closed"))
 
 
 def _is_death(error: BaseException) -> bool:

@@ -16,18 +16,19 @@ SAMPLED_PROMPTS = 64
 CHECKED_ROWS = 10_000  # of a file of demonstrations; a bad one among more ends the warm start when it comes
 
 
-def preflight(config: Config, *, trains: bool = True, evaluates: bool = True) -> Task:
+def preflight(config: Config, *, trains: bool = True, evaluates: bool = True, here: bool = True) -> Task:
     """Check device, task, data, model folder, special tokens and lengths.
 
     Args:
         config: the configuration.
         trains: whether the task's training questions are needed.
         evaluates: whether its held-out ones are.
+        here: whether the device must be this machine's; else that of nodes which only their actors can look at.
 
     Raises:
         UserError: naming the value, the limit and the way out.
     """
-    check_device(config.model.device)
+    check_device(config.model.device, here=here)
     task = build_task(config.task)
     chosen = config.evaluation
     if evaluates:
@@ -39,8 +40,10 @@ def preflight(config: Config, *, trains: bool = True, evaluates: bool = True) ->
     check_texts(config, task, splits=SPLITS if trains or evaluates else ())
     if evaluates:
         check_cache_of_folder(config)
-    if config.model.lora is not None:  # targets that its layers do not have
-        open_rollout_policy(config, task)
+    if config.model.lora is not None:  # targets that its layers do not have; on the CPU, its memory is not touched
+        open_rollout_policy(
+            config.model_copy(update={"model": config.model.model_copy(update={"device": "cpu"})}), task
+        )
     if isinstance(config.task, CustomConfig) and (trains or evaluates):
         check_reward(config, task, "train" if trains else chosen.split)
     return task
@@ -69,12 +72,19 @@ def check_reward(config: Config, task: Task, split: Split) -> None:
         raise UserError(f"the reward of {split} example 0 cannot be computed: {one_line(found)}")
 
 
-def check_device(name: str) -> None:
-    """Refuse a device that torch does not know or this machine does not have."""
+def check_device(name: str, *, here: bool = True) -> None:
+    """Refuse a device that torch does not know or, where it must be `here`, this machine does not have.
+
+    Nothing is put on a GPU: what does so keeps some of its memory as long as it lives.
+    """
     if name.partition(":")[0] in ("meta", "privateuseone"):
         raise UserError(f"model.device={name!r} computes nothing; use cpu, or cuda with a CUDA build")
     try:
-        torch.empty(0, device=name)
+        device = torch.device(name)
+        if device.type == "cuda" and here and (count := torch.cuda.device_count()) <= (device.index or 0):
+            raise RuntimeError(f"this machine has {count} CUDA devices for this build of torch")
+        if device.type != "cuda" and here:
+            torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).split(". ")[0].splitlines()[0][:160]
         raise UserError(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 
 from common.config_file import parse_config
 from common.errors import RunError
@@ -117,3 +118,31 @@ def test_an_evaluation_that_stands_still_says_what_its_workers_did(tmp_path: Pat
 
     with pytest.raises(RunError, match=r"phase evaluate .*evaluation workers.*learned, greedy: 4 of 64 rewards"):
         asyncio.run(scenario())
+
+
+def test_an_example_that_cannot_be_made_is_quarantined_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken:
+        def example(self, split: str, index: int) -> Example:
+            raise KeyError("question")
+
+    async def scenario() -> None:
+        monkeypatch.setattr(controller_module, "build_task", lambda _: Broken())
+        controller = Controller(config=parse_config({"task": {"name": "sudoku"}}), directory=tmp_path)
+        buffer = Buffer()
+        controller._buffer, controller._fleet = buffer, Fleet()  # pyright: ignore[reportAttributeAccessIssue]
+        buffer.fail(1)
+        await controller._update_gauges()
+
+    asyncio.run(scenario())
+    [kept] = json.loads((tmp_path / "quarantine.json").read_text())
+    assert (kept["example"], kept["reason"].splitlines()[-1]) == (None, "ValueError: no number")
+
+
+def test_a_learner_that_cannot_start_is_named_as_that(tmp_path: Path) -> None:
+    controller = Controller(config=parse_config({"task": {"name": "sudoku"}}), directory=tmp_path)
+    text = "Traceback ...\ncommon.errors.UserError: task.reward=a:b cannot be imported"
+    error = RayActorError(None, text, actor_init_failed=True)
+    with pytest.raises(RunError, match=r"^the learner cannot start: .*task\.reward=a:b cannot be imported"):
+        asyncio.run(controller._learner_died(error))

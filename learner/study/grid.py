@@ -241,7 +241,7 @@ def _check_is_a_studys(config: Config, overrides: list[str]) -> None:
     for section, honoured in HONOURED.items():
         given = getattr(config, section)
         for key, field in type(given).model_fields.items():
-            value, usual = getattr(given, key), field.default
+            value, usual = getattr(given, key), field.get_default(call_default_factory=True)
             synchronous = key == "max_staleness" and value == 0
             if key not in honoured and value != usual and not synchronous:
                 raise UserError(
