@@ -14,8 +14,14 @@ import jsonschema
 import pytest
 import yaml
 from kustomize_fixtures import Build, build
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+from ray.autoscaler.v2.utils import ResourceRequestUtil
+from ray.core.generated.common_pb2 import LABEL_OPERATOR_IN
 from typer.testing import CliRunner
 
+from actors.placement import Demand
 from common.config import Config, MetricsConfig
 from common.config_file import load_config
 from learner.cli import app
@@ -114,6 +120,17 @@ def refusals(resource: dict[str, Any]) -> list[str]:
 def test_valid_for_the_crds(overlay: str) -> None:
     (top,) = (each for each in built(overlay).objects.values() if each["apiVersion"] == "ray.io/v1")
     assert refusals(top) == []
+
+
+def test_the_network_policy_is_valid() -> None:
+    """A RayCluster may hold rules of the same form, so its CRD has Kubernetes' schema of them."""
+    rules = built("cluster").one("NetworkPolicy")["spec"]["ingress"]
+    place = {"spec": {"networkPolicy": {"head": {"ingressRules": rules}}}}
+    errors = [error.message for error in crd("RayCluster").iter_errors(place) if "ingressRules" in error.json_path]
+    assert errors == []
+    del rules[0]["from"]
+    rules[1]["form"] = []
+    assert [error for error in crd("RayCluster").iter_errors(place) if "'form' was unexpected" in error.message]
 
 
 @pytest.mark.parametrize(
@@ -295,10 +312,10 @@ def test_the_run_is_the_shipped_one(folder: str, shipped: str) -> None:
     assert answer.exit_code == 0, answer.output
     here, there = (load_config(each).model_dump(mode="json") for each in (path, ROOT / "deploy/configs" / shipped))
     for tree in (here, there):
-        del tree["metrics"], tree["run"]["root"], tree["run"]["stall_timeout"]
-        for section, keys in {"rollout": ("actors", "cpus"), "learner": ("cpus",)}.items():
-            for key in keys:
-                del tree[section][key]
+        del tree["metrics"], tree["run"]["root"], tree["run"]["capacity_timeout"]
+        for key in ("actors", "min_actors", "max_actors", "cpus", "labels"):
+            del tree["rollout"][key]
+        del tree["learner"]["cpus"], tree["learner"]["labels"]
         for section, key in (("model", "path"), ("task", "data"), ("task", "test_data")):
             tree[section][key] = Path(str(tree[section].get(key))).name
     assert here == there
@@ -325,16 +342,13 @@ def test_groups_hold_what_the_run_asks_for(overlay: str, tmp_path: Path) -> None
     made = built(overlay)
     config, group = run_config(made, tmp_path), groups(made)
     assert set(group) == {"learner", "rollout", "rewards"}
-    assert {name: each["labels"] for name, each in group.items()} == {
-        "learner": {"gpu": "learner"},
-        "rollout": {"gpu": "inference"},
-        "rewards": {"gpu": "none"},
-    }
+    labels = {"learner": config.learner.labels, "rollout": config.rollout.labels, "rewards": {"gpu": "none"}}
+    assert {name: each["labels"] for name, each in group.items()} == labels
     assert group["learner"]["replicas"] == group["learner"]["minReplicas"] == group["learner"]["maxReplicas"]
     for name in ("rollout", "rewards"):
         assert group[name]["minReplicas"] == 0
         assert "replicas" not in group[name]  # applied again, it would undo what the autoscaler did
-    assert group["rollout"]["maxReplicas"] >= config.rollout.actors
+    assert group["rollout"]["maxReplicas"] == config.rollout.max_actors
     for each in group.values():
         resources = container(each["template"])["resources"]
         assert resources["requests"] == resources["limits"]
@@ -349,3 +363,45 @@ def test_groups_hold_what_the_run_asks_for(overlay: str, tmp_path: Path) -> None
     for each in group.values():
         assert each["template"]["spec"]["terminationGracePeriodSeconds"] > config.rollout.drain_seconds
     assert cluster(made)["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+
+
+# --- what Ray's own autoscaler makes of it
+
+
+def started(made: Build, demands: list[tuple[Demand, int]]) -> tuple[dict[str, int], int]:
+    """Pods by group that Ray's autoscaler starts in an empty cluster, and how many demands it cannot meet."""
+    resource = {"metadata": {"name": "diffpo", "namespace": "diffpo"}, "spec": cluster(made)}
+    raw = _derive_autoscaling_config_from_ray_cr(resource)
+    known = AutoscalingConfig(raw, skip_content_hash=True)
+    wanted = [
+        ResourceRequestUtil.make(
+            {"CPU": demand.cpus, "GPU": demand.gpus} if demand.gpus else {"CPU": demand.cpus},
+            label_selectors=[[(key, LABEL_OPERATOR_IN, [value]) for key, value in demand.labels.items()]],
+        )
+        for demand, count in demands
+        for _ in range(count)
+    ]
+    request = SchedulingRequest(
+        disable_launch_config_check=True,
+        node_type_configs=known.get_node_type_configs(),
+        max_num_nodes=known.get_max_num_nodes(),
+        resource_requests=ResourceRequestUtil.group_by_count(wanted),
+    )
+    reply = ResourceDemandScheduler(None).schedule(request)
+    return {each.instance_type: each.count for each in reply.to_launch}, len(reply.infeasible_resource_requests)
+
+
+@every_overlay
+def test_the_autoscaler_starts_what_the_run_waits_for(overlay: str, tmp_path: Path) -> None:
+    """Ray's autoscaler v2 on these groups: a pod for each rollout actor up to the maximum, reward pods by their label,
+    nothing for who asks in vain, and the learner always."""
+    made = built(overlay)
+    config = run_config(made, tmp_path)
+    rollout, ranks = Demand.of(config.rollout), (Demand.of(config.learner), config.learner.ranks)
+    most = config.rollout.max_actors or 0
+    assert started(made, []) == ({"learner": 1}, 0)
+    assert started(made, [ranks]) == ({"learner": 1}, 0)
+    assert started(made, [ranks, (rollout, 3)]) == ({"learner": 1, "rollout": 3}, 0)
+    assert started(made, [(rollout, most + 2)]) == ({"learner": 1, "rollout": most}, 2)
+    assert started(made, [(Demand(1, labels={"gpu": "none"}), 3)]) == ({"learner": 1, "rewards": 2}, 0)
+    assert started(made, [(Demand(1, labels={"gpu": "elsewhere"}), 1)]) == ({"learner": 1}, 1)
