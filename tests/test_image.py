@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 DOCKERFILE = (ROOT / "deploy/Dockerfile").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TARGETS = ("cpu", "cuda")
-LARGEST_UPLOAD = 3_000_000  # bytes; Ray refuses 500 MiB, and each node fetches it
+LARGEST_UPLOAD = 3_000_000  # bytes; Ray refuses 100 MiB, and each node fetches it
 
 
 def instructions() -> list[tuple[str, list[tuple[str, str]]]]:
