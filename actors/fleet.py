@@ -254,7 +254,7 @@ class Fleet:
         quiet = [place.actor for place in self._places if place.actor is not None and not place.answered]
         without = sum(await asyncio.to_thread(pending, quiet)) if quiet else 0
         self.waiting = await asyncio.to_thread(why_waiting, self._demand) if without else ""
-        return without
+        return without if self.waiting else 0
 
     async def doing(self) -> dict[str, str]:
         """For the watchdog and for `status`: what is known of every place; how long actors wait for leases is in the

@@ -50,7 +50,8 @@ class Node:
 
 
 def why_pending(demand: Demand, nodes: Sequence[Node]) -> str:
-    """Why an actor that asks for `demand` has no node, as far as the nodes that are there tell."""
+    """Why an actor that asks for `demand` has no node, as far as the nodes that are there tell; empty where one has
+    room for it, and it is being placed."""
     labelled = [node for node in nodes if demand.labels.items() <= node.labels.items()]
     if not labelled:
         return f"waits for a node labelled {_shown(demand.labels)}: none of the {len(nodes)} nodes is ({_known(nodes)})"
@@ -59,6 +60,8 @@ def why_pending(demand: Demand, nodes: Sequence[Node]) -> str:
     if not large:
         most = f"{max(node.cpus for node in labelled):g} CPUs, {max(node.gpus for node in labelled):g} GPUs"
         return f"waits for {demand}: the largest {where} has {most}"
+    if any(node.free_cpus >= demand.cpus and node.free_gpus >= demand.gpus for node in large):
+        return ""
     free = f"{max(node.free_cpus for node in large):g} CPUs, {max(node.free_gpus for node in large):g} GPUs"
     return f"waits for {demand}: at most {free} are free on one {where}"
 

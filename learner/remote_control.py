@@ -20,7 +20,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from common.config import IN_RAY_JOB
 from common.errors import RunError, UserError, one_line
 from learner.driver import CONTROLLER, CONTROLLER_FILE
-from learner.ray_connection import LOOPBACK, connect
+from learner.ray_connection import LOOPBACK, connect, probe
 from learner.run_directory import RunDirectory
 
 ANSWER_SECONDS = 30.0
@@ -85,17 +85,17 @@ def _connect_to(folder: Path, run: str) -> str:
         raise UserError(
             f"{folder / CONTROLLER_FILE}: {one_line(error)}; a run that has started training has it"
         ) from error
-    way_out = f"run {run} is not going any more, or its Ray wants another RAY_AUTH_MODE (token, unless you changed it)"
     try:
-        connect(
-            address,
-            namespace=str(namespace),
-            logging_level=logging.ERROR,
-            way_out=way_out,
-            loopback=address.startswith(f"{LOOPBACK}:"),
-        )
-    except UserError as error:
-        raise NotGoing(str(error)) from error
+        probe(address)
+    except OSError as error:
+        raise NotGoing(f"run {run} is not going any more: nothing listens at {address}, where its Ray was") from error
+    connect(
+        address,
+        namespace=str(namespace),
+        logging_level=logging.ERROR,
+        way_out="it may want another token (RAY_AUTH_TOKEN, ~/.ray/auth_token), or be another run's by now",
+        loopback=address.startswith(f"{LOOPBACK}:"),
+    )
     return f"run {run} is not going: its Ray at {address} does not know it"
 
 

@@ -7,11 +7,13 @@ import shlex
 import time
 from pathlib import Path
 
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from common.errors import RunError, UserError, one_line
 
 POLL_SECONDS = 0.5
+BEGINNING = "Running entrypoint for job"
 PATIENCE = 300.0  # to start, which may install a runtime environment, and to answer
 
 
@@ -31,10 +33,10 @@ def run_remotely(address: str, arguments: list[str], working_dir: Path | None) -
     try:
         client = JobSubmissionClient(address)
         job = client.submit_job(entrypoint=shlex.join(["python", "-m", "learner", *arguments]), runtime_env=runtime_env)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except (ConnectionError, RuntimeError, ValueError, OSError, AuthenticationError) as error:
         raise UserError(
             f"job server {address} cannot be used ({one_line(error)}); give --address http://HOST:8265 of a running "
-            "head, RAY_AUTH_MODE=token and its token (RAY_AUTH_TOKEN, or ~/.ray/auth_token)"
+            "head, and its token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
         ) from error
     until = time.monotonic() + PATIENCE
     while not (status := client.get_job_status(job)).is_terminal():
@@ -43,6 +45,8 @@ def run_remotely(address: str, arguments: list[str], working_dir: Path | None) -
             raise RunError(f"job {job} at {address} is {status.value} after {PATIENCE:g} s; look at its log there")
         time.sleep(POLL_SECONDS)
     lines = client.get_job_logs(job).strip().splitlines()
+    begins = next((at for at, line in enumerate(lines, 1) if line.startswith(BEGINNING)), 0)
+    lines = lines[begins:]  # before it, Ray tells how it starts the job
     if status is JobStatus.SUCCEEDED:
         return "\n".join(lines)
     said = [line for line in lines if line.startswith(("error: ", "run failed: "))]

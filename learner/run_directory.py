@@ -28,7 +28,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from common.checkpoint_store import CheckpointStore
-from common.config import Config
+from common.config import IN_RAY_JOB, Config
 from common.config_file import dump_config
 from common.errors import UserError, cause
 
@@ -94,7 +94,8 @@ class RunDirectory:
         Raises:
             UserError: naming the runs that are there.
         """
-        for folder in (Path(run), ROOT / run):
+        at_home = [Path.home() / ROOT / run] if IN_RAY_JOB in os.environ else []
+        for folder in (Path(run), ROOT / run, *at_home):
             if folder.is_dir():
                 return cls(folder)
         known = sorted(path.parent.name for path in ROOT.glob("*/config.yaml"))

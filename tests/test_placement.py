@@ -30,10 +30,13 @@ def node(labels: dict[str, str] | None = None, *, cpus: float = 8, free: float =
         (Demand(1, 1, GPU), [node(GPU)], "the largest of the 1 nodes labelled gpu=inference has 8 CPUs, 0 GPUs"),
         (Demand(16), [node(), node(cpus=4)], "waits for 16 CPUs: the largest of all nodes has 8 CPUs, 0 GPUs"),
         (Demand(2, 1), [node(free=1, gpus=4)], "waits for 2 CPUs, 1 GPUs: at most 1 CPUs, 4 GPUs are free"),
+        (Demand(2), [node(free=1), node(free=2)], ""),
     ],
 )
 def test_the_reason_names_what_is_missing(demand: Demand, nodes: list[Node], said: str) -> None:
-    assert said in why_pending(demand, nodes)
+    found = why_pending(demand, nodes)
+    assert said in found
+    assert bool(said) == bool(found)
 
 
 def test_rays_own_labels_are_not_shown() -> None:
