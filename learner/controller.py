@@ -218,9 +218,11 @@ class Controller:
         last = next((values for kind, values in reversed(self._events) if kind == "step"), {})
         now = time.monotonic()
         learner, capacity = self._learner, self._capacity
-        known = {name: await _answer(call) for name, call in learner.doing().items()} if learner is not None else {}
         if capacity is not None and capacity.learner:
             known = {"learner": capacity.learner}
+        else:
+            calls = learner.doing() if learner is not None else {}
+            known = {name: await _answer(call) for name, call in calls.items()}
         return {
             "run": self.config.run.name,
             "directory": str(self._directory.path),
