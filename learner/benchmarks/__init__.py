@@ -19,6 +19,7 @@ BENCHMARKS = {
     "engine": "learner.benchmarks.engine",
     "learner": "learner.benchmarks.learner",
     "main": "learner.benchmarks.main_job",
+    "scaling": "learner.benchmarks.scaling",
 }
 UNCONFIGURED = ("async", "engine")
 

@@ -1,0 +1,121 @@
+"""Benchmark `scaling`: what a run loses, and how long its learner stands still, when rollout actors come and go.
+
+Real are driver, Ray, controller, fleet, replay buffer, learner actor and checkpoints; generation and training only take
+their time (`chaos_parts`).
+
+- `commanded`: a run that one actor can feed is scaled 1 -> 4 -> 1 by `diffpo scale`, as often as `rounds`.
+  `groups_lost`, `groups_twice`, `regenerated`: as in `diffpo bench chaos`. `learner_pauses`: intervals between two
+  learner steps of more than `PAUSE` times the median, within `SETTLE` s after a command; `pauses_without`: as many in
+  stretches of the same length before them, without one. `longest_s`, `longest_without_s`: the longest of each.
+- `by_itself`: a run with `rollout.max_actors` begins with one actor of the `needed` that its learner could use.
+  `actors`: how many it has at the end; `changes`: after each change; `idle_first`, `idle_last`: the share of its time
+  that the learner does not train, over the first and the last windows.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from common.errors import RunError, UserError
+from learner.benchmarks import Options
+from learner.benchmarks.chaos import ChaosRun, account, simulated
+from learner.benchmarks.chaos_parts import GENERATION_SECONDS, TRAIN_SECONDS
+
+SETTLE = 4.0  # seconds after a command
+PAUSE = 5.0  # times the median interval
+MOST = 8
+WINDOW = 4.0
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Both measurements; each is printed as it comes."""
+    if options.config is not None or options.overrides:
+        raise UserError("bench scaling has its own configurations; leave --config and overrides out")
+    folder = Path(tempfile.mkdtemp(prefix="diffpo-scaling-"))
+    result: dict[str, Any] = {}
+    for measure in (_commanded, _by_itself):
+        found = measure(folder, options)
+        options.console.print(found)
+        result |= found
+    shutil.rmtree(folder)
+    return result
+
+
+def _commanded(folder: Path, options: Options) -> dict[str, Any]:
+    rounds = 1 if options.quick else 4
+    steps = round((4 * SETTLE * rounds + 5) / TRAIN_SECONDS)
+    run = ChaosRun(folder, "commanded", "simulated", simulated(steps, actors=1, slots=128))
+    run.wait_for("some steps", lambda: run.steps() > 20)
+    stretches: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+    for actors in (4, 1) * rounds:
+        for command in (False, True):
+            started = time.time()
+            if command:
+                _scale(run, actors)
+            time.sleep(SETTLE)
+            stretches[command].append((started, time.time()))
+    if run.end() != 0:
+        raise RunError(f"bench scaling: the run did not end well; its log: {run.log.read_text()[-1500:]}")
+    ends = step_ends(run)
+    intervals = {
+        command: [b - a for a, b in pairwise(ends) if any(s <= b <= e for s, e in windows)]
+        for command, windows in stretches.items()
+    }
+    usual = median(intervals[False])
+    pauses = {command: sum(one > PAUSE * usual for one in found) for command, found in intervals.items()}
+    found = account(run)
+    return {
+        **{key: found[key] for key in ("groups", "groups_lost", "groups_twice", "regenerated")},
+        "rounds": rounds,
+        "learner_pauses": pauses[True],
+        "pauses_without": pauses[False],
+        "longest_s": max(intervals[True]),
+        "longest_without_s": max(intervals[False]),
+        "step_s": usual,
+    }
+
+
+def _scale(run: ChaosRun, actors: int) -> None:
+    command = [sys.executable, "-m", "learner", "scale", str(run.path), "--actors", str(actors)]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+
+
+def step_ends(run: ChaosRun) -> list[float]:
+    """When each learner step was reported, in seconds of the controller's clock, put on the wall's."""
+    rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    ended = (run.path / "metrics.jsonl").stat().st_mtime
+    seconds = [row["seconds"] for row in rows if row["kind"] == "step"]
+    return [ended - seconds[-1] + one for one in seconds]
+
+
+def _by_itself(folder: Path, options: Options) -> dict[str, Any]:
+    slots, group_size, groups_per_step = 16, 2, 8
+    needed = (groups_per_step / TRAIN_SECONDS) / (slots / group_size / GENERATION_SECONDS)
+    tree = simulated(250 if options.quick else 1200, actors=1, slots=slots, scaling_seconds=WINDOW, max_actors=MOST)
+    tree["learner"] |= {"groups_per_step": groups_per_step, "group_size": group_size}
+    run = ChaosRun(folder, "by-itself", "simulated", tree)
+    if run.end() != 0:
+        raise RunError(f"bench scaling: the run did not end well; its log: {run.log.read_text()[-1500:]}")
+    changes = [int(after) for after in re.findall(r"\nscale .*'actors': (\d+)", run.log.read_text())]
+    ends = step_ends(run)
+
+    def idle(inside: list[float]) -> float:
+        return 1 - TRAIN_SECONDS * (len(inside) - 1) / (inside[-1] - inside[0])
+
+    span = 3 * WINDOW
+    return {
+        "needed": needed,
+        "most": MOST,
+        "actors": changes[-1] if changes else 1,
+        "changes": changes,
+        "idle_first": idle([one for one in ends if one <= ends[0] + span]),
+        "idle_last": idle([one for one in ends if one >= ends[-1] - span]),
+    }
