@@ -285,7 +285,7 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "missing": (remove("model"), "no config.json"),
     "a file": (both(remove("model"), write("model", "x")), "no config.json"),
     "empty": (both(remove("model"), lambda: Path("model").mkdir()), "no config.json"),
-    "broken config.json": (write("model/config.json", "{"), "cannot be loaded"),
+    "broken config.json": (write("model/config.json", "{"), "config.json is damaged"),
     "a list as config.json": (write("model/config.json", "[]"), "names no model_type"),
     "unknown architecture": (described("model/config.json", model_type="mine"), "are not known"),
     "code of its own": (
@@ -297,9 +297,9 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "empty weights": (write("model/model.safetensors", b""), "is damaged"),
     "no tokenizer": (
         both(remove("model/tokenizer.json"), remove("model/tokenizer_config.json")),
-        "cannot be loaded",
+        "there is no tokenizer.json",
     ),
-    "broken tokenizer": (write("model/tokenizer.json", "{"), "cannot be loaded"),
+    "broken tokenizer": (write("model/tokenizer.json", "{"), "tokenizer.json is damaged"),
     "no MASK": (described("model/tokenizer_config.json", mask_token=None), "no MASK token"),
     "other vocabulary": (described("model/config.json", vocab_size=2), "outside the model's vocabulary"),
     "broken threshold": (write("model/threshold.json", "{"), "cannot be loaded"),
