@@ -94,7 +94,7 @@ class Shards:
         if not index.is_file():
             if (self.folder / SINGLE).is_file():
                 return None
-            parts = sorted(file.name for file in self.folder.glob("*-of-*.safetensors"))
+            parts = sorted(file.name for file in self.folder.glob("model-*.safetensors"))
             other = sorted(file.name for pattern in ("*.bin", "*.pt") for file in self.folder.glob(pattern))
             there = f"{other[0]} is a pickle, which is not read" if other else "there is no such file"
             there = f"{parts[0]} is a shard without its index" if parts else there

@@ -156,6 +156,13 @@ def blocks() -> list[str]:
     return re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
 
 
+def test_the_configuration_of_the_docs_is_one(folder: Path) -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    (folder / "run.yaml").write_text(text)
+    config = load_config(folder / "run.yaml", ["task.name=gsm8k", "task.data=gsm8k/main"])
+    assert (config.run.name, config.sampler.max_prompt_tokens) == ("first", 512)
+
+
 def test_the_reward_of_the_docs_works(folder: Path) -> None:
     (folder / "my_rewards.py").write_text(blocks()[0])
     task = build_task(configured("task.reward=my_rewards:reward").task)
