@@ -222,7 +222,9 @@ class Policy(nn.Module):
         self.tokenizer.save_pretrained(folder)
         own = {f"{CALIBRATION}{name}": value for name, value in parts["calibration"].items()}
         save_file(parts["head"] | own, folder / THRESHOLD_WEIGHTS)
-        (folder / THRESHOLD_CONFIG).write_text(self.head.config.model_dump_json())
+        partial = folder / f"{THRESHOLD_CONFIG}.partial"  # by it others know that all is there: not even an empty one
+        partial.write_text(self.head.config.model_dump_json())
+        partial.replace(folder / THRESHOLD_CONFIG)
 
 
 def check_cache(model: PreTrainedModel) -> None:

@@ -285,8 +285,8 @@ class Controller:
             kept = ShardFolder(self._directory.path, config, folders)
             points = await Evaluation(config, folders, kept).on_ray(workers=room_for_workers(config), listener=listener)
         results = {"steps": steps, **summarise(config, points)}
-        self._directory.write_json(EVALUATION, results)
         draw_pareto(points, self._directory.pareto, title=f"{config.task.name}, run {config.run.name}")
+        self._directory.write_json(EVALUATION, results)  # with it the run has finished: last
         kept.remove()
         if self._exporter is not None:
             self._exporter.replace("evaluation_frontier_area", results["area"])
@@ -478,7 +478,7 @@ class Controller:
         self._directory.write_json("quarantine.json", kept, default=str)  # a user's task may have any fields
         group, reason = found[-1]
         said = reason.strip().splitlines()[-1]
-        await self._tell("quarantine", {"group": group, "reason": said})
+        await self._tell("quarantine", {"group": group, "reason": said, "quarantined": len(found)})
         return said
 
     async def _warn_of_deadline(self, expired: float, fleet: dict[str, float]) -> None:

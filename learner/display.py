@@ -57,7 +57,8 @@ class Display:
             why = SCALED[values["reason"]]
             self.console.print(f"rollout actors: {values['was']} -> {values['actors']}, {why}")
         elif kind == "quarantine":
-            self.console.print(f"group {values['group']} quarantined, it failed twice: {values['reason']}")
+            so_far = f"; {values['quarantined']} groups so far, RUN/quarantine.json"
+            self.console.print(f"group {values['group']} quarantined, it failed twice: {values['reason']}{so_far}")
         elif kind == "warm_start":
             self._advance(kind, values["warm_start_steps"], self._warm_start_note(values))
         elif kind == "step":

@@ -24,7 +24,7 @@ from learner.batch import build_batch
 from learner.learner import Learner
 from learner.ranks import Ranks
 from learner.trainer import Report
-from learner.warm_start import supervised
+from learner.warm_start import save_start, supervised
 
 LEARNER_STATE = "learner_state.pt"
 REPORTS_PER_WARM_START = 100
@@ -66,7 +66,7 @@ class PolicyTrainer:
             self._policy = load_policy(self._folder, model, threshold, seed=self.config.run.seed)
         elif self.config.model.path is not None:
             self._policy = open_policy(self.config, self._task)
-            self._policy.save(self._folder)
+            save_start(self._policy, self._folder)
         else:
             self._policy = supervised(self.config, self._task, self._folder, progress)
             if self.config.model.lora is not None:

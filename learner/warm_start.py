@@ -200,9 +200,17 @@ def supervised(
         with checkpoints.fetch(found.checkpoint) as saved:
             started = _restored(saved, task, config)
     _run(started, config, report, checkpoints)
-    folder.mkdir(parents=True, exist_ok=True)
-    started.policy.save(folder)
+    save_start(started.policy, folder)
     return started.policy
+
+
+def save_start(policy: Policy, folder: Path) -> None:
+    """Write the weights that training starts from. Raises RunError when they cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        policy.save(folder)
+    except Exception as error:  # safetensors and tokenizers have errors of their own for a full disk
+        raise RunError(f"{folder} cannot be written: {one_line(error)}; make room there") from error
 
 
 def _run(

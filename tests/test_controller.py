@@ -1,9 +1,11 @@
 """Controller: what the gauges of a run make it do, without Ray."""
 
 import asyncio
+import errno
 import json
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from common.ledger import GroupState
 from common.tasks import Example
 from learner import controller as controller_module
 from learner.controller import MOST_QUARANTINED, Controller
+from learner.run_directory import RunDirectory
 
 
 class Buffer:
@@ -84,9 +87,13 @@ def test_a_quarantined_example_may_hold_what_json_has_not(tmp_path: Path, monkey
         controller._buffer, controller._fleet = buffer, Fleet()  # pyright: ignore[reportAttributeAccessIssue]
         buffer.fail(1)
         await controller._update_gauges()
+        buffer.fail(2)
+        await controller._update_gauges()
+        told = [values["quarantined"] for kind, values in await controller.events(0) if kind == "quarantine"]
+        assert told == [1, 3], "one event for all that were quarantined at once, so it says how many there are"
 
     asyncio.run(scenario())
-    [kept] = json.loads((tmp_path / "quarantine.json").read_text())
+    [kept, *_] = json.loads((tmp_path / "quarantine.json").read_text())
     assert kept["example"] == {"prompt": "when?", "fields": {"answer": "2026-01-01"}, "difficulty": 1.0}
 
 
@@ -146,3 +153,33 @@ def test_a_learner_that_cannot_start_is_named_as_that(tmp_path: Path) -> None:
     error = RayActorError(None, text, actor_init_failed=True)
     with pytest.raises(RunError, match=r"^the learner cannot start: .*task\.reward=a:b cannot be imported"):
         asyncio.run(controller._learner_died(error))
+
+
+def test_a_run_whose_plot_finds_no_room_has_not_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Evaluated:
+        def __init__(self, *_: Any) -> None: ...
+
+        async def on_ray(self, **_: Any) -> dict[str, Any]:
+            return {}
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("learner.final_evaluation.Evaluation", Evaluated)
+    monkeypatch.setattr("learner.final_evaluation.summarise", lambda *_: {"area": {}})
+    monkeypatch.setattr("learner.evaluation_fleet.room_for_workers", lambda _: 1)
+    monkeypatch.setattr(controller_module.ray, "get_runtime_context", lambda: SimpleNamespace(current_actor=None))
+
+    async def scenario() -> None:
+        controller = Controller(config=parse_config({"task": {"name": "sudoku"}}), directory=tmp_path)
+        controller._checkpoints.begin(2).commit(version=2, journal_index=0)
+        with monkeypatch.context() as patched:
+            patched.setattr("learner.pareto.draw_pareto", full)
+            with pytest.raises(OSError, match="No space left"):
+                await controller._evaluate(2)
+        assert RunDirectory(tmp_path).finished_steps() is None, "else --resume would refuse to draw it"
+        monkeypatch.setattr("learner.pareto.draw_pareto", lambda *_, **__: None)
+        await controller._evaluate(2)
+        assert RunDirectory(tmp_path).finished_steps() == 2
+
+    asyncio.run(scenario())

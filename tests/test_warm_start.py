@@ -1,5 +1,6 @@
 """Warm start: LLaDA's masked loss against a loop, however rows are laid out; what is masked and attended; resuming."""
 
+import errno
 import math
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from common.policy_loading import build_policy
 from common.tasks import Task, build_task
 from learner.demonstrations import Demonstration
 from learner.packing import Rows, micro_batches
-from learner.warm_start import WarmStart, masked_diffusion_loss, stratified, supervised, warm_start
+from learner.warm_start import WarmStart, masked_diffusion_loss, save_start, stratified, supervised, warm_start
 
 PAD, MASK = 0, 2
 LENGTH = 20
@@ -245,3 +246,18 @@ def test_a_warm_start_that_was_killed_ends_with_the_same_weights(task: Task, tmp
     resumed = supervised(config, task, tmp_path / "resumed", reported.append, store)
     assert [row["warm_start_steps"] for row in reported] == [5, 6, 7]
     assert (parameters(resumed) == parameters(whole)).all()
+
+
+def test_weights_that_find_no_room_are_named_and_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: Path, _: str) -> None:
+        file.touch()  # a name still finds room
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    policy = tiny_policy(double=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        with pytest.raises(RunError, match=rf"{tmp_path}/start cannot be written: .*No space left.*; make room there"):
+            save_start(policy, tmp_path / "start")
+    assert not (tmp_path / "start/threshold.json").exists(), "a run would take it for the end of the warm start"
+    save_start(policy, tmp_path / "start")
+    assert (tmp_path / "start/threshold.json").stat().st_size
