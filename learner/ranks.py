@@ -1,14 +1,15 @@
 """Ranks: the processes that train one model together, by `torch.distributed` and FSDP2.
 
     what                            on each rank
-    weights, gradients, optimizer   a shard of every parameter; the threshold head and the calibration whole
+    weights, gradients, optimizer   a shard of every parameter; output head, threshold head and calibration whole
     batch                           all groups, for means and metrics; only its own share is scored
     gradient                        the mean over ranks of `count` times the own share's, so the whole batch's
     publication, checkpoint         every parameter is gathered in turn; rank 0 keeps it, in the buffer or file
 
 - Everything here is called by all ranks in the same order. Alone (`count` 1) nothing is sharded or sent, and a step
   computes the very numbers of a learner without ranks.
-- Whatever decides how many passes are made, or whether a batch is refused, is agreed on first.
+- Whatever decides how many passes are made, or whether a batch is refused, is agreed on first. What is called another
+  number of times by each rank is never sharded: the output head, once for each piece of logits.
 - A rank that dies makes the others' calls fail, or time out; `learner.learner_ranks` ends them then.
 """
 
@@ -90,8 +91,8 @@ class Ranks:
     def shard(self, policy: Policy) -> None:
         """Leave of the model's parameters this rank's shard, of the weights that rank 0 has; others' may be anything.
 
-        The layers, what surrounds them, and the output head are gathered and freed one after the other. Weights that
-        input and output share, and those outside of both, stay whole.
+        The layers, and what surrounds them, are gathered and freed one after the other. The output head stays whole,
+        also where the input shares its weights.
         """
         if self.count == 1:
             return
@@ -101,13 +102,11 @@ class Ranks:
         given |= {name: value.detach() for name, value in policy.named_buffers()} if self.leads else {}
         model, head = policy.model, policy.model.get_output_embeddings()
         trunk = model.base_model
-        shared = set(trunk.parameters()) & set(head.parameters()) if head is not None else set()
+        kept = set(head.parameters()) if head is not None else set()
         names = set(model._no_split_modules or ())
         for layer in [part for part in trunk.modules() if type(part).__name__ in names]:
-            fully_shard(layer, mesh=self._mesh, reshard_after_forward=True, ignored_params=shared)
-        fully_shard(trunk, mesh=self._mesh, reshard_after_forward=True, ignored_params=shared)
-        if head is not None and not shared:
-            fully_shard(head, mesh=self._mesh, reshard_after_forward=True)
+            fully_shard(layer, mesh=self._mesh, reshard_after_forward=True, ignored_params=kept)
+        fully_shard(trunk, mesh=self._mesh, reshard_after_forward=True, ignored_params=kept)
         for name, value in [*policy.named_parameters(), *policy.named_buffers()]:
             self.place(given.pop(name, None), value)
 
@@ -235,10 +234,11 @@ class Ranks:
                 continue
             local = local_part(parameter.grad)
             gradients.append(local)
+            square = torch.linalg.vector_norm(local).double().square()
             if sharded(parameter):
-                squares.append(local.double().square().sum())
+                squares.append(square)
             else:
-                total += float(local.double().square().sum())
+                total += float(square)
         own = float(torch.stack(squares).sum()) if squares else 0.0
         norm = (self.sum(own)[0] + total) ** 0.5
         scale = min(1.0, limit / (norm + 1e-6))  # as torch's

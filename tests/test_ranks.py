@@ -12,6 +12,7 @@ from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import psutil
@@ -20,6 +21,7 @@ import torch
 from learner_fixtures import generate_batch, learner_config, tiny_policy
 from torch import nn
 
+import common.token_scores
 from common.adapter import adapt, learned_parameters
 from common.config import LoraConfig
 from common.config_file import load_config
@@ -120,8 +122,12 @@ def numbers(parameters: list[tuple[str, nn.Parameter]], *, gradient: bool = Fals
 
 
 def trained(ranks: Ranks, changes: dict[str, Any], steps: int) -> dict[str, Any]:
+    changes = dict(changes)
+    rows = changes.pop("rows_per_piece", 1000)
     learner = opened(ranks, changes)
-    metrics = [learner.step(batch, version=n) for n, batch in enumerate(batches()[:steps])]
+    size = rows * 4 * learner.policy.model.config.vocab_size
+    with patch.object(common.token_scores, "LOGIT_BYTES", size):
+        metrics = [learner.step(batch, version=n) for n, batch in enumerate(batches()[:steps])]
     learned = learned_parameters(learner.policy)
     return {
         "weights": numbers(learned),
@@ -149,7 +155,11 @@ WAYS = {
     "lora": {"train": "joint", "lora": True, "kl_beta": 0.1},
     "tied": {"train": "joint", "tied": True},
     "coupled": {"train": "model", "surrogate": "coupled_masks", "prompt_masking": 0.2, "diagnostics_every": 1},
+    "pieces": {"train": "joint", "rows_per_piece": 3, "micro_batch_tokens": 30, "kl_beta": 0.1},
+    "checkpointed": {"train": "joint", "rows_per_piece": 3, "activation_checkpointing": True, "inner_updates": 2},
+    "checkpointed lora": {"train": "model", "rows_per_piece": 3, "activation_checkpointing": True, "lora": True},
 }
+"""Ranks have unlike numbers of scored positions, so of pieces of logits."""
 
 
 @pytest.mark.parametrize("way", WAYS)
