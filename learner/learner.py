@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.adapter import adapted, learned_parameters, learned_state, without_adapter
 from common.autocast import autocast
@@ -119,7 +119,8 @@ class Learner:
         self._remedy = DriftRemedy(policy, config.drift_remedy)
         if config.activation_checkpointing:
             checkpointing_layers(policy.model)  # refuses a model that has none before anything is spent
-        self.reference = reference_policy(policy) if config.kl_beta > 0 else None
+        several = self._ranks.count > 1
+        self.reference = reference_policy(policy, share=several) if config.kl_beta > 0 else None
         self._ranks.shard(policy)
         if self.reference is not None and self.reference is not policy:
             self._ranks.shard(self.reference)
@@ -441,6 +442,12 @@ class Learner:
         }
 
 
-def reference_policy(policy: Policy) -> Policy:
-    """What the KL term holds a policy to, as it is now: the policy itself less its adapter, else a frozen copy."""
-    return policy if adapted(policy) else copy.deepcopy(policy).requires_grad_(False)
+def reference_policy(policy: Policy, *, share: bool = False) -> Policy:
+    """What the KL term holds a policy to, as it is now: the policy itself less its adapter, else a frozen copy.
+
+    With `share` the copy has the memory of the policy's parameters, of which both are about to be sharded.
+    """
+    if adapted(policy):
+        return policy
+    shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in policy.parameters()} if share else {}
+    return copy.deepcopy(policy, shared).requires_grad_(False)

@@ -35,6 +35,8 @@ class PolicyTrainer:
 
     def __init__(self, config: Config, warm_start: Path) -> None:
         self.config = config
+        # of a model that several ranks share out, none ever has the whole on its device
+        self._opened = on_cpu(config) if config.learner.ranks > 1 else config
         self._folder = warm_start
         self._task = build_task(config.task)
         self._policy: Policy
@@ -62,13 +64,14 @@ class PolicyTrainer:
                 report("warm_start", values)
 
         if (self._folder / THRESHOLD_CONFIG).is_file():  # written last
-            model, threshold = self.config.model, self.config.sampler.threshold
+            model, threshold = self._opened.model, self.config.sampler.threshold
             self._policy = load_policy(self._folder, model, threshold, seed=self.config.run.seed)
         elif self.config.model.path is not None:
-            self._policy = open_policy(self.config, self._task)
+            self._policy = open_policy(self._opened, self._task)
             self._policy.save(self._folder)
         else:
-            self._policy = supervised(self.config, self._task, self._folder, progress)
+            policy = supervised(self.config, self._task, self._folder, progress)
+            self._policy = policy.to(self._opened.model.device)
             if self.config.model.lora is not None:
                 base = Base.of(self._folder)
                 adapt(self._policy.model, self.config.model.lora, base, seed=self.config.run.seed)
@@ -80,14 +83,14 @@ class PolicyTrainer:
         if self.config.deterministic:
             torch.use_deterministic_algorithms(True)
         if not ranks.leads:
-            self._policy = open_empty_policy(self.config, self._task, torch.float32)
+            self._policy = open_empty_policy(self._opened, self._task, torch.float32)
         self._learner = Learner(self._policy, self.config.learner, ranks)
 
     def restore(self, folder: Path | None) -> None:
         """Weights and learner of a checkpoint, which only rank 0 reads; the reference policy stays the warm start."""
         saved = None
         if folder is not None and not adapted(self._policy):
-            saved = load_policy(folder, self.config.model, self.config.sampler.threshold).state_dict()
+            saved = load_policy(folder, on_cpu(self.config).model, self.config.sampler.threshold).state_dict()
         try:
             state = None
             if folder is not None:
@@ -165,3 +168,8 @@ class PolicyTrainer:
         policy = open_empty_policy(self.config, self._task, dtype).for_rollout(self.config.rollout)
         adopt_base(policy, self._base)
         return policy
+
+
+def on_cpu(config: Config) -> Config:
+    """The same configuration with a policy that is opened there, whatever its device."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"device": "cpu"})})

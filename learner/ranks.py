@@ -92,7 +92,8 @@ class Ranks:
         """Leave of the model's parameters this rank's shard, of the weights that rank 0 has; others' may be anything.
 
         The layers, and what surrounds them, are gathered and freed one after the other. The output head stays whole,
-        also where the input shares its weights.
+        also where the input shares its weights. The parameters may be on the CPU, whose memory is read and left as it
+        is; the ranks' device gets one part of the model after the other.
         """
         if self.count == 1:
             return
@@ -108,6 +109,8 @@ class Ranks:
             fully_shard(layer, mesh=self._mesh, reshard_after_forward=True, ignored_params=kept)
         fully_shard(trunk, mesh=self._mesh, reshard_after_forward=True, ignored_params=kept)
         for name, value in [*policy.named_parameters(), *policy.named_buffers()]:
+            if not sharded(value):
+                value.data = value.data.to(self._mesh.device_type, copy=True)
             self.place(given.pop(name, None), value)
 
     def load(self, policy: Policy, state: dict[str, Tensor] | None) -> None:
