@@ -14,6 +14,7 @@ One `step`: advantages -> (proximal scores) -> `inner_updates` times {surrogate,
 
 import copy
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -256,7 +257,7 @@ class Learner:
         latents = draw_latents(part, self.config, update=update)
         again = self.config.activation_checkpointing and torch.is_grad_enabled()
         with (
-            autocast(policy.device, enabled=self.config.autocast),
+            self._autocast(policy),
             activation_checkpointing(policy.model, enabled=again),
         ):
             scores = surrogate_log_probs(policy, part, latents, features=self._learns_threshold)
@@ -265,6 +266,11 @@ class Learner:
             gammas = policy.head.log_prob(scores.features[part.group], part.gamma)
             entropies = policy.head.entropy(scores.features)[part.group]
         return _Scored(scores.logprob, gammas, entropies, scores.reveal_logprob, scores.revealed, scores.rows)
+
+    def _autocast(self, policy: Policy) -> AbstractContextManager:
+        """No whole model in bfloat16 stands beside the weights where memory is worth a second computation."""
+        config = self.config
+        return autocast(policy.device, enabled=config.autocast, cache=not config.activation_checkpointing)
 
     def _update(
         self,
@@ -397,7 +403,7 @@ class Learner:
         gaps: dict[int, list[Tensor]] = {passes: [] for passes in GAP_PASSES}
         for low, high in cuts(sample.nfe, sample, self.config.micro_batch_tokens):
             part = sample.select(torch.arange(low, high, device=batch.nfe.device))
-            with autocast(self.policy.device, enabled=self.config.autocast):
+            with self._autocast(self.policy):
                 found = surrogate_gap(self.policy, part, GAP_PASSES)
             for passes, gap in found.items():
                 gaps[passes].append(gap)
