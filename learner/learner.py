@@ -169,7 +169,8 @@ class Learner:
         rows = (advantage != 0) if self.reference is None else torch.ones_like(advantage, dtype=torch.bool)
         first = self.steps_done == 0 and self._learns_threshold and self.policy.head.config.standardise
         # a batch that is refused may have changed something: its features were fitted, or it is a later update
-        before = self._copy() if first or config.inner_updates > 1 else None
+        unfitted = cloned(self.policy.calibration.state_dict()) if first else None
+        before = self._copy() if config.inner_updates > 1 else None
         if first:
             self._standardise(batch)
         if not rows.any():
@@ -182,6 +183,8 @@ class Learner:
             for proximal in self._proximal(micro, fillers):
                 metrics |= self._update(micro, proximal, totals, version, fillers)
         except BatchRefused:
+            if unfitted is not None:
+                self.policy.calibration.load_state_dict(unfitted)
             if before is not None:
                 self.policy.load_state_dict(before["policy"], strict=False)
                 self._restore(before)
