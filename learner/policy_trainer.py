@@ -113,21 +113,32 @@ class PolicyTrainer:
         return metrics | {"learner_learning_rate": float(self._learner.scheduler.get_last_lr()[0])}
 
     def weights(self) -> np.ndarray:
-        flat = to_flat(self._policy, narrow=self._narrow, keep=self._ranks.leads)
-        self._newest = flat
-        wrong = not_finite(self._policy, flat) if self._ranks.leads else 0
+        how = {"narrow": self._narrow, "keep": self._ranks.leads}
+        (wrong,) = self._ranks.sum(not_finite(self._policy, **how))
         if wrong:
             raise RunError(
-                f"{wrong} of the published weights are not finite after step {self.steps}; "
+                f"{wrong:.0f} of the published weights are not finite after step {self.steps}; "
                 "start another run with model.path=RUN/checkpoints/STEP and a lower learner.learning_rate"
             )
+        flat = to_flat(self._policy, **how)
+        if self._measures_copy:
+            self._newest = flat
         return flat
 
     def base(self) -> list[np.ndarray]:
         arrays = base_arrays(self._policy, narrow=self._narrow, keep=self._ranks.leads)
-        if self._ranks.count > 1:
+        if self._measures_copy:
             self._base = arrays
         return arrays
+
+    @property
+    def _measures_drift(self) -> bool:
+        return bool(self.config.evaluation.drift_every) and "entropy_bound" in self.config.sampler.rule
+
+    @property
+    def _measures_copy(self) -> bool:
+        """Whether drift is measured on a whole policy beside the shard."""
+        return self._measures_drift and self._ranks.count > 1 and self._ranks.leads
 
     @property
     def _narrow(self) -> bool:
@@ -146,11 +157,11 @@ class PolicyTrainer:
     def close(self) -> None:
         if self._drift is not None:
             self._drift.close()
+        self._ranks.leave()
 
     def gauges(self) -> dict[str, float]:
         """NFE and accuracy at the initial gamma on validation prompts: the gauge of threshold drift *(ours)*."""
-        every = self.config.evaluation.drift_every
-        if not every or self.steps % every or "entropy_bound" not in self.config.sampler.rule:
+        if not self._measures_drift or self.steps % self.config.evaluation.drift_every:
             return {}
         prompts = self.config.evaluation.drift_prompts
         if self._drift is None:

@@ -28,7 +28,7 @@ from common.adapter import learned_state
 from common.config import Config
 from common.errors import UserError
 from common.policy import Policy
-from common.weights import sharded, whole
+from common.weights import local_part, sharded, whole
 
 PATIENCE = 10.0  # of a rank that waits in a call for the others, as a multiple of `run.stall_timeout`
 LOOPBACK = "127.0.0.1"
@@ -40,7 +40,7 @@ class Ranks:
 
     def __init__(self, rank: int = 0, count: int = 1, mesh: Any = None) -> None:
         self.rank, self.count = rank, count
-        self._mesh = mesh
+        self._mesh: Any = mesh
 
     @staticmethod
     def store(host: str, port: int, count: int) -> Any:
@@ -76,11 +76,12 @@ class Ranks:
         return cls(rank, count, init_device_mesh(kind, (count,)))
 
     def leave(self) -> None:
-        """The last call."""
+        """The last call; waits for nobody."""
         if self._mesh is not None:
             import torch.distributed as dist
 
             dist.destroy_process_group()
+            self._mesh = None
 
     @property
     def leads(self) -> bool:
@@ -252,12 +253,6 @@ class Ranks:
 
 def _shape(state: dict[str, Tensor], name: str) -> list[int] | None:
     return list(state[name].shape) if name in state else None
-
-
-def local_part(value: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; the tensor itself if it is not sharded."""
-    found: Any = value
-    return found.to_local() if sharded(value) else value
 
 
 def cloned(state: Any) -> Any:

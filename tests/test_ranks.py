@@ -27,9 +27,10 @@ from common.config import LoraConfig
 from common.config_file import load_config
 from common.errors import UserError
 from common.policy import Policy
-from common.weights import base_arrays, sharded, to_flat, whole
+from common.weights import base_arrays, local_part, not_finite, sharded, to_flat, whole
 from learner.batch import Batch
 from learner.learner import Learner
+from learner.rank_actor import ENDING, RankActor
 from learner.ranks import Ranks
 from learner.run_directory import RunDirectory
 from learner.trainer import BatchRefused
@@ -238,6 +239,29 @@ def test_rank_0_publishes_everything(both: Both, lora: bool) -> None:
     assert all(np.array_equal(one, two) for one, two in zip(found[1], wanted[1], strict=True))
     assert bool(found[1]) == lora
     assert other[0].size == other[2].size == len(other[1]) == 0
+
+
+def counted(ranks: Ranks) -> float:
+    policy = opened(ranks, {}).policy
+    model: Any = policy.model
+    with torch.no_grad():
+        if not ranks.leads:
+            local_part(model.get_input_embeddings().weight)[:2, 0] = torch.nan
+        model.get_output_embeddings().weight[0, :3] = torch.inf
+    return ranks.sum(not_finite(policy, keep=ranks.leads))[0]
+
+
+def test_numbers_that_are_not_finite_are_counted_once(both: Both) -> None:
+    assert both(counted) == (5, 5)
+
+
+def test_a_rank_leaves_when_it_is_told_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[Ranks] = []
+    monkeypatch.setattr(Ranks, "leave", lambda ranks: left.append(ranks))
+    actor = RankActor(config=CONFIG, rank=1, warm_start=tmp_path)
+    actor.order(ENDING)
+    actor.follow()
+    assert len(left) == 1
 
 
 def saved_after(ranks: Ranks, changes: dict[str, Any], given: dict[str, Any] | None, steps: range) -> Any:
