@@ -7,10 +7,13 @@ from pathlib import Path
 import torch
 
 
-def autocast(device: torch.device, *, enabled: bool) -> AbstractContextManager:
-    """A bfloat16 autocast context, or none where it is off or would be slower than float32."""
+def autocast(device: torch.device, *, enabled: bool, cache: bool = True) -> AbstractContextManager:
+    """A bfloat16 autocast context, or none where it is off or would be slower than float32.
+
+    With `cache` the bfloat16 copies of weights that learn live as long as it lasts; else each until it was used.
+    """
     if enabled and has_bfloat16(device.type):
-        return torch.autocast(device.type, dtype=torch.bfloat16)
+        return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=cache)
     return nullcontext()
 
 

@@ -159,13 +159,11 @@ def open_policy(config: Config, task: Task) -> Policy:
 
 
 def open_rollout_policy(config: Config, task: Task) -> Policy:
-    """The policy of a rollout actor, for weights that the learner publishes; a frozen base is not read here either.
+    """The policy of a rollout actor, for weights that the learner publishes before any lease; a folder's are not read.
 
     Raises:
         UserError: as `load_policy`.
     """
-    if config.model.lora is None:
-        return open_policy(config, task).for_rollout(config.rollout)
     dtype = torch.bfloat16 if config.rollout.precision == "bfloat16" else torch.float32
     return open_empty_policy(config, task, dtype).for_rollout(config.rollout)
 

@@ -54,10 +54,16 @@ def load_flat(module: nn.Module, flat: np.ndarray) -> None:
             parameter.copy_(place)
 
 
-def not_finite(module: nn.Module, flat: np.ndarray) -> int:
-    """How many numbers of a vector of `to_flat` are NaN or infinite."""
-    places = _places(module, flat.dtype == np.uint8, _tensor(flat).view(torch.uint8))
-    return sum(int((~place.isfinite()).sum()) for _, place in places)
+def not_finite(module: nn.Module, *, narrow: bool = False, keep: bool = True) -> int:
+    """How many of the numbers that `to_flat` would give are NaN or infinite, counted where they are.
+
+    Of a sharded parameter this rank counts its part, of a whole one whoever is to `keep` it.
+    """
+    return sum(
+        int((~local_part(parameter.detach()).to(kind).isfinite()).sum())
+        for parameter, kind, _ in _kinds(module, narrow)
+        if keep or sharded(parameter)
+    )
 
 
 def base_arrays(module: nn.Module, *, narrow: bool = False, keep: bool = True) -> list[np.ndarray]:
@@ -100,6 +106,12 @@ def whole(value: Tensor) -> Tensor:
     """A sharded tensor gathered, by all ranks at once; one that is not sharded as it is."""
     found: Any = value
     return found.full_tensor() if sharded(value) else value
+
+
+def local_part(value: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; the tensor itself if it is not sharded."""
+    found: Any = value
+    return found.to_local() if sharded(value) else value
 
 
 def _tensor(array: np.ndarray) -> Tensor:

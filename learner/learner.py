@@ -14,11 +14,12 @@ One `step`: advantages -> (proximal scores) -> `inner_updates` times {surrogate,
 
 import copy
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.adapter import adapted, learned_parameters, learned_state, without_adapter
 from common.autocast import autocast
@@ -119,7 +120,8 @@ class Learner:
         self._remedy = DriftRemedy(policy, config.drift_remedy)
         if config.activation_checkpointing:
             checkpointing_layers(policy.model)  # refuses a model that has none before anything is spent
-        self.reference = reference_policy(policy) if config.kl_beta > 0 else None
+        several = self._ranks.count > 1
+        self.reference = reference_policy(policy, share=several) if config.kl_beta > 0 else None
         self._ranks.shard(policy)
         if self.reference is not None and self.reference is not policy:
             self._ranks.shard(self.reference)
@@ -167,7 +169,8 @@ class Learner:
         rows = (advantage != 0) if self.reference is None else torch.ones_like(advantage, dtype=torch.bool)
         first = self.steps_done == 0 and self._learns_threshold and self.policy.head.config.standardise
         # a batch that is refused may have changed something: its features were fitted, or it is a later update
-        before = self._copy() if first or config.inner_updates > 1 else None
+        unfitted = cloned(self.policy.calibration.state_dict()) if first else None
+        before = self._copy() if config.inner_updates > 1 else None
         if first:
             self._standardise(batch)
         if not rows.any():
@@ -180,6 +183,8 @@ class Learner:
             for proximal in self._proximal(micro, fillers):
                 metrics |= self._update(micro, proximal, totals, version, fillers)
         except BatchRefused:
+            if unfitted is not None:
+                self.policy.calibration.load_state_dict(unfitted)
             if before is not None:
                 self.policy.load_state_dict(before["policy"], strict=False)
                 self._restore(before)
@@ -255,7 +260,7 @@ class Learner:
         latents = draw_latents(part, self.config, update=update)
         again = self.config.activation_checkpointing and torch.is_grad_enabled()
         with (
-            autocast(policy.device, enabled=self.config.autocast),
+            self._autocast(policy),
             activation_checkpointing(policy.model, enabled=again),
         ):
             scores = surrogate_log_probs(policy, part, latents, features=self._learns_threshold)
@@ -264,6 +269,11 @@ class Learner:
             gammas = policy.head.log_prob(scores.features[part.group], part.gamma)
             entropies = policy.head.entropy(scores.features)[part.group]
         return _Scored(scores.logprob, gammas, entropies, scores.reveal_logprob, scores.revealed, scores.rows)
+
+    def _autocast(self, policy: Policy) -> AbstractContextManager:
+        """No whole model in bfloat16 stands beside the weights where memory is worth a second computation."""
+        config = self.config
+        return autocast(policy.device, enabled=config.autocast, cache=not config.activation_checkpointing)
 
     def _update(
         self,
@@ -396,7 +406,7 @@ class Learner:
         gaps: dict[int, list[Tensor]] = {passes: [] for passes in GAP_PASSES}
         for low, high in cuts(sample.nfe, sample, self.config.micro_batch_tokens):
             part = sample.select(torch.arange(low, high, device=batch.nfe.device))
-            with autocast(self.policy.device, enabled=self.config.autocast):
+            with self._autocast(self.policy):
                 found = surrogate_gap(self.policy, part, GAP_PASSES)
             for passes, gap in found.items():
                 gaps[passes].append(gap)
@@ -441,6 +451,12 @@ class Learner:
         }
 
 
-def reference_policy(policy: Policy) -> Policy:
-    """What the KL term holds a policy to, as it is now: the policy itself less its adapter, else a frozen copy."""
-    return policy if adapted(policy) else copy.deepcopy(policy).requires_grad_(False)
+def reference_policy(policy: Policy, *, share: bool = False) -> Policy:
+    """What the KL term holds a policy to, as it is now: the policy itself less its adapter, else a frozen copy.
+
+    With `share` the copy has the memory of the policy's parameters, of which both are about to be sharded.
+    """
+    if adapted(policy):
+        return policy
+    shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in policy.parameters()} if share else {}
+    return copy.deepcopy(policy, shared).requires_grad_(False)

@@ -3,7 +3,8 @@
 - The model is built from its config.json alone, of tensors without memory; what autograd keeps of a forward pass is
   counted on them as it is on real ones, so it holds for every family, attention and precision.
 - All of it is an estimate in bytes: no fragmentation, no workspaces of kernels. `RESERVE` of a GPU stays free for them.
-- Learner ranks share weights, gradients and optimizer (FSDP2); activations and logits they do not.
+- Learner ranks share weights, gradients and optimizer (FSDP2), those of the output head excepted; they do not share
+  activations and logits.
 """
 
 import math
@@ -41,6 +42,8 @@ class Model:
     parameters: int
     embeddings: int
     """Of them in the embedding and the output head."""
+    head: int
+    """Of them in the output head, which every rank has whole; with the embedding's where they are one."""
     adapters: int
     """Parameters of LoRA adapters, were there some."""
     layers: int
@@ -57,9 +60,11 @@ class Activations:
     """All that a layer computes; under autocast also the weights in bfloat16."""
     recomputed: int
     """Inputs of the layers, and the one layer that is being computed again."""
+    head: int
+    """The output head in bfloat16; 0 without autocast."""
 
     def of(self, *, checkpointing: bool) -> int:
-        return self.recomputed if checkpointing else self.kept
+        return self.head + (self.recomputed if checkpointing else self.kept)
 
 
 @dataclass(frozen=True)
@@ -86,26 +91,32 @@ class Settings:
     cached: bool
     logits: int
     """Bytes of one piece of logits in float32."""
+    drift: bool
+    """Whether the drift gauge is measured; rank 0 of several has a whole policy for that."""
 
 
 def learner_memory(
     model: Model, activations: Activations, settings: Settings, *, lora: bool, checkpointing: bool, ranks: int
 ) -> dict[str, float]:
     """Bytes of one learner rank's device, by part."""
-    trained = model.adapters if lora else model.parameters
-    weights = FULL * (model.parameters + (model.adapters if lora else 0))
+    adapters = model.adapters if lora else 0
+    share = (model.parameters + adapters - model.head) / ranks + model.head
+    trained = adapters / ranks if lora else share
     parts = {
-        "weights": weights / ranks,
-        "gradients": FULL * trained / ranks,
-        "optimizer": ADAM * trained / ranks,
-        "reference policy": 0 if lora or not settings.reference else weights / ranks,
-        "copy for a refused batch": (FULL + ADAM) * trained / ranks if settings.inner_updates > 1 else 0,
+        "weights": FULL * share,
+        "gradients": FULL * trained,
+        "optimizer": ADAM * trained,
+        "reference policy": 0 if lora or not settings.reference else FULL * share,
+        "copy for a refused batch": (FULL + ADAM) * trained if settings.inner_updates > 1 else 0,
         "activations": activations.of(checkpointing=checkpointing),
         "logits": PIECES * settings.logits,
+        "head's gradient": 0 if lora else 2 * FULL * model.head,  # of one piece of logits, and of those before it
     }
-    if ranks > 1:  # two layers stand whole at a time: the one that is computed, and the next that is fetched
-        parts["whole layers"] = 2 * FULL * (model.parameters - model.embeddings) / model.layers
-        parts["whole layers"] += FULL * model.embeddings
+    if ranks > 1:
+        layer, ends = (model.parameters - model.embeddings) / model.layers, model.embeddings - model.head
+        parts["whole layers"] = FULL * (2 * layer + ends)  # one is computed while the next is fetched
+        parts["their gradients"] = 0 if lora else 2 * FULL * (layer + ends)  # of one, and as they are sent
+        parts["drift gauge (rank 0)"] = settings.published_bytes * (model.parameters + adapters) * settings.drift
     return {name: float(size) for name, size in parts.items() if size}
 
 
@@ -126,12 +137,16 @@ def rollout_memory(model: Model, activations: Activations, settings: Settings, *
 
 def node_memory(model: Model, settings: Settings, *, lora: bool) -> dict[str, float]:
     """Bytes of the host's memory, by part: Ray's object store on the learner's node, the buffer, a checkpoint."""
-    trained = model.adapters if lora else model.parameters
-    return {
-        "broadcasts": float((settings.keep_versions + 1) * settings.published_bytes * trained),
-        "replay": float(settings.replay),
-        "checkpoint copy": float((FULL + ADAM) * trained),
+    trained, base = (model.adapters, model.parameters) if lora else (model.parameters, 0)
+    copied = settings.drift and settings.ranks > 1  # for rank 0's whole policy
+    parts = {
+        "broadcasts": (settings.keep_versions + 1) * settings.published_bytes * trained,
+        "base": settings.published_bytes * base,
+        "drift gauge": settings.published_bytes * (trained + base) if copied else 0,
+        "replay": settings.replay,
+        "checkpoint copy": (FULL + ADAM) * trained,
     }
+    return {name: float(size) for name, size in parts.items() if size}
 
 
 def learner_gpus(
@@ -176,14 +191,17 @@ def measure(config: Config) -> tuple[Model, Activations]:
         heads = described.num_attention_heads
         head_size = getattr(described, "head_dim", None) or described.hidden_size // heads
         lora = config.model.lora or LoraConfig()
+        output = model.get_output_embeddings()
+        head = 0 if output is None else sum(p.numel() for p in output.parameters())
         return Model(
             parameters=sum(p.numel() for p in model.parameters()),
             embeddings=sum(ends.values()),
+            head=head,
             adapters=adapter_parameters(model, lora),
             layers=layers,
             vocabulary=described.vocab_size,
             cache_per_token=2 * layers * head_size * (getattr(described, "num_key_value_heads", None) or heads),
-        ), Activations(kept=kept, recomputed=again + kept // layers)
+        ), Activations(kept=kept, recomputed=again + kept // layers, head=HALF * head if half else 0)
 
 
 def adapter_parameters(model: PreTrainedModel, lora: LoraConfig) -> int:
@@ -209,6 +227,7 @@ def settings_of(config: Config, model: Model) -> Settings:
         replay=config.replay.memory_bytes,
         actors=rollout.actors,
         cached=config.sampler.cache != "none",
+        drift=bool(config.evaluation.drift_every) and "entropy_bound" in config.sampler.rule,
         logits=row_bytes(config.learner.micro_batch_tokens, model.vocabulary, torch.device(config.model.device)),
     )
 

@@ -35,6 +35,8 @@ class PolicyTrainer:
 
     def __init__(self, config: Config, warm_start: Path) -> None:
         self.config = config
+        # of a model that several ranks share out, none ever has the whole on its device
+        self._opened = on_cpu(config) if config.learner.ranks > 1 else config
         self._folder = warm_start
         self._task = build_task(config.task)
         self._policy: Policy
@@ -62,13 +64,14 @@ class PolicyTrainer:
                 report("warm_start", values)
 
         if (self._folder / THRESHOLD_CONFIG).is_file():  # written last
-            model, threshold = self.config.model, self.config.sampler.threshold
+            model, threshold = self._opened.model, self.config.sampler.threshold
             self._policy = load_policy(self._folder, model, threshold, seed=self.config.run.seed)
         elif self.config.model.path is not None:
-            self._policy = open_policy(self.config, self._task)
+            self._policy = open_policy(self._opened, self._task)
             save_start(self._policy, self._folder)
         else:
-            self._policy = supervised(self.config, self._task, self._folder, progress)
+            policy = supervised(self.config, self._task, self._folder, progress)
+            self._policy = policy.to(self._opened.model.device)
             if self.config.model.lora is not None:
                 base = Base.of(self._folder)
                 adapt(self._policy.model, self.config.model.lora, base, seed=self.config.run.seed)
@@ -80,14 +83,14 @@ class PolicyTrainer:
         if self.config.deterministic:
             torch.use_deterministic_algorithms(True)
         if not ranks.leads:
-            self._policy = open_empty_policy(self.config, self._task, torch.float32)
+            self._policy = open_empty_policy(self._opened, self._task, torch.float32)
         self._learner = Learner(self._policy, self.config.learner, ranks)
 
     def restore(self, folder: Path | None) -> None:
         """Weights and learner of a checkpoint, which only rank 0 reads; the reference policy stays the warm start."""
         saved = None
         if folder is not None and not adapted(self._policy):
-            saved = load_policy(folder, self.config.model, self.config.sampler.threshold).state_dict()
+            saved = load_policy(folder, on_cpu(self.config).model, self.config.sampler.threshold).state_dict()
         try:
             state = None
             if folder is not None:
@@ -110,21 +113,32 @@ class PolicyTrainer:
         return metrics | {"learner_learning_rate": float(self._learner.scheduler.get_last_lr()[0])}
 
     def weights(self) -> np.ndarray:
-        flat = to_flat(self._policy, narrow=self._narrow, keep=self._ranks.leads)
-        self._newest = flat
-        wrong = not_finite(self._policy, flat) if self._ranks.leads else 0
+        how = {"narrow": self._narrow, "keep": self._ranks.leads}
+        (wrong,) = self._ranks.sum(not_finite(self._policy, **how))
         if wrong:
             raise RunError(
-                f"{wrong} of the published weights are not finite after step {self.steps}; "
+                f"{wrong:.0f} of the published weights are not finite after step {self.steps}; "
                 "start another run with model.path=RUN/checkpoints/STEP and a lower learner.learning_rate"
             )
+        flat = to_flat(self._policy, **how)
+        if self._measures_copy:
+            self._newest = flat
         return flat
 
     def base(self) -> list[np.ndarray]:
         arrays = base_arrays(self._policy, narrow=self._narrow, keep=self._ranks.leads)
-        if self._ranks.count > 1:
+        if self._measures_copy:
             self._base = arrays
         return arrays
+
+    @property
+    def _measures_drift(self) -> bool:
+        return bool(self.config.evaluation.drift_every) and "entropy_bound" in self.config.sampler.rule
+
+    @property
+    def _measures_copy(self) -> bool:
+        """Whether drift is measured on a whole policy beside the shard."""
+        return self._measures_drift and self._ranks.count > 1 and self._ranks.leads
 
     @property
     def _narrow(self) -> bool:
@@ -143,11 +157,11 @@ class PolicyTrainer:
     def close(self) -> None:
         if self._drift is not None:
             self._drift.close()
+        self._ranks.leave()
 
     def gauges(self) -> dict[str, float]:
         """NFE and accuracy at the initial gamma on validation prompts: the gauge of threshold drift *(ours)*."""
-        every = self.config.evaluation.drift_every
-        if not every or self.steps % every or "entropy_bound" not in self.config.sampler.rule:
+        if not self._measures_drift or self.steps % self.config.evaluation.drift_every:
             return {}
         prompts = self.config.evaluation.drift_prompts
         if self._drift is None:
@@ -165,3 +179,8 @@ class PolicyTrainer:
         policy = open_empty_policy(self.config, self._task, dtype).for_rollout(self.config.rollout)
         adopt_base(policy, self._base)
         return policy
+
+
+def on_cpu(config: Config) -> Config:
+    """The same configuration with a policy that is opened there, whatever its device."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"device": "cpu"})})

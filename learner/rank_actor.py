@@ -42,6 +42,7 @@ class RankActor:
             name, arguments = self._orders.get()
             self._note(f"obeys: {name}")
             if name == ENDING:
+                trainer.close()
                 return
             if name == "begin":
                 host, port = arguments

@@ -1,14 +1,15 @@
 """Ranks: the processes that train one model together, by `torch.distributed` and FSDP2.
 
     what                            on each rank
-    weights, gradients, optimizer   a shard of every parameter; the threshold head and the calibration whole
+    weights, gradients, optimizer   a shard of every parameter; output head, threshold head and calibration whole
     batch                           all groups, for means and metrics; only its own share is scored
     gradient                        the mean over ranks of `count` times the own share's, so the whole batch's
     publication, checkpoint         every parameter is gathered in turn; rank 0 keeps it, in the buffer or file
 
 - Everything here is called by all ranks in the same order. Alone (`count` 1) nothing is sharded or sent, and a step
   computes the very numbers of a learner without ranks.
-- Whatever decides how many passes are made, or whether a batch is refused, is agreed on first.
+- Whatever decides how many passes are made, or whether a batch is refused, is agreed on first. What is called another
+  number of times by each rank is never sharded: the output head, once for each piece of logits.
 - A rank that dies makes the others' calls fail, or time out; `learner.learner_ranks` ends them then.
 """
 
@@ -27,7 +28,7 @@ from common.adapter import learned_state
 from common.config import Config
 from common.errors import UserError
 from common.policy import Policy
-from common.weights import sharded, whole
+from common.weights import local_part, sharded, whole
 
 PATIENCE = 10.0  # of a rank that waits in a call for the others, as a multiple of `run.stall_timeout`
 LOOPBACK = "127.0.0.1"
@@ -39,7 +40,7 @@ class Ranks:
 
     def __init__(self, rank: int = 0, count: int = 1, mesh: Any = None) -> None:
         self.rank, self.count = rank, count
-        self._mesh = mesh
+        self._mesh: Any = mesh
 
     @staticmethod
     def store(host: str, port: int, count: int) -> Any:
@@ -75,11 +76,12 @@ class Ranks:
         return cls(rank, count, init_device_mesh(kind, (count,)))
 
     def leave(self) -> None:
-        """The last call."""
+        """The last call; waits for nobody."""
         if self._mesh is not None:
             import torch.distributed as dist
 
             dist.destroy_process_group()
+            self._mesh = None
 
     @property
     def leads(self) -> bool:
@@ -90,8 +92,9 @@ class Ranks:
     def shard(self, policy: Policy) -> None:
         """Leave of the model's parameters this rank's shard, of the weights that rank 0 has; others' may be anything.
 
-        The layers, what surrounds them, and the output head are gathered and freed one after the other. Weights that
-        input and output share, and those outside of both, stay whole.
+        The layers, and what surrounds them, are gathered and freed one after the other. The output head stays whole,
+        also where the input shares its weights. The parameters may be on the CPU, whose memory is read and left as it
+        is; the ranks' device gets one part of the model after the other.
         """
         if self.count == 1:
             return
@@ -101,14 +104,14 @@ class Ranks:
         given |= {name: value.detach() for name, value in policy.named_buffers()} if self.leads else {}
         model, head = policy.model, policy.model.get_output_embeddings()
         trunk = model.base_model
-        shared = set(trunk.parameters()) & set(head.parameters()) if head is not None else set()
+        kept = set(head.parameters()) if head is not None else set()
         names = set(model._no_split_modules or ())
         for layer in [part for part in trunk.modules() if type(part).__name__ in names]:
-            fully_shard(layer, mesh=self._mesh, reshard_after_forward=True, ignored_params=shared)
-        fully_shard(trunk, mesh=self._mesh, reshard_after_forward=True, ignored_params=shared)
-        if head is not None and not shared:
-            fully_shard(head, mesh=self._mesh, reshard_after_forward=True)
+            fully_shard(layer, mesh=self._mesh, reshard_after_forward=True, ignored_params=kept)
+        fully_shard(trunk, mesh=self._mesh, reshard_after_forward=True, ignored_params=kept)
         for name, value in [*policy.named_parameters(), *policy.named_buffers()]:
+            if not sharded(value):
+                value.data = value.data.to(self._mesh.device_type, copy=True)
             self.place(given.pop(name, None), value)
 
     def load(self, policy: Policy, state: dict[str, Tensor] | None) -> None:
@@ -235,10 +238,11 @@ class Ranks:
                 continue
             local = local_part(parameter.grad)
             gradients.append(local)
+            square = torch.linalg.vector_norm(local).double().square()
             if sharded(parameter):
-                squares.append(local.double().square().sum())
+                squares.append(square)
             else:
-                total += float(local.double().square().sum())
+                total += float(square)
         own = float(torch.stack(squares).sum()) if squares else 0.0
         norm = (self.sum(own)[0] + total) ** 0.5
         scale = min(1.0, limit / (norm + 1e-6))  # as torch's
@@ -249,12 +253,6 @@ class Ranks:
 
 def _shape(state: dict[str, Tensor], name: str) -> list[int] | None:
     return list(state[name].shape) if name in state else None
-
-
-def local_part(value: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; the tensor itself if it is not sharded."""
-    found: Any = value
-    return found.to_local() if sharded(value) else value
 
 
 def cloned(state: Any) -> Any:

@@ -1,10 +1,14 @@
 """Activation checkpointing: the same gradients from less kept, in training's forward passes alone."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from learner_fixtures import generate_batch, learner_config, tiny_policy
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -20,6 +24,7 @@ from common.errors import UserError
 from learner.activation_checkpointing import activation_checkpointing, checkpointing_layers
 from learner.benchmarks.learner import SavedTensors
 from learner.learner import Learner
+from learner.surrogate import Scores, surrogate_log_probs
 
 SIZES = {
     "vocab_size": 40,
@@ -82,6 +87,47 @@ def test_a_step_has_the_same_gradient_and_keeps_less(inner_updates: int) -> None
     for mine, its in zip(*found, strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-10, atol=1e-12)
     assert peaks[1] < 0.6 * peaks[0]
+
+
+class WeightCopies(TorchDispatchMode):
+    """Bytes of the copies of weights in another type that are alive."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._weights = {weight.data_ptr() for weight in model.parameters()}
+        self._copies: list[tuple[StorageWeakRef, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].data_ptr() in self._weights:
+            storage = found.untyped_storage()
+            self._copies.append((StorageWeakRef(storage), storage.nbytes()))
+        return found
+
+    def alive(self) -> int:
+        return sum(size for copy, size in self._copies if not copy.expired())
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_no_bfloat16_model_stands_beside_the_weights(enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.autocast.has_bfloat16", lambda kind: True)
+    policy = tiny_policy(double=False)
+    config = learner_config(train="model", activation_checkpointing=enabled, inner_updates=2, autocast=True)
+    learner, batch = Learner(policy, config), generate_batch(policy)
+    alive: list[int] = []
+
+    def scored(*arguments: Any, **named: Any) -> Scores:
+        with WeightCopies(policy.model) as copies:
+            found = surrogate_log_probs(*arguments, **named)
+            alive.append(copies.alive())
+        return found
+
+    monkeypatch.setattr("learner.learner.surrogate_log_probs", scored)
+    learner.step(batch, version=0)
+    layers = sum(weight.numel() for weight in policy.model.model.layers.parameters() if weight.dim() == 2)
+    head = policy.model.get_output_embeddings().weight.numel()
+    assert len(alive) == 3  # the second update's proximal pass too
+    assert max(alive) == 2 * (head + (0 if enabled else layers))
 
 
 def test_only_forward_passes_inside_are_checkpointed() -> None:

@@ -184,11 +184,11 @@ def test_a_whole_policy_travels_in_the_precision_of_rollout(folder: Path) -> Non
 @pytest.mark.parametrize("narrow", [False, True])
 def test_numbers_that_are_not_finite_are_counted(narrow: bool) -> None:
     policy = tiny_policy(double=False)
-    assert not_finite(policy, to_flat(policy, narrow=narrow)) == 0
+    assert not_finite(policy, narrow=narrow) == 0
     with torch.no_grad():
         policy.model.get_input_embeddings().weight[0, :2] = torch.tensor([torch.nan, torch.inf])  # type: ignore
         policy.head.linear.bias[0] = -torch.inf
-    assert not_finite(policy, to_flat(policy, narrow=narrow)) == 3
+    assert not_finite(policy, narrow=narrow) == 3
 
 
 @pytest.mark.parametrize("narrow", [False, True])
@@ -209,6 +209,21 @@ def test_actors_of_a_node_share_the_base(folder: Path, narrow: bool) -> None:
     assert torch.equal(logits(actor), logits(source.for_rollout(config.rollout)))
     with pytest.raises(RunError, match=f"a base of {len(arrays) - 1} arrays does not fit a model of {len(arrays)}"):
         adopt_base(actor, arrays[1:])
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_a_rollout_actor_reads_no_weights(folder: Path, narrow: bool, tmp_path: Path) -> None:
+    """All of them are published."""
+    source = disturb(load_policy(folder, MODEL, ThresholdConfig()))
+    source.save(tmp_path)
+    for file in tmp_path.glob("model*.safetensors"):
+        file.unlink()
+    config = load_config(None, ["task.name=sudoku"])
+    model = MODEL.model_copy(update={"path": str(tmp_path)})
+    config = config.model_copy(update={"model": model, "rollout": NARROW if narrow else RolloutConfig()})
+    actor = open_rollout_policy(config, build_task(config.task))
+    load_flat(actor, to_flat(source, narrow=narrow))
+    assert torch.equal(logits(actor), logits(source.for_rollout(config.rollout)))
 
 
 def test_a_base_has_one_digest() -> None:

@@ -60,7 +60,7 @@ def test_a_folder_with_config_json_alone_is_planned(tmp_path: Path) -> None:
     model, activations = measure(load_config(CONFIG, [*SMALL, f"model.path={tmp_path}"]))
     layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64
     assert model.parameters == 2 * 1000 * 64 + 3 * layer + 64
-    assert model.embeddings == 2 * 1000 * 64
+    assert model.embeddings == 2 * model.head == 2 * 1000 * 64
     assert model.cache_per_token == 2 * 3 * 2 * 16
     assert model.adapters == 16 * 3 * (2 * 128 + 2 * (64 + 32) + 3 * (64 + 128))
     assert 0 < activations.recomputed < activations.kept
@@ -87,8 +87,17 @@ def test_ranks_share_weights_and_not_activations() -> None:
     one, four, lora = rank(), rank(ranks=4), rank(lora=True)
     assert one["weights"] == FULL * model.parameters
     assert one["optimizer"] == ADAM * model.parameters
-    assert all(four[name] == one[name] / 4 for name in ("weights", "gradients", "optimizer"))
-    assert all(four[name] == one[name] for name in ("activations", "logits"))
+    whole = model.head / model.parameters  # the share of every rank that ranks do not share
+    for name in ("weights", "gradients", "optimizer"):
+        assert four[name] == pytest.approx(one[name] * (whole + (1 - whole) / 4))
+    assert all(four[name] == one[name] for name in ("activations", "logits", "head's gradient"))
+    layer = (model.parameters - model.embeddings) / model.layers
+    assert four["whole layers"] == FULL * (2 * layer + model.head)  # an embedding of the head's size beside them
+    assert four["their gradients"] == FULL * (2 * layer + 2 * model.head)
+    assert rank(ranks=4, lora=True)["whole layers"] == four["whole layers"]
+    assert "their gradients" not in rank(ranks=4, lora=True)
+    assert four["drift gauge (rank 0)"] == FULL * model.parameters
+    assert "drift gauge (rank 0)" not in one
     assert lora["gradients"] == FULL * model.adapters < one["gradients"]
     assert lora["weights"] == FULL * (model.parameters + model.adapters)
     assert rank(checkpointing=True)["activations"] == activations.recomputed < one["activations"]
@@ -96,6 +105,24 @@ def test_ranks_share_weights_and_not_activations() -> None:
     assert sum(node_memory(model, settings, lora=True).values()) < sum(
         node_memory(model, settings, lora=False).values()
     )
+
+
+def test_a_base_and_the_drift_gauge_take_memory_of_the_host() -> None:
+    config = load_config(CONFIG, [*SMALL, "rollout.precision=bfloat16", "learner.ranks=2"])
+    model, _ = measure(config)
+
+    def host(*changes: str) -> tuple[dict[str, float], dict[str, float]]:
+        changed = settings_of(load_config(CONFIG, [*SMALL, "rollout.precision=bfloat16", *changes]), model)
+        return node_memory(model, changed, lora=True), node_memory(model, changed, lora=False)
+
+    lora, full = host("learner.ranks=2")
+    assert lora["base"] == 2 * model.parameters
+    assert "base" not in full
+    assert lora["drift gauge"] == 2 * (model.parameters + model.adapters)
+    assert full["drift gauge"] == 2 * model.parameters
+    for other in (host(), host("learner.ranks=2", "evaluation.drift_every=0")):
+        assert not any("drift gauge" in parts for parts in other)
+        assert other[0]["base"] == lora["base"]
 
 
 def test_gpus_are_the_fewest_that_fit() -> None:

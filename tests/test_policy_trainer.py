@@ -104,6 +104,16 @@ def test_another_runs_weights_do_not_fit(config: Config, trainer: PolicyTrainer,
         trainer.restore(tmp_path / "other")
 
 
+@pytest.mark.parametrize("path", [False, True])
+def test_what_ranks_will_share_out_is_opened_on_the_cpu(warm_start: Path, tmp_path: Path, path: bool) -> None:
+    """Here there is no such device: whatever touched it would raise."""
+    keys = ["learner.ranks=2", "model.device=cuda:63"]
+    config = load_config(None, [*TINY, *keys, *([f"model.path={warm_start}"] if path else [])])
+    trainer = PolicyTrainer(config, tmp_path / "warm_start" if path else warm_start)
+    trainer.open(lambda kind, values: None)
+    assert {p.device.type for p in trainer._policy.parameters()} == {"cpu"}
+
+
 def lose(file: Path) -> None:
     file.unlink()
 

@@ -12,6 +12,7 @@ from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import psutil
@@ -20,14 +21,16 @@ import torch
 from learner_fixtures import generate_batch, learner_config, tiny_policy
 from torch import nn
 
+import common.token_scores
 from common.adapter import adapt, learned_parameters
 from common.config import LoraConfig
 from common.config_file import load_config
 from common.errors import UserError
 from common.policy import Policy
-from common.weights import base_arrays, sharded, to_flat, whole
+from common.weights import base_arrays, local_part, not_finite, sharded, to_flat, whole
 from learner.batch import Batch
 from learner.learner import Learner
+from learner.rank_actor import ENDING, RankActor
 from learner.ranks import Ranks
 from learner.run_directory import RunDirectory
 from learner.trainer import BatchRefused
@@ -120,8 +123,12 @@ def numbers(parameters: list[tuple[str, nn.Parameter]], *, gradient: bool = Fals
 
 
 def trained(ranks: Ranks, changes: dict[str, Any], steps: int) -> dict[str, Any]:
+    changes = dict(changes)
+    rows = changes.pop("rows_per_piece", 1000)
     learner = opened(ranks, changes)
-    metrics = [learner.step(batch, version=n) for n, batch in enumerate(batches()[:steps])]
+    size = rows * 4 * learner.policy.model.config.vocab_size
+    with patch.object(common.token_scores, "LOGIT_BYTES", size):
+        metrics = [learner.step(batch, version=n) for n, batch in enumerate(batches()[:steps])]
     learned = learned_parameters(learner.policy)
     return {
         "weights": numbers(learned),
@@ -149,7 +156,11 @@ WAYS = {
     "lora": {"train": "joint", "lora": True, "kl_beta": 0.1},
     "tied": {"train": "joint", "tied": True},
     "coupled": {"train": "model", "surrogate": "coupled_masks", "prompt_masking": 0.2, "diagnostics_every": 1},
+    "pieces": {"train": "joint", "rows_per_piece": 3, "micro_batch_tokens": 30, "kl_beta": 0.1},
+    "checkpointed": {"train": "joint", "rows_per_piece": 3, "activation_checkpointing": True, "inner_updates": 2},
+    "checkpointed lora": {"train": "model", "rows_per_piece": 3, "activation_checkpointing": True, "lora": True},
 }
+"""Ranks have unlike numbers of scored positions, so of pieces of logits."""
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -228,6 +239,29 @@ def test_rank_0_publishes_everything(both: Both, lora: bool) -> None:
     assert all(np.array_equal(one, two) for one, two in zip(found[1], wanted[1], strict=True))
     assert bool(found[1]) == lora
     assert other[0].size == other[2].size == len(other[1]) == 0
+
+
+def counted(ranks: Ranks) -> float:
+    policy = opened(ranks, {}).policy
+    model: Any = policy.model
+    with torch.no_grad():
+        if not ranks.leads:
+            local_part(model.get_input_embeddings().weight)[:2, 0] = torch.nan
+        model.get_output_embeddings().weight[0, :3] = torch.inf
+    return ranks.sum(not_finite(policy, keep=ranks.leads))[0]
+
+
+def test_numbers_that_are_not_finite_are_counted_once(both: Both) -> None:
+    assert both(counted) == (5, 5)
+
+
+def test_a_rank_leaves_when_it_is_told_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[Ranks] = []
+    monkeypatch.setattr(Ranks, "leave", lambda ranks: left.append(ranks))
+    actor = RankActor(config=CONFIG, rank=1, warm_start=tmp_path)
+    actor.order(ENDING)
+    actor.follow()
+    assert len(left) == 1
 
 
 def saved_after(ranks: Ranks, changes: dict[str, Any], given: dict[str, Any] | None, steps: range) -> Any:
