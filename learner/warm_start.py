@@ -82,7 +82,7 @@ class WarmStart:
 
         Raises:
             UserError: for a demonstration that cannot be used.
-            RunError: when the loss is not finite.
+            RunError: when the loss or the gradient is not finite; the weights stay as they were.
         """
         demonstrations = self._take()
         self.policy.train()
@@ -96,7 +96,12 @@ class WarmStart:
         self.policy.eval()
         if not math.isfinite(total):
             raise RunError(f"warm start: loss {total} at step {self.steps + 1}; lower warm_start.learning_rate")
-        clip_grad_norm_(self._parameters, self._settings.grad_clip)
+        norm = float(clip_grad_norm_(self._parameters, self._settings.grad_clip))
+        if not math.isfinite(norm):
+            raise RunError(
+                f"warm start: gradient norm {norm} at step {self.steps + 1}; lower warm_start.learning_rate, or set "
+                "warm_start.autocast=false"
+            )
         self._optimizer.step()
         self._schedule.step()
         self.steps += 1

@@ -197,6 +197,20 @@ def test_a_loss_that_is_not_finite_ends_the_warm_start(task: Task) -> None:
         warm_start(policy, task, settings("warm_start.steps=3"))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_ends_the_warm_start_with_the_weights_as_they_were(
+    value: float, task: Task
+) -> None:
+    """As where the loss is finite and its backward pass overflows."""
+    policy = small_policy()
+    one = next(policy.model.parameters())
+    one.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([0]), value))
+    before = parameters(policy)
+    with pytest.raises(RunError, match=f"gradient norm {value} at step 1; lower warm_start.learning_rate"):
+        warm_start(policy, task, settings("warm_start.steps=2"))
+    assert (parameters(policy) == before).all()
+
+
 def test_micro_batches_change_nothing_but_the_order_of_sums(task: Task) -> None:
     def trained(*overrides: str) -> tuple[list[float], Any]:
         policy = small_policy().double()
