@@ -16,10 +16,11 @@ from common.config_file import load_config
 from common.errors import UserError
 from common.tasks import build_task, check_task
 from common.tasks.custom import CustomTask
+from learner.evaluation_file import with_file
 
 DOCS = Path(__file__).parents[1] / "docs/tasks.md"
 MODULE = """
-from common.tasks import Task
+from common.tasks import SudokuConfig, SudokuTask, Task
 LIMIT = 3
 def short(completion, ground_truth):
     return len(completion) <= LIMIT and completion == ground_truth
@@ -32,6 +33,7 @@ def optional(completion, *, scale=2): return scale
 def no_task(config): return config
 def bad_factory(config): raise ValueError("no options")
 def two(config, more): return config
+def endless(config): return SudokuTask(SudokuConfig())
 class Unfinished(Task): pass
 class Plain: pass
 """
@@ -139,6 +141,16 @@ def test_a_factory_that_builds_no_task_is_one_line(folder: Path, name: str, told
     with pytest.raises(UserError) as caught:
         build_task(configured(f"task.factory=own_rewards:{name}").task)
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("all_rows", [True, False])
+def test_a_file_to_evaluate_that_the_task_would_not_read_is_refused(folder: Path, all_rows: bool) -> None:
+    own = configured("task.factory=own_rewards:endless", "task.reward_weights={cells: 1}")
+    with pytest.raises(UserError, match=r"--file data\.jsonl: the task of task\.factory does not take its"):
+        with_file(own, Path("data.jsonl"), all_rows=all_rows)
+    config = configured("task.reward=own_rewards:short", "task.data=null")
+    read = with_file(config, Path("data.jsonl"), all_rows=all_rows)
+    assert (read.evaluation.prompts == 20) == all_rows
 
 
 @pytest.mark.parametrize(
