@@ -21,6 +21,7 @@ from common.checkpoint_store import CheckpointStore
 from common.config import Config, WarmStartConfig
 from common.errors import RunError, UserError, one_line
 from common.keyed_random import derive
+from common.new_folder import writing
 from common.policy import Policy
 from common.policy_loading import load_policy, open_policy
 from common.tasks.task import Task
@@ -195,7 +196,8 @@ def supervised(
         checkpoints: where `warm_start.checkpoint_every` writes, and where it goes on, if there is one.
 
     Raises:
-        UserError, RunError: as `WarmStart.step`; also when a checkpoint is not this warm start's.
+        UserError, RunError: as `WarmStart.step`; also when a checkpoint is not this warm start's, or when there is
+            no room.
     """
     torch.set_num_threads(config.warm_start.threads)
     found = checkpoints.newest_sound() if checkpoints is not None else None
@@ -205,8 +207,9 @@ def supervised(
         with checkpoints.fetch(found.checkpoint) as saved:
             started = _restored(saved, task, config)
     _run(started, config, report, checkpoints)
-    folder.mkdir(parents=True, exist_ok=True)
-    started.policy.save(folder)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        started.policy.save(folder)
     return started.policy
 
 

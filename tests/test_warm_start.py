@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from learner_fixtures import MODEL, parameters, tiny_policy
+from new_folder_fixtures import no_more_than
 from torch import Tensor
 
 from common.checkpoint_store import CheckpointStore
@@ -259,3 +260,10 @@ def test_a_warm_start_that_was_killed_ends_with_the_same_weights(task: Task, tmp
     resumed = supervised(config, task, tmp_path / "resumed", reported.append, store)
     assert [row["warm_start_steps"] for row in reported] == [5, 6, 7]
     assert (parameters(resumed) == parameters(whole)).all()
+
+
+def test_a_full_disk_at_the_end_names_the_folder(task: Task, tmp_path: Path) -> None:
+    config = settings("warm_start.steps=0")
+    with no_more_than(10_000), pytest.raises(RunError, match=rf"{tmp_path}/out cannot be written .*; make room there"):
+        supervised(config, task, tmp_path / "out")
+    supervised(config, task, tmp_path / "out")
