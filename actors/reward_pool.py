@@ -93,6 +93,21 @@ def _number(value: Any, what: str) -> float:
     return number
 
 
+def score_apart(task: Task, example: Example, completions: list[str], config: RolloutConfig) -> Scores:
+    """As `score`, but in a reward process of its own unless the task is trusted. Raises RewardError too."""
+    if task.trusted:
+        return score(task, example, completions)
+    pool, outcome = RewardPool(task, config), SimpleQueue[Scores | Exception]()
+    try:
+        pool.submit(example, completions, outcome.put)
+        found = outcome.get()
+    finally:
+        pool.close()
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
 class RewardPool:
     """Owned by one rollout actor or evaluator; runs until `close`."""
 
