@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from actors.reward_pool import RewardError, RewardPool
+from actors.reward_pool import RewardError, RewardPool, score
 from common.config import Config, RolloutConfig
 from common.config_file import load_config
 from common.errors import UserError
@@ -22,6 +22,10 @@ DOCS = Path(__file__).parents[1] / "docs/tasks.md"
 MODULE = """
 from common.tasks import SudokuConfig, SudokuTask, Task
 LIMIT = 3
+asked = []
+def noted(completion, question):
+    asked.append((question, completion))
+    return float(len(completion))
 def short(completion, ground_truth):
     return len(completion) <= LIMIT and completion == ground_truth
 def no_completion(question): return 1.0
@@ -83,6 +87,14 @@ def test_a_reward_function_is_a_task(folder: Path) -> None:
     assert task.size("train") is None
     right = scored(config, build_task(config.task).example("train", 0).fields["answer"])
     assert right[0].correct is True
+
+
+def test_a_reward_is_called_once_for_each_completion(folder: Path) -> None:
+    task = build_task(configured("task.reward=own_rewards:noted", "task.correct_from=2").task)
+    first, second = task.posed("1?", 1), task.posed("2?", 1)
+    found = score(task, first, ["a", "bb", "a"]) + score(task, second, ["a"])
+    assert [(one.rewards["reward"], one.correct) for one in found] == [(1, False), (2, True), (1, False), (1, False)]
+    assert sys.modules["own_rewards"].asked == [("1?", "a"), ("1?", "bb"), ("1?", "a"), ("2?", "a")]
 
 
 @pytest.mark.parametrize(("name", "reward"), [("anything", 1.0), ("optional", 2.0)])
