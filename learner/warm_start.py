@@ -193,7 +193,8 @@ def supervised(
         task: see `WarmStart`.
         folder: written at the end.
         report: called after every step with `warm_start_` metrics.
-        checkpoints: where `warm_start.checkpoint_every` writes, and where it goes on, if there is one.
+        checkpoints: where `warm_start.checkpoint_every` writes, and where it goes on, if there is one; removed at the
+            end.
 
     Raises:
         UserError, RunError: as `WarmStart.step`; also when a checkpoint is not this warm start's, or when there is
@@ -210,6 +211,8 @@ def supervised(
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         started.policy.save(folder)
+    if checkpoints is not None:
+        checkpoints.remove()
     return started.policy
 
 

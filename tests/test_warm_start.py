@@ -260,6 +260,7 @@ def test_a_warm_start_that_was_killed_ends_with_the_same_weights(task: Task, tmp
     resumed = supervised(config, task, tmp_path / "resumed", reported.append, store)
     assert [row["warm_start_steps"] for row in reported] == [5, 6, 7]
     assert (parameters(resumed) == parameters(whole)).all()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["resumed", "whole"]  # the checkpoints are gone
 
 
 def test_a_full_disk_at_the_end_names_the_folder(task: Task, tmp_path: Path) -> None:
