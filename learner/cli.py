@@ -215,6 +215,10 @@ def score_answers(
         str | None, typer.Option(help="Names of the fields, e.g. question=q,completion=text,ground_truth=answer.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Parquet file for the verdict of every row.")] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="Text that ends a completion, in place of docs/tasks.md's; may be repeated, '' is none."),
+    ] = None,
 ) -> None:
     """Accuracy and every reward component of completions that exist already.
 
@@ -225,11 +229,11 @@ def score_answers(
     from common.config_file import load_config
     from common.tasks import build_task
     from learner.answer_display import show
-    from learner.answer_file import check_out, field_names, judge, read_answers, write_verdicts
+    from learner.answer_file import STOPS, check_out, field_names, judge, read_answers, write_verdicts
 
     loaded = load_config(None, ["task.prompt_style=d1", *(overrides or []), f"task.name={task}"])
     built = build_task(loaded.task)
-    answers = read_answers(built, file, field_names(fields))
+    answers = read_answers(built, file, field_names(fields), stop or STOPS)
     if out is not None:
         check_out(out)
     console = Console(highlight=False, soft_wrap=True)
