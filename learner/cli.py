@@ -321,6 +321,7 @@ def export(
         bool, typer.Option("--merge", help="Add an adapter to its base; else it is written alone.")
     ] = False,
     precision: Annotated[str, typer.Option(help="float32 or bfloat16, of the written weights.")] = "float32",
+    mask_token: Annotated[str | None, typer.Option(help="MASK, where the folder does not name it.")] = None,
 ) -> None:
     """A policy as a plain Hugging Face folder, for other programs: model or adapter, and tokenizer.
 
@@ -328,7 +329,7 @@ def export(
     """
     from learner.export import export as run
 
-    typer.echo(run(checkpoint, out, merge=merge, precision=precision))
+    typer.echo(run(checkpoint, out, merge=merge, precision=precision, mask_token=mask_token))
 
 
 @app.command()

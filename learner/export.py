@@ -14,7 +14,9 @@ from common.policy_loading import load_policy
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def export(checkpoint: Path, out: Path, *, merge: bool, precision: str = "float32") -> str:
+def export(
+    checkpoint: Path, out: Path, *, merge: bool, precision: str = "float32", mask_token: str | None = None
+) -> str:
     """Write model or adapter, and tokenizer; the threshold head beside them, which other programs pass over.
 
     Args:
@@ -22,6 +24,7 @@ def export(checkpoint: Path, out: Path, *, merge: bool, precision: str = "float3
         out: made here.
         merge: add an adapter to its base's weights.
         precision: of the written model; an adapter alone is float32.
+        mask_token: the MASK token, where neither tokenizer nor configuration names it.
 
     Returns:
         What was written, in a line.
@@ -42,7 +45,7 @@ def export(checkpoint: Path, out: Path, *, merge: bool, precision: str = "float3
             for name in kept:
                 shutil.copyfile(checkpoint / name, partial / name)
         return f"{out}: the adapter alone, for the base {base.folder} (--merge adds it to that)"
-    policy = load_policy(checkpoint, ModelConfig(), ThresholdConfig())
+    policy = load_policy(checkpoint, ModelConfig(mask_token=mask_token), ThresholdConfig())
     policy.model.to(dtype=PRECISIONS[precision])  # pyright: ignore[reportCallIssue]: takes what torch's takes
     with new_folder(out) as partial:
         policy.save(partial)

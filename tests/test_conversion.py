@@ -278,6 +278,18 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+def test_an_export_takes_the_mask_token_of_a_folder_that_does_not_name_it(tmp_path: Path) -> None:
+    source = write_a2d(tmp_path / "source")
+    for file in ("config.json", "tokenizer_config.json"):
+        told = json.loads((source / file).read_text())
+        (source / file).write_text(json.dumps({key: told[key] for key in told if "mask_token" not in key}))
+    with pytest.raises(UserError, match="has no MASK token"):
+        export(source, tmp_path / "target", merge=False)
+    given = ["export", str(source), str(tmp_path / "target"), "--mask-token", "<|mask|>"]
+    assert CliRunner().invoke(app, given).exit_code == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "target").mask_token == "<|mask|>"
+
+
 @pytest.mark.parametrize("write", [convert, partial(export, merge=False)], ids=["convert", "export"])
 @pytest.mark.parametrize("room", [100, 10_000], ids=["for nothing", "for half of the weights"])
 def test_a_full_disk_leaves_nothing_and_is_named(room: int, write: Callable[[Path, Path], Any], tmp_path: Path) -> None:
