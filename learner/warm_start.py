@@ -99,10 +99,7 @@ class WarmStart:
             raise RunError(f"warm start: loss {total} at step {self.steps + 1}; lower warm_start.learning_rate")
         norm = float(clip_grad_norm_(self._parameters, self._settings.grad_clip))
         if not math.isfinite(norm):
-            raise RunError(
-                f"warm start: gradient norm {norm} at step {self.steps + 1}; lower warm_start.learning_rate, or set "
-                "warm_start.autocast=false"
-            )
+            raise RunError(f"warm start: gradient norm {norm} at step {self.steps + 1}; lower warm_start.learning_rate")
         self._optimizer.step()
         self._schedule.step()
         self.steps += 1
