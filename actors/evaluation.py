@@ -3,13 +3,12 @@
 - Every setting answers the same prompts with the same seeds, so differences between settings and policies are paired.
 - Greedy (temperature 0) settings draw nothing; sampled ones use keyed numbers.
 - Rewards are scored in a reward pool, unless the task is trusted; one that fails costs its prompt: wrong, reward 0.
-  Where one after the other takes too long, the evaluation ends: each costs the whole time-out.
+  Where one after the other takes too long, the evaluation ends.
 """
 
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from queue import SimpleQueue
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 
 from actors.engine import DenoisingEngine
 from actors.request import Request
-from actors.reward_pool import RewardPool, RewardTimeout, Score, score
+from actors.reward_pool import RewardPool, Score, score
 from common.config import Config
 from common.cost import with_cost
 from common.errors import RunError, one_line
@@ -28,7 +27,6 @@ from common.tasks.task import Example, Split, Task
 log = logging.getLogger(__name__)
 
 EVALUATION_SEED = 1_000_003  # keeps evaluation draws apart from training draws of the same run seed
-HOPELESS = 8  # rewards in a row that take too long
 
 
 @dataclass(frozen=True)
@@ -202,29 +200,14 @@ class Evaluator:
             return [score(self.task, e, [text])[0] for e, text in zip(examples, texts, strict=True)]
         if self._pool is None:
             self._pool = RewardPool(self.task, self.config.rollout)
-        arrived: SimpleQueue[tuple[int, list[Score] | Exception]] = SimpleQueue()
-        for index, (example, text) in enumerate(zip(examples, texts, strict=True)):
-            self._pool.submit(example, [text], lambda found, index=index: arrived.put((index, found)))
-        outcomes: dict[int, list[Score] | Exception] = {}
-        late = 0
         progress(f"0 of {len(texts)} rewards")
-        while len(outcomes) < len(texts):
-            index, found = arrived.get()
-            outcomes[index] = found
-            progress(f"{len(outcomes)} of {len(texts)} rewards")
-            if not isinstance(found, RewardTimeout):
-                late = 0
-                continue
-            late += 1
-            if late == HOPELESS:
-                self.close()
-                raise RunError(
-                    f"the evaluation ends: {HOPELESS} rewards in a row took too long, {len(outcomes)} of {len(texts)} "
-                    f"prompts were scored; the last: {one_line(found)}"
-                )
-        return [
-            one if isinstance(one, Exception) else one[0] for one in (outcomes[index] for index in range(len(texts)))
-        ]
+        try:
+            return self._pool.score_each(
+                list(zip(examples, texts, strict=True)), lambda done: progress(f"{done} of {len(texts)} rewards")
+            )
+        except RunError as error:
+            self.close()
+            raise RunError(f"the evaluation ends: {one_line(error)}") from error
 
 
 def standard_settings(config: Config) -> list[Setting]:

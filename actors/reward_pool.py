@@ -4,6 +4,7 @@
 - Processes are spawned, import neither torch nor ray by themselves, and build the task once.
 - What comes back is JSON, so nothing that a reward makes is unpickled here. What it prints goes where we print.
 - A process whose reward raised goes on; one that exceeded a limit or died is replaced for the next group.
+- Where one after the other takes too long, those who wait for many give up: each costs the whole time-out.
 """
 
 import atexit
@@ -19,7 +20,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from numbers import Real
@@ -31,8 +32,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.config import RolloutConfig
+from common.errors import RunError, one_line
 from common.tasks.task import Example, Task
 
+HOPELESS = 8  # rewards in a row that take too long
 START_SECONDS = 120.0  # to import the task's module and build the task
 GRACE_SECONDS = 2.0  # beyond its limit, for a process to say where it hung and to end itself
 TRACE_CHARACTERS = 20_000  # of a traceback, the end
@@ -93,6 +96,21 @@ def _number(value: Any, what: str) -> float:
     return number
 
 
+def score_apart(task: Task, example: Example, completions: list[str], config: RolloutConfig) -> Scores:
+    """As `score`, but in a reward process of its own unless the task is trusted. Raises RewardError too."""
+    if task.trusted:
+        return score(task, example, completions)
+    pool, outcome = RewardPool(task, config), SimpleQueue[Scores | Exception]()
+    try:
+        pool.submit(example, completions, outcome.put)
+        found = outcome.get()
+    finally:
+        pool.close()
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
 class RewardPool:
     """Owned by one rollout actor or evaluator; runs until `close`."""
 
@@ -124,6 +142,32 @@ class RewardPool:
         if self._closed:
             raise RuntimeError("the reward pool is closed; open another")
         self._jobs.put((example, completions, done))
+
+    def score_each(self, pairs: Sequence[tuple[Example, str]], told: Callable[[int], None]) -> list[Score | Exception]:
+        """What each of these completions got, in order; `told` is called with the number of those that are done.
+
+        Raises:
+            RunError: when one after the other takes too long.
+        """
+        arrived: SimpleQueue[tuple[int, Scores | Exception]] = SimpleQueue()
+        for index, (example, completion) in enumerate(pairs):
+            self.submit(example, [completion], lambda found, index=index: arrived.put((index, found)))
+        outcomes: dict[int, Score | Exception] = {}
+        late = 0
+        while len(outcomes) < len(pairs):
+            index, found = arrived.get()
+            outcomes[index] = found if isinstance(found, Exception) else found[0]
+            told(len(outcomes))
+            if not isinstance(found, RewardTimeout):
+                late = 0
+                continue
+            late += 1
+            if late == HOPELESS:
+                raise RunError(
+                    f"{HOPELESS} rewards in a row took too long, {len(outcomes)} of {len(pairs)} completions were "
+                    f"scored; the last: {one_line(found)}"
+                )
+        return [outcomes[index] for index in range(len(pairs))]
 
     def close(self) -> None:
         """Stop the processes at once."""

@@ -147,6 +147,14 @@ class CheckpointStore:
                 self._remove(_folder_name(step))
         return stay
 
+    def remove(self) -> None:
+        """Remove everything, the folder too; what cannot be removed stays."""
+        with suppress(RunError):
+            for step in self._scan():
+                self._remove(_folder_name(step))
+            with suppress(*_FAILURES):
+                self._filesystem.delete_dir(self._path)
+
     def _remove(self, name: str) -> None:
         """The manifest first: whoever dies or looks in between finds no checkpoint rather than half of one."""
         folder = f"{self._path}/{name}"

@@ -6,9 +6,7 @@
 """
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from torch import Tensor
 from common.errors import UserError
 from common.family import SHIFT_KEY
 from common.model_folder import ModelFolder
+from common.new_folder import new_folder
 from common.policy import THRESHOLD_CONFIG, THRESHOLD_WEIGHTS
 from common.shards import Shards, write_shards
 from common.vocabulary import Vocabulary
@@ -67,6 +66,7 @@ def convert(
 
     Raises:
         UserError: for anything that does not fit; nothing is left behind.
+        RunError: when there is no room; nothing is left behind either.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype} is unknown; give one of {', '.join(DTYPES)}, or leave it out to keep types")
@@ -83,19 +83,9 @@ def convert(
         types = {name: wanted or shards.parameters[own].dtype for name, own in names.items()}
         sizes = {name: shards.parameters[own].count * types[name].itemsize for name, own in names.items()}
         files = _files(sizes, shard_bytes)
-        try:
-            target.absolute().parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{target} cannot be made ({error.strerror}); choose another folder") from error
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
-        try:
-            partial.chmod(0o777 & ~_umask())  # mkdtemp's is for its owner alone
+        with new_folder(target) as partial:
             write_shards(partial, files, _cast(shards, names, types), sum(sizes.values()))
             _describe(found, partial, source, types)
-            os.rename(partial, target)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
         ids = found.vocabulary
         return Converted(
             family=found.family.name,
@@ -177,9 +167,3 @@ def _describe(found: ModelFolder, folder: Path, source: Path, types: dict[str, t
         raise UserError(f"model {source}: {GENERATION} cannot be read ({error}); mend it or take it away") from error
     kept["eos_token_id"] = list(found.vocabulary.stop_ids)
     (folder / GENERATION).write_text(json.dumps(kept, indent=2) + "\n")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,15 +1,14 @@
 """Answer file: completions that exist already, scored by a task, with a verdict for every row.
 
 - A row has a question, a completion and a ground truth, under names that the user may give.
-- A completion ends at the first stop token that stands in it as text.
+- A completion ends at the first stop token that stands in it as text: one of `STOPS`, or of the user's own choice.
 - Rewards run in processes of their own, one row at a time; one that hangs, crashes or raises costs its row, which
   counts as wrong, and is counted itself.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -59,12 +58,12 @@ def field_names(given: str | None) -> dict[str, str]:
     return names
 
 
-def read_answers(task: Task, path: Path, names: dict[str, str]) -> list[Answer]:
+def read_answers(task: Task, path: Path, names: dict[str, str], stops: Sequence[str] = STOPS) -> list[Answer]:
     """The rows of a file, a question that the task understands in each. Raises UserError with file and row."""
-    return [_answer(task, row, names) for row in read_rows(str(path), "answer file")]
+    return [_answer(task, row, names, stops) for row in read_rows(str(path), "answer file")]
 
 
-def _answer(task: Task, row: Row, names: dict[str, str]) -> Answer:
+def _answer(task: Task, row: Row, names: dict[str, str], stops: Sequence[str]) -> Answer:
     texts = []
     for name in ("question", "completion"):
         found = row.value(names[name], f"name the field with --fields {name}=FIELD")
@@ -77,36 +76,30 @@ def _answer(task: Task, row: Row, names: dict[str, str]) -> Answer:
         example = task.posed(question, truth)
     except ValueError as error:
         raise UserError(f"{row.where}: {one_line(error)}; mend the row, or name other fields with --fields") from error
-    return Answer(row.where, example, question, until_stop(completion), truth)
+    return Answer(row.where, example, question, until_stop(completion, stops), truth)
 
 
-def until_stop(completion: str) -> str:
-    """A completion up to the first stop token that was decoded with it."""
-    ends = [position for stop in STOPS if (position := completion.find(stop)) >= 0]
+def until_stop(completion: str, stops: Sequence[str] = STOPS) -> str:
+    """A completion up to the first stop token that was decoded with it; an empty text is none."""
+    ends = [position for stop in stops if stop and (position := completion.find(stop)) >= 0]
     return completion[: min(ends)] if ends else completion
 
 
 def judge(task: Task, answers: list[Answer], limits: RolloutConfig, report: Callable[[int], None]) -> list[Verdict]:
-    """A verdict for every row, in order. `report` is called with the number of rows that are done."""
+    """A verdict for every row, in order. `report` is called with the number of rows that are done.
+
+    Raises:
+        RunError: when one reward after the other takes too long.
+    """
     outcomes: list[Score | Exception] = []
     if task.trusted:
-        outcomes = [score(task, answer.example, [answer.completion])[0] for answer in answers]
+        outcomes += [score(task, answer.example, [answer.completion])[0] for answer in answers]
     else:
         pool = RewardPool(task, limits)
-        arrived: SimpleQueue[tuple[int, list[Score] | Exception]] = SimpleQueue()
         try:
-            for index, answer in enumerate(answers):
-                pool.submit(answer.example, [answer.completion], lambda found, i=index: arrived.put((i, found)))
-            found: dict[int, list[Score] | Exception] = {}
-            while len(found) < len(answers):
-                index, outcome = arrived.get()
-                found[index] = outcome
-                report(len(found))
+            outcomes += pool.score_each([(answer.example, answer.completion) for answer in answers], report)
         finally:
             pool.close()
-        for index in range(len(answers)):
-            outcome = found[index]
-            outcomes.append(outcome if isinstance(outcome, Exception) else outcome[0])
     return [_verdict(task, one) for one in outcomes]
 
 

@@ -215,6 +215,10 @@ def score_answers(
         str | None, typer.Option(help="Names of the fields, e.g. question=q,completion=text,ground_truth=answer.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Parquet file for the verdict of every row.")] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="Text that ends a completion, in place of docs/tasks.md's; may be repeated, '' is none."),
+    ] = None,
 ) -> None:
     """Accuracy and every reward component of completions that exist already.
 
@@ -225,11 +229,11 @@ def score_answers(
     from common.config_file import load_config
     from common.tasks import build_task
     from learner.answer_display import show
-    from learner.answer_file import check_out, field_names, judge, read_answers, write_verdicts
+    from learner.answer_file import STOPS, check_out, field_names, judge, read_answers, write_verdicts
 
     loaded = load_config(None, ["task.prompt_style=d1", *(overrides or []), f"task.name={task}"])
     built = build_task(loaded.task)
-    answers = read_answers(built, file, field_names(fields))
+    answers = read_answers(built, file, field_names(fields), stop or STOPS)
     if out is not None:
         check_out(out)
     console = Console(highlight=False, soft_wrap=True)
@@ -317,6 +321,7 @@ def export(
         bool, typer.Option("--merge", help="Add an adapter to its base; else it is written alone.")
     ] = False,
     precision: Annotated[str, typer.Option(help="float32 or bfloat16, of the written weights.")] = "float32",
+    mask_token: Annotated[str | None, typer.Option(help="MASK, where the folder does not name it.")] = None,
 ) -> None:
     """A policy as a plain Hugging Face folder, for other programs: model or adapter, and tokenizer.
 
@@ -324,7 +329,7 @@ def export(
     """
     from learner.export import export as run
 
-    typer.echo(run(checkpoint, out, merge=merge, precision=precision))
+    typer.echo(run(checkpoint, out, merge=merge, precision=precision, mask_token=mask_token))
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from common.config import Config
+from common.errors import UserError
 from common.tasks import build_task
 
 KEYS = ("file", "test_data")  # what a task's section calls the file of its test split
@@ -17,12 +18,18 @@ def with_file(config: Config, file: Path, *, all_rows: bool) -> Config:
         all_rows: whether `evaluation.prompts` becomes the number of its rows.
 
     Raises:
-        UserError: for a file that the task cannot use.
+        UserError: for a file that the task cannot use, or a task of the user's own that takes none.
     """
     section = config.task
     key = next(key for key in KEYS if key in type(section).model_fields)
     task = type(section).model_validate(section.model_dump() | {key: str(file)})
+    size = build_task(task).size("test")
+    if size is None:
+        raise UserError(
+            f"--file {file}: the task of task.factory does not take its test questions from task.{key}, its test split "
+            "has no end; leave --file out, or let the task read that file and say its size"
+        )
     evaluation = config.evaluation
     if all_rows:
-        evaluation = evaluation.model_copy(update={"prompts": build_task(task).size("test")})
+        evaluation = evaluation.model_copy(update={"prompts": size})
     return config.model_copy(update={"task": task, "evaluation": evaluation})

@@ -1,7 +1,9 @@
 """Final evaluation: policies on the same held-out prompts, by workers side by side, and the results table."""
 
 import asyncio
+import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,13 @@ import ray
 
 from actors.evaluation import Point
 from actors.frontier import area, gain
-from common.config import Config
+from common.config import IN_RAY_JOB, Config
 from common.errors import UserError
 from learner.evaluation_fleet import Shard, measure_here, measure_on_ray, room_for_workers, shards_of
 from learner.evaluation_record import Points, ShardFolder
 from learner.ray_connection import LOCAL, chosen_address, connect
+
+DATA = ("data", "validation_data", "test_data", "file")  # keys of a task's section that hold paths
 
 
 class Evaluation:
@@ -60,6 +64,7 @@ class Evaluation:
         if self._config.rollout.actors == 1:
             measure_here(self._config, self._missing(), self._done)
         elif self._missing():
+            self._config, self._shards = _from_anywhere(self._config, self._shards)
             _connect(self._config)
             try:
                 asyncio.run(self.on_ray(workers=self._config.rollout.actors))
@@ -87,6 +92,19 @@ class Evaluation:
             parts = [self._found[number] for number in range(first, first + self._each)]
             settings.setdefault(self._shards[first].name, []).append(Point.joined(parts))
         return settings
+
+
+def _from_anywhere(config: Config, shards: list[Shard]) -> tuple[Config, list[Shard]]:
+    """The same with absolute paths: workers of a Ray that others started work in other folders than this process.
+
+    Inside a Ray job they stay: there all work in copies of one folder, Ray's `working_dir`.
+    """
+    if IN_RAY_JOB in os.environ:
+        return config, shards
+    task = {key: value for key, value in config.task if key in DATA and value in config.task.files}
+    absolute = {key: str(Path(value).absolute()) for key, value in task.items()}
+    config = config.model_copy(update={"task": config.task.model_copy(update=absolute)})
+    return config, [replace(shard, folder=shard.folder.absolute()) for shard in shards]
 
 
 def _connect(config: Config) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from actors.group import rollout_threshold
 from actors.reveal_rules import REVEAL_RULES
-from actors.reward_pool import score
+from actors.reward_pool import score_apart
 from common.autocast import autocast
 from common.config import Config
 from common.errors import RunError, UserError, one_line
@@ -242,7 +242,7 @@ def _compare(
     comparable = drawn & (batch.token_version == version) & (not cached) if version is not None else drawn & False
     completions, tokens = [], []
     wrong, expected = [], []
-    scores = _rewards(policy, task, table, wrong)
+    scores = _rewards(policy, config, task, table, wrong)
     for n, row in enumerate(table.to_pylist()):
         own = _tokens(policy, batch, terms, exact, comparable, n)
         tokens += own
@@ -271,7 +271,7 @@ def _compare(
     )
 
 
-def _rewards(policy: Policy, task: Task, table: pa.Table, wrong: list[str]) -> list[dict[str, float]]:
+def _rewards(policy: Policy, config: Config, task: Task, table: pa.Table, wrong: list[str]) -> list[dict[str, float]]:
     """The task's scores of the completions, empty where they cannot be had; and whether the prompt is the task's."""
     cursor, prompt = table["group_id"][0].as_py(), table["prompt_ids"][0].as_py()
     try:
@@ -279,7 +279,7 @@ def _rewards(policy: Policy, task: Task, table: pa.Table, wrong: list[str]) -> l
         if policy.encode_prompt(example.prompt) != prompt:
             wrong.append(f"the prompt is not the task's at cursor {cursor}")
         texts = [policy.decode(ids) for ids in table["completion_ids"].to_pylist()]
-        return [found.rewards for found in score(task, example, texts)]
+        return [found.rewards for found in score_apart(task, example, texts, config.rollout)]
     except Exception as error:  # rewards are programs of a task's maker
         wrong.append(f"rewards cannot be recomputed: {type(error).__name__}: {one_line(error)}")
         return [{} for _ in range(len(table))]

@@ -60,7 +60,8 @@ class PolicyTrainer:
         every = max(1, settings.steps // REPORTS_PER_WARM_START)
 
         def progress(values: dict[str, float]) -> None:
-            if values["warm_start_steps"] % every == 0 or values["warm_start_steps"] == settings.steps:
+            step, measured = values["warm_start_steps"], "warm_start_held_out_loss" in values
+            if step % every == 0 or step == settings.steps or measured:
                 report("warm_start", values)
 
         if (self._folder / THRESHOLD_CONFIG).is_file():  # written last

@@ -37,7 +37,8 @@ def preflight(config: Config, *, trains: bool = True, evaluates: bool = True, he
         check_size(task, "train", "learner.steps", 0)
         if chosen.drift_every and evaluates:
             check_size(task, "validation", "evaluation.drift_prompts", chosen.drift_prompts)
-    check_texts(config, task, splits=SPLITS if trains or evaluates else ())
+    learns = config.model.path is None or not evaluates  # a given model too, where nothing but its warm start is asked
+    check_texts(config, task, splits=SPLITS if trains or evaluates else (), learns=learns)
     if evaluates:
         check_cache_of_folder(config)
     if config.model.lora is not None:  # targets that its layers do not have; on the CPU, its memory is not touched
@@ -92,8 +93,9 @@ def check_device(name: str, *, here: bool = True) -> None:
         ) from error
 
 
-def check_texts(config: Config, task: Task, *, splits: Sequence[Split] = SPLITS) -> None:
-    """Tokenise some prompts of every split, and demonstrations (a file's: all, or many), and check them."""
+def check_texts(config: Config, task: Task, *, splits: Sequence[Split], learns: bool) -> None:
+    """Tokenise some prompts of every split and, where it `learns` from demonstrations, these (a file's: all, or many),
+    and check them."""
     tokenizer, positions = open_tokenizer(config, task)
     sampler, file = config.sampler, config.warm_start.file
     total = sampler.max_prompt_tokens + sampler.max_completion_tokens
@@ -110,6 +112,8 @@ def check_texts(config: Config, task: Task, *, splits: Sequence[Split] = SPLITS)
             if split == "train" and file is None and config.model.path is None:
                 text = task.demonstration(example, index)
                 checked_ids(tokenizer, text, "completion", config, f"demonstration {index}")
+    if not learns:
+        return
     longest = config.warm_start.max_tokens
     if longest is not None and longest > positions:
         raise UserError(

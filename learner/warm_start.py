@@ -21,6 +21,7 @@ from common.checkpoint_store import CheckpointStore
 from common.config import Config, WarmStartConfig
 from common.errors import RunError, UserError, one_line
 from common.keyed_random import derive
+from common.new_folder import writing
 from common.policy import Policy
 from common.policy_loading import load_policy, open_policy
 from common.tasks.task import Task
@@ -82,7 +83,7 @@ class WarmStart:
 
         Raises:
             UserError: for a demonstration that cannot be used.
-            RunError: when the loss is not finite.
+            RunError: when the loss or the gradient is not finite; the weights stay as they were.
         """
         demonstrations = self._take()
         self.policy.train()
@@ -96,7 +97,9 @@ class WarmStart:
         self.policy.eval()
         if not math.isfinite(total):
             raise RunError(f"warm start: loss {total} at step {self.steps + 1}; lower warm_start.learning_rate")
-        clip_grad_norm_(self._parameters, self._settings.grad_clip)
+        norm = float(clip_grad_norm_(self._parameters, self._settings.grad_clip))
+        if not math.isfinite(norm):
+            raise RunError(f"warm start: gradient norm {norm} at step {self.steps + 1}; lower warm_start.learning_rate")
         self._optimizer.step()
         self._schedule.step()
         self.steps += 1
@@ -187,10 +190,12 @@ def supervised(
         task: see `WarmStart`.
         folder: written at the end.
         report: called after every step with `warm_start_` metrics.
-        checkpoints: where `warm_start.checkpoint_every` writes, and where it goes on, if there is one.
+        checkpoints: where `warm_start.checkpoint_every` writes, and where it goes on, if there is one; removed at the
+            end.
 
     Raises:
-        UserError, RunError: as `WarmStart.step`; also when a checkpoint is not this warm start's.
+        UserError, RunError: as `WarmStart.step`; also when a checkpoint is not this warm start's, or when there is
+            no room.
     """
     torch.set_num_threads(config.warm_start.threads)
     found = checkpoints.newest_sound() if checkpoints is not None else None
@@ -201,16 +206,16 @@ def supervised(
             started = _restored(saved, task, config)
     _run(started, config, report, checkpoints)
     save_start(started.policy, folder)
+    if checkpoints is not None:
+        checkpoints.remove()
     return started.policy
 
 
 def save_start(policy: Policy, folder: Path) -> None:
     """Write the weights that training starts from. Raises RunError when they cannot be written."""
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         policy.save(folder)
-    except Exception as error:  # safetensors and tokenizers have errors of their own for a full disk
-        raise RunError(f"{folder} cannot be written: {one_line(error)}; make room there") from error
 
 
 def _run(

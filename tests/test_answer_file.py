@@ -8,11 +8,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from misbehaving_task import HangingTask
 
 from common.config import RolloutConfig
-from common.errors import UserError
-from common.tasks import Gsm8kConfig, build_task
-from learner.answer_file import field_names, judge, read_answers, until_stop
+from common.errors import RunError, UserError
+from common.tasks import Gsm8kConfig, SudokuConfig, build_task
+from learner.answer_file import STOPS, Answer, field_names, judge, read_answers, until_stop
 from learner.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -149,6 +150,28 @@ def test_a_completion_ends_at_its_first_stop_token() -> None:
     assert until_stop("a<|eot_id|>b<|endoftext|>") == "a"
     assert until_stop("a<|endoftext|><|eot_id|>") == "a"
     assert until_stop("a </answer>") == "a </answer>"
+    assert until_stop("a</s>b<end>", ["<end>", ""]) == "a</s>b"
+    listed = (ROOT / "docs/tasks.md").read_text()
+    assert all(f"`{stop}`" in listed for stop in STOPS)
+
+
+@pytest.mark.parametrize(("stops", "right"), [([], 0), (["--stop", ""], 1), (["--stop", "<end>", "--stop", "</s>"], 0)])
+def test_the_stop_tokens_may_be_chosen(
+    stops: list[str], right: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "answers.jsonl"
+    file.write_text(json.dumps({"question": "?", "completion": "<s>4</s> <answer>5</answer>", "ground_truth": 5}))
+    assert run(monkeypatch, "--task", "gsm8k", str(file), *stops) == 0
+    assert f"{right} of 1 correct" in capsys.readouterr().out
+
+
+def test_scoring_whose_rewards_all_hang_ends_after_a_few() -> None:
+    task = HangingTask(SudokuConfig())
+    rows = [Answer("row", task.example("train", index), "q", "c", "t") for index in range(60)]
+    done: list[int] = []
+    with pytest.raises(RunError, match=r"^8 rewards in a row took too long, 8 of 60 completions were scored; the last"):
+        judge(task, rows, RolloutConfig(reward_timeout=0.1, reward_workers=4), done.append)
+    assert done == list(range(1, 9))
 
 
 def test_scoring_loads_neither_torch_nor_ray() -> None:

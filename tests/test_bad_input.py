@@ -38,6 +38,7 @@ from learner.checkpoint_writer import CheckpointWriter
 from learner.cli import main
 from learner.learner_actor import LearnerActor
 from learner.parts import POLICY
+from learner.preflight import preflight
 from learner.synchronous_rollout import SynchronousRollout
 
 TINY = [
@@ -605,6 +606,17 @@ def test_a_full_disk_is_one_line(
         1,
         "run failed: [Errno 28] No space left on device: 'model.safetensors'\n",
     )
+
+
+def test_demonstrations_are_asked_of_those_who_learn_from_them(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = [*TINY, "warm_start.file=lost.jsonl", "sampler.threshold.gamma_init=1.5"]
+    assert ended(["eval", "model", *lost], monkeypatch, capsys) == (0, "")
+    preflight(load_config(None, [*lost, "model.path=model"]))
+    for arguments in (["train", *lost], ["sft", *lost], ["sft", *lost, "model.path=model"]):
+        code, told = ended(arguments, monkeypatch, capsys)
+        assert (code, "warm_start.file=lost.jsonl cannot be read" in told) == (2, True)
 
 
 # -- what a run finds when it goes on ----------------------------------------------------------------------------------

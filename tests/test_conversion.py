@@ -3,27 +3,31 @@
 import json
 import os
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from family_fixtures import LLADA, SHIFTED, WRITERS, llada_weights, save_shards, write_a2d, write_dream, write_llada
+from new_folder_fixtures import no_more_than
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-import common.shards as module
 from common.config import ModelConfig, ThresholdConfig
 from common.conversion import convert
-from common.errors import UserError
+from common.errors import RunError, UserError
 from common.policy import Policy
 from common.policy_loading import load_policy
 from common.shards import Shards
 from learner.cli import app
 from learner.conversion_display import lines
+from learner.export import export
 from learner.generation import Choice, generate
 
 IDS = torch.tensor([[9, 7, 11, 13, 8, 20]])
@@ -274,15 +278,27 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_nothing_is_left_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
+def test_an_export_takes_the_mask_token_of_a_folder_that_does_not_name_it(tmp_path: Path) -> None:
+    source = write_a2d(tmp_path / "source")
+    for file in ("config.json", "tokenizer_config.json"):
+        told = json.loads((source / file).read_text())
+        (source / file).write_text(json.dumps({key: told[key] for key in told if "mask_token" not in key}))
+    with pytest.raises(UserError, match="has no MASK token"):
+        export(source, tmp_path / "target", merge=False)
+    given = ["export", str(source), str(tmp_path / "target"), "--mask-token", "<|mask|>"]
+    assert CliRunner().invoke(app, given).exit_code == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "target").mask_token == "<|mask|>"
 
+
+@pytest.mark.parametrize("write", [convert, partial(export, merge=False)], ids=["convert", "export"])
+@pytest.mark.parametrize("room", [100, 10_000], ids=["for nothing", "for half of the weights"])
+def test_a_full_disk_leaves_nothing_and_is_named(room: int, write: Callable[[Path, Path], Any], tmp_path: Path) -> None:
     source = write_llada(tmp_path / "source")
-    monkeypatch.setattr(module, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        convert(source, tmp_path / "target")
+    with no_more_than(room), pytest.raises(RunError, match=rf"{tmp_path}/target cannot be written .*; make room there"):
+        write(source, tmp_path / "target")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    write(source, tmp_path / "target")
+    assert (tmp_path / "target/model.safetensors").stat().st_size > 2 * 10_000
 
 
 @pytest.mark.parametrize(

@@ -10,17 +10,22 @@ from typing import Any
 
 import pytest
 
-from actors.reward_pool import RewardError, RewardPool
+from actors.reward_pool import RewardError, RewardPool, score
 from common.config import Config, RolloutConfig
 from common.config_file import load_config
 from common.errors import UserError
 from common.tasks import build_task, check_task
 from common.tasks.custom import CustomTask
+from learner.evaluation_file import with_file
 
 DOCS = Path(__file__).parents[1] / "docs/tasks.md"
 MODULE = """
-from common.tasks import Task
+from common.tasks import SudokuConfig, SudokuTask, Task
 LIMIT = 3
+asked = []
+def noted(completion, question):
+    asked.append((question, completion))
+    return float(len(completion))
 def short(completion, ground_truth):
     return len(completion) <= LIMIT and completion == ground_truth
 def no_completion(question): return 1.0
@@ -32,6 +37,7 @@ def optional(completion, *, scale=2): return scale
 def no_task(config): return config
 def bad_factory(config): raise ValueError("no options")
 def two(config, more): return config
+def endless(config): return SudokuTask(SudokuConfig())
 class Unfinished(Task): pass
 class Plain: pass
 """
@@ -81,6 +87,14 @@ def test_a_reward_function_is_a_task(folder: Path) -> None:
     assert task.size("train") is None
     right = scored(config, build_task(config.task).example("train", 0).fields["answer"])
     assert right[0].correct is True
+
+
+def test_a_reward_is_called_once_for_each_completion(folder: Path) -> None:
+    task = build_task(configured("task.reward=own_rewards:noted", "task.correct_from=2").task)
+    first, second = task.posed("1?", 1), task.posed("2?", 1)
+    found = score(task, first, ["a", "bb", "a"]) + score(task, second, ["a"])
+    assert [(one.rewards["reward"], one.correct) for one in found] == [(1, False), (2, True), (1, False), (1, False)]
+    assert sys.modules["own_rewards"].asked == [("1?", "a"), ("1?", "bb"), ("1?", "a"), ("2?", "a")]
 
 
 @pytest.mark.parametrize(("name", "reward"), [("anything", 1.0), ("optional", 2.0)])
@@ -139,6 +153,16 @@ def test_a_factory_that_builds_no_task_is_one_line(folder: Path, name: str, told
     with pytest.raises(UserError) as caught:
         build_task(configured(f"task.factory=own_rewards:{name}").task)
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("all_rows", [True, False])
+def test_a_file_to_evaluate_that_the_task_would_not_read_is_refused(folder: Path, all_rows: bool) -> None:
+    own = configured("task.factory=own_rewards:endless", "task.reward_weights={cells: 1}")
+    with pytest.raises(UserError, match=r"--file data\.jsonl: the task of task\.factory does not take its"):
+        with_file(own, Path("data.jsonl"), all_rows=all_rows)
+    config = configured("task.reward=own_rewards:short", "task.data=null")
+    read = with_file(config, Path("data.jsonl"), all_rows=all_rows)
+    assert (read.evaluation.prompts == 20) == all_rows
 
 
 @pytest.mark.parametrize(

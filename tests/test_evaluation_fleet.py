@@ -13,11 +13,12 @@ import ray
 from learner_fixtures import MODEL
 
 from actors.evaluation import Point
-from common.config import Config, ThresholdConfig
+from common.config import IN_RAY_JOB, Config, ThresholdConfig
 from common.config_file import load_config
 from common.errors import RunError
 from common.policy_loading import build_policy
 from common.tasks import build_task
+from learner import final_evaluation
 from learner.evaluation_fleet import Shard, measure_on_ray, shards_of
 from learner.evaluation_record import ShardFolder, evaluation_digest
 from learner.final_evaluation import Evaluation
@@ -122,6 +123,31 @@ def test_a_text_of_the_task_too_long_for_a_path_is_none(folders: dict[str, Path]
     prompt = f"task.prompt='{{question}} {'step by step ' * 30}'"
     told = load_config(None, ["task.name=custom", "task.reward=a:b", prompt])
     assert evaluation_digest(told, folders) == evaluation_digest(told, folders)
+
+
+@pytest.mark.parametrize("in_job", [False, True])
+def test_workers_elsewhere_get_absolute_paths_but_in_a_ray_job(
+    in_job: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Asked(Exception):
+        pass
+
+    async def asked(config: Config, shards: dict[int, Shard], done: Any, **_: Any) -> None:
+        base = Path() if in_job else tmp_path
+        assert {shard.folder for shard in shards.values()} == {base / "model"}
+        assert config.task.files == (str(base / "data.jsonl"), str(base / "other.jsonl"))
+        assert config.task.validation_data == "hub:a/b"  # type: ignore[union-attr]
+        raise Asked
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(final_evaluation, "_connect", lambda config: None)
+    monkeypatch.setattr(final_evaluation, "measure_on_ray", asked)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setenv(IN_RAY_JOB, "{}") if in_job else monkeypatch.delenv(IN_RAY_JOB, raising=False)
+    data = ["task.data=data.jsonl", "task.test_data=other.jsonl", "task.validation_data=hub:a/b", "rollout.actors=2"]
+    config = load_config(None, ["task.name=gsm8k", *data])
+    with pytest.raises(Asked):
+        evaluated(config, {"policy": Path("model")}, tmp_path / "out")
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from misbehaving_task import HangingTask
 
 from actors.reveal_rules import entropy_bound
 from common.checkpoint_store import CheckpointStore
@@ -297,6 +298,13 @@ def test_a_reward_that_fails_is_named(config: Config, group: FinishedGroup, monk
     table = decode_group(group.payload)
     found = replay_group(policy_of(config), config, task, table, version=3, tolerance=1e-3)
     assert found.verdict == "differs: rewards cannot be recomputed: ZeroDivisionError: no answer"
+
+
+def test_a_reward_that_hangs_costs_its_time_out(group: FinishedGroup) -> None:
+    config = configured("rollout.reward_timeout=1")
+    table = decode_group(group.payload)
+    found = replay_group(policy_of(config), config, HangingTask(config.task), table, version=3, tolerance=1e-3)
+    assert found.verdict.startswith("differs: rewards cannot be recomputed: RewardTimeout: reward exceeded")
 
 
 def test_sets_are_the_same_within_a_tolerance() -> None:

@@ -11,8 +11,9 @@ from d1_verdicts import check_agreement
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.reward_pool import score
 from common.errors import UserError
-from common.tasks import Math500Config, build_task
+from common.tasks import Math500Config, build_task, math_answer
 from common.tasks.answer_format import boxed_in_answer
 from common.tasks.math500 import Math500Task
 from common.tasks.math_answer import same_answer
@@ -129,6 +130,15 @@ def test_boxes_and_tags_are_paid_for() -> None:
     assert boxed_in_answer("<answer>\\boxed{1}</answer>") == 1.0
     assert boxed_in_answer("\\boxed{1} <answer>1</answer>") == 0.5
     assert boxed_in_answer("\\boxed{1} <answer>1") == boxed_in_answer("") == 0.0
+
+
+def test_answers_are_compared_once_for_rewards_and_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[str] = []
+    monkeypatch.setattr(math_answer, "same_answer", lambda truth, given, _: compared.append(given) or truth == given)
+    task = build_task(Math500Config())
+    found = score(task, task.posed("?", "1"), [r"\boxed{1}", r"\boxed{2}"])
+    assert [one.correct for one in found] == [True, False]
+    assert compared == ["1", "2"]
 
 
 def test_a_demonstration_earns_everything_that_counts() -> None:

@@ -15,6 +15,7 @@ from common.config_file import load_config
 from common.errors import RunError
 from common.policy_loading import load_policy
 from common.tasks import build_task
+from learner import policy_trainer
 from learner.policy_trainer import LEARNER_STATE, PolicyTrainer
 from learner.synchronous_rollout import SynchronousRollout
 
@@ -180,3 +181,15 @@ def test_a_damaged_state_is_named(
     with pytest.raises(RunError, match=f"checkpoint {tmp_path} does not fit this run: .*; resume the run it belongs"):
         trainer.restore(tmp_path)
     assert not Path("/tmp/never-made-by-a-checkpoint").exists()
+
+
+def test_every_measured_loss_of_a_warm_start_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy_trainer, "REPORTS_PER_WARM_START", 2)
+    given = ["warm_start.steps=8", "warm_start.held_out=2", "warm_start.held_out_every=3"]
+    reported: dict[float, bool] = {}
+
+    def report(kind: str, values: dict[str, float]) -> None:
+        reported[values["warm_start_steps"]] = "warm_start_held_out_loss" in values
+
+    PolicyTrainer(load_config(None, [*TINY, *given]), tmp_path / "warm_start").open(report)
+    assert reported == {3: True, 4: False, 6: True, 8: True}

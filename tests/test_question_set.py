@@ -69,6 +69,8 @@ def test_a_folder_gives_the_files_of_its_split(tmp_path: Path) -> None:
         ("a.jsonl", b"\xff\xfe", "a.jsonl cannot be read"),
         ("a.json", "[{]", "a.json is no JSON list"),
         ("a.json", "[1]", "a.json, row 1: '1' is no object"),
+        ("a.jsonl", '{"a": 1}\n{"a": "\\ud800"}', "a.jsonl, row 2: it holds what is no text ('utf-8'"),
+        ("a.json", '[{"a": ["\\ud800"]}]', "a.json, row 1: it holds what is no text"),
         ("a.csv", 'a,b\n1,2\n1,2,3\n', "a.csv, row 3: more columns than the header's 2"),
         ("a.csv", 'a\n"1\n', "a.csv, row 2: "),
         ("a.parquet", "nothing", "a.parquet is no readable Parquet"),

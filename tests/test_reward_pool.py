@@ -287,7 +287,7 @@ def test_an_evaluation_loses_the_prompts_whose_reward_fails_and_no_more(caplog: 
 def test_an_evaluation_whose_rewards_all_hang_ends_after_a_few() -> None:
     limits = RolloutConfig(reward_timeout=0.1, reward_workers=4)
     with evaluator(HangingTask, 60, limits) as hopeless:
-        with pytest.raises(RunError, match=r"8 rewards in a row took too long, 8 of 60 prompts were scored; the last"):
+        with pytest.raises(RunError, match=r"ends: 8 rewards in a row took too long, 8 of 60 completions were scored"):
             hopeless.measure(Setting("chosen", "top_k", 16.0))
         assert hopeless._pool is None
 

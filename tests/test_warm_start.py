@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from learner_fixtures import MODEL, parameters, tiny_policy
+from new_folder_fixtures import no_more_than
 from torch import Tensor
 
 from common.checkpoint_store import CheckpointStore
@@ -198,6 +199,20 @@ def test_a_loss_that_is_not_finite_ends_the_warm_start(task: Task) -> None:
         warm_start(policy, task, settings("warm_start.steps=3"))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_ends_the_warm_start_with_the_weights_as_they_were(
+    value: float, task: Task
+) -> None:
+    """As where the loss is finite and its backward pass overflows."""
+    policy = small_policy()
+    one = next(policy.model.parameters())
+    one.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([0]), value))
+    before = parameters(policy)
+    with pytest.raises(RunError, match=f"gradient norm {value} at step 1; lower warm_start.learning_rate"):
+        warm_start(policy, task, settings("warm_start.steps=2"))
+    assert (parameters(policy) == before).all()
+
+
 def test_micro_batches_change_nothing_but_the_order_of_sums(task: Task) -> None:
     def trained(*overrides: str) -> tuple[list[float], Any]:
         policy = small_policy().double()
@@ -246,6 +261,7 @@ def test_a_warm_start_that_was_killed_ends_with_the_same_weights(task: Task, tmp
     resumed = supervised(config, task, tmp_path / "resumed", reported.append, store)
     assert [row["warm_start_steps"] for row in reported] == [5, 6, 7]
     assert (parameters(resumed) == parameters(whole)).all()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["resumed", "whole"]  # the checkpoints are gone
 
 
 def test_weights_that_find_no_room_are_named_and_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,8 +272,15 @@ def test_weights_that_find_no_room_are_named_and_do_not_count(tmp_path: Path, mo
     policy = tiny_policy(double=False)
     with monkeypatch.context() as patched:
         patched.setattr(Path, "write_text", full)
-        with pytest.raises(RunError, match=rf"{tmp_path}/start cannot be written: .*No space left.*; make room there"):
+        with pytest.raises(RunError, match=rf"{tmp_path}/start cannot be written .*No space left.*; make room there"):
             save_start(policy, tmp_path / "start")
     assert not (tmp_path / "start/threshold.json").exists(), "a run would take it for the end of the warm start"
     save_start(policy, tmp_path / "start")
     assert (tmp_path / "start/threshold.json").stat().st_size
+
+
+def test_a_full_disk_at_the_end_names_the_folder(task: Task, tmp_path: Path) -> None:
+    config = settings("warm_start.steps=0")
+    with no_more_than(10_000), pytest.raises(RunError, match=rf"{tmp_path}/out cannot be written .*; make room there"):
+        supervised(config, task, tmp_path / "out")
+    supervised(config, task, tmp_path / "out")

@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from common.errors import UserError, one_line
 from common.tasks.question_task import QuestionTask, QuestionTaskConfig
 from common.tasks.rows import Row
-from common.tasks.task import Example, Task, check_weights
+from common.tasks.task import Example, Task, check_weights, kept
 
 _OBJECT = r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$"
 _SHOWN = "a function such as def reward(question, completion, ground_truth): return 1.0"
@@ -91,11 +91,15 @@ class CustomTask(QuestionTask):
 
     def rewards(self, example: Example, completion: str) -> dict[str, float]:
         """What the function returns. Raises ValueError where that is no number."""
+        return {"reward": self._returned(example, completion)}
+
+    @kept
+    def _returned(self, example: Example, completion: str) -> float:
         fields = example.fields
         given = {"completion": completion, "question": fields["question"], "ground_truth": fields["answer"]}
         found = self._reward(**{name: given[name] for name in self._names})
         if isinstance(found, bool | int | float) or (hasattr(found, "__float__") and not isinstance(found, str)):
-            return {"reward": float(found)}
+            return float(found)
         raise ValueError(
             f"task.reward={self._custom.reward} returned {found!r:.60}, a {type(found).__name__}; return a number "
             "(for several components write a Task, see docs/tasks.md)"
@@ -103,7 +107,7 @@ class CustomTask(QuestionTask):
 
     def correct(self, example: Example, completion: str) -> bool:
         """Whether the function returns `correct_from` or more."""
-        return self.rewards(example, completion)["reward"] >= self._custom.correct_from
+        return self._returned(example, completion) >= self._custom.correct_from
 
     def read_answer(self, row: Row) -> tuple[object, str | None]:
         """The value of the answer's field, whatever it is, and the solution's text."""

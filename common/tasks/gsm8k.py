@@ -22,7 +22,7 @@ from common.tasks.answer_format import soft_format, strict_format, xml_count
 from common.tasks.number import numbers_in, plain, read_number
 from common.tasks.question_task import QuestionTask, QuestionTaskConfig
 from common.tasks.rows import Row
-from common.tasks.task import Example, boxed_answers, tagged_answer
+from common.tasks.task import Example, boxed_answers, kept, tagged_answer
 
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 _INTEGER = re.compile(r"-?[0-9]+")
@@ -81,6 +81,7 @@ class Gsm8kTask(QuestionTask):
             "xml_count": xml_count(completion),
         }
 
+    @kept
     def correct(self, example: Example, completion: str) -> bool:
         """Whether the number is the row's, exactly."""
         return self.number(completion) == _number(example.fields["answer"])

@@ -18,7 +18,7 @@ from common.tasks import math_answer
 from common.tasks.answer_format import boxed_in_answer, soft_format, strict_format, xml_count
 from common.tasks.question_task import QuestionTask, QuestionTaskConfig
 from common.tasks.rows import Row
-from common.tasks.task import Example, boxed_answer, boxed_answers, tagged_answer
+from common.tasks.task import Example, boxed_answer, boxed_answers, kept, tagged_answer
 
 _UNBRACED = re.compile(r"\\boxed\s+([^\s{$\\][^$\n]*)|\\boxed([0-9])")
 _EMPTY_BOX = re.compile(r"\\boxed.*", re.DOTALL)
@@ -73,6 +73,7 @@ class Math500Task(QuestionTask):
             "xml_count": xml_count(completion),
         }
 
+    @kept
     def correct(self, example: Example, completion: str) -> bool:
         """Whether it is the row's answer."""
         fields = example.fields

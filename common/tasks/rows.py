@@ -112,9 +112,16 @@ def _record(path: Path, number: int, line: str) -> Row:
     where = f"{path}, row {number}"
     try:
         values = json.loads(line)
-        line.encode()  # half a character is no text
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: {line[:60]!r} is no JSON ({one_line(error)[:100]}); mend the row") from error
+    return _json_row(where, values)
+
+
+def _json_row(where: str, values: Any) -> Row:
+    try:
+        json.dumps(values, ensure_ascii=False).encode()  # JSON can say half a character, which is no text
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: it holds what is no text ({one_line(error)[:100]}); mend the row") from error
     return _row(where, values)
 
 
@@ -132,7 +139,7 @@ def _json(path: Path) -> list[Row]:
         records = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON list ({one_line(error)[:100]}); mend it") from error
-    return [_row(f"{path}, row {number}", values) for number, values in enumerate(records, 1)]
+    return [_json_row(f"{path}, row {number}", values) for number, values in enumerate(records, 1)]
 
 
 def _csv(path: Path) -> list[Row]:

@@ -8,9 +8,10 @@
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, get_args
+from functools import wraps
+from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -19,6 +20,7 @@ from common.section import Section
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+Found = TypeVar("Found")
 
 # An opening brace, with the box that it opens, or a closing one.
 _BRACE = re.compile(r"(?:\\boxed|\\fbox)?\{|\}")
@@ -148,6 +150,20 @@ class Task(ABC):
     @abstractmethod
     def correct(self, example: Example, completion: str) -> bool:
         """Whether the completion solves the example exactly; what evaluation counts."""
+
+
+def kept(method: Callable[[Any, Example, str], Found]) -> Callable[[Any, Example, str], Found]:
+    """A method that keeps its last answer: rewards and verdict of a completion are asked for one after the other."""
+    key = f"_kept_{method.__qualname__}"
+
+    @wraps(method)
+    def answer(self: Any, example: Example, completion: str) -> Found:
+        last = vars(self).get(key)
+        if last is None or last[0] is not example or last[1] != completion:
+            last = vars(self)[key] = (example, completion, method(self, example, completion))
+        return last[2]
+
+    return answer
 
 
 def check_cursor(split: Split, index: int) -> None:
