@@ -227,8 +227,8 @@ def split_labels(key: str) -> tuple[str, tuple[str, ...]]:
     if name not in CATALOGUE:
         raise KeyError(f"metric {name!r} is not in common.metrics.CATALOGUE")
     metric = CATALOGUE[name]
-    if metric.labels == ("bucket", "value"):
-        found = next(iter(given.items())) if len(given) == 1 else ("all", "all") if not given else ()
+    if metric.labels == ("bucket", "value") and len(given) < 2:
+        found = next(iter(given.items()), ("all", "all"))
     else:
         found = tuple(given[label] for label in metric.labels) if set(given) == set(metric.labels) else None
     if found is None or (metric.values and found not in metric.values):

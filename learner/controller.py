@@ -233,7 +233,8 @@ class Controller:
             "run_seconds": lambda: now() - self._started,
             "run_idle_seconds": lambda: now() - self._progressed,
         }
-        self._exporter = Exporter(host=config.metrics.host, port=config.metrics.port, live=live)
+        kept = {"learner_steps", *BUFFER_METRICS.values()}  # a resumed run goes on from what they were
+        self._exporter = Exporter(host=config.metrics.host, port=config.metrics.port, live=live, later=kept)
         info = (
             f"name={config.run.name},version={version('diffpo')},task={config.task.name},learns={config.learner.train}"
         )

@@ -1,12 +1,13 @@
 """Exporter: the Prometheus endpoint of a run.
 
 One endpoint, in the controller: a custom collector over the newest values that parts have reported, in a registry of
-its own. Only names and labels of the catalogue are exported; counters and histograms are there, at 0, from the start,
-so that their first increase is seen. Bound to loopback unless the configuration says otherwise.
+its own. Only names and labels of the catalogue are exported; counters and histograms are there, at 0, from the start
+(but for those that a run goes on from), so that their first increase is seen. Bound to loopback unless the configuration
+says otherwise.
 """
 
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -25,8 +26,21 @@ Series = dict[tuple[str, ...], float]
 class Exporter(Collector):
     """Lives in the controller from start to end of a run; `update` is called with every report."""
 
-    def __init__(self, *, host: str, port: int, live: Mapping[str, Callable[[], float]] | None = None) -> None:
-        """`live` are values that are asked for at each scrape.
+    def __init__(
+        self,
+        *,
+        host: str,
+        port: int,
+        live: Mapping[str, Callable[[], float]] | None = None,
+        later: Collection[str] = (),
+    ) -> None:
+        """Open the endpoint.
+
+        Args:
+            host: address to bind.
+            port: to bind; 0 is a free one.
+            live: values that are asked for at each scrape.
+            later: counters that may begin above 0, so that a 0 before would look like an increase.
 
         Raises:
             UserError: when the address cannot be bound.
@@ -36,7 +50,7 @@ class Exporter(Collector):
         self._values: dict[str, Series] = {
             name: dict.fromkeys(metric.values or ((),), 0.0)
             for name, metric in CATALOGUE.items()
-            if metric.kind == "counter"
+            if metric.kind == "counter" and name not in later
         }
         for histogram in self._histograms.values():
             self.update(histogram.values())

@@ -6,11 +6,15 @@ from urllib.request import urlopen
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
 
 from common.config import MetricsConfig
 from common.errors import UserError
-from common.histogram import Histogram, reported_keys
-from common.metrics import CATALOGUE, Metric, markdown_table, split_labels
+from common.histogram import Histogram
+from common.metrics import CATALOGUE, markdown_table, split_labels
+from learner.benchmarks import Options
+from learner.benchmarks import exporter as exporter_benchmark
+from learner.benchmarks.exporter import every_series
 from learner.exporter import Exporter, check_port
 
 Labels = tuple[tuple[str, str], ...]
@@ -55,6 +59,16 @@ def test_before_anything_is_reported_counters_and_histograms_are_there_at_0(expo
     }
 
 
+def test_a_counter_that_goes_on_from_an_earlier_life_is_not_0_before() -> None:
+    exporter = Exporter(host="127.0.0.1", port=0, later=["replay_lost_groups"])
+    try:
+        assert ("diffpo_replay_lost_groups_total", ()) not in scrape_all(exporter)
+        exporter.update({"replay_lost_groups": 3.0})
+        assert scrape(exporter) == {("diffpo_replay_lost_groups_total", ()): 3.0}
+    finally:
+        exporter.close()
+
+
 def test_values_arrive_with_prefix_suffix_and_labels(exporter: Exporter) -> None:
     exporter.update({"learner_loss": 0.25, "learner_steps": 3.0, "learner_weight_mean{staleness=7}": 9.0})
     # a report replaces all series of a metric: nothing of the batch that had staleness 7 is left
@@ -77,28 +91,8 @@ def test_replace_forgets_the_series_of_before(exporter: Exporter) -> None:
     assert scrape(exporter) == {("diffpo_replay_groups", (("state", "finished"),)): 4.0}
 
 
-def every_series() -> dict[str, float]:
-    """Every metric of the catalogue with every value of its labels, as parts report them; the values are 1, 2, ..."""
-    keys = []
-    for metric in CATALOGUE.values():
-        if metric.kind == "histogram":
-            keys += reported_keys(metric.name)
-        elif metric.values:
-            keys += [report_key(metric, values) for values in metric.values]
-        else:
-            keys.append(report_key(metric, ("of_the_run",) * len(metric.labels)))
-    return {key: float(number) for number, key in enumerate(keys, 1)}
-
-
-def report_key(metric: Metric, values: tuple[str, ...]) -> str:
-    if metric.labels == ("bucket", "value"):
-        return f"{metric.name}{{{values[0]}={values[1]}}}" if values[0] != "all" else metric.name
-    labels = ",".join(f"{label}={value}" for label, value in zip(metric.labels, values, strict=True))
-    return f"{metric.name}{{{labels}}}" if labels else metric.name
-
-
 def test_every_metric_of_the_catalogue_can_be_scraped_with_every_label(exporter: Exporter) -> None:
-    given = every_series()
+    given = {key: float(number) for number, key in enumerate(every_series(0.0), 1)}
     exporter.update(given)
     found = scrape_all(exporter)
     counts = {key: value for key, value in found.items() if key[0].endswith("_count")}
@@ -225,3 +219,10 @@ def test_the_docs_table_has_one_row_per_metric() -> None:
         assert metric.kind in row
         assert metric.meaning in row
         assert all(label in row for label in metric.labels)
+
+
+def test_a_scrape_of_everything_is_small_and_quick() -> None:
+    """At most 2,000 series; the time (goal: 50 ms) is measured by `diffpo bench exporter`, where nothing else runs."""
+    found = exporter_benchmark.run(Options(quick=True, seeds=1, config=None, overrides=[], console=Console()))
+    assert found["scrape_ms_low"] <= found["scrape_ms"] <= found["scrape_ms_p99"]
+    assert 200 < found["series"] <= 2000

@@ -17,10 +17,11 @@ BENCHMARKS = {
     "async": "learner.benchmarks.asynchrony",
     "chaos": "learner.benchmarks.chaos",
     "engine": "learner.benchmarks.engine",
+    "exporter": "learner.benchmarks.exporter",
     "learner": "learner.benchmarks.learner",
     "main": "learner.benchmarks.main_job",
 }
-UNCONFIGURED = ("async", "engine")
+UNCONFIGURED = ("async", "engine", "exporter")
 
 
 @dataclass(frozen=True)
