@@ -42,8 +42,14 @@ class Metric:
 
     @property
     def exported(self) -> str:
-        """Its name as Prometheus has it; of a histogram the part that its three families share."""
+        """Its name as Prometheus has it; of a histogram what its samples' names begin with."""
         return f"{PREFIX}{self.name}{'_total' if self.kind == 'counter' else ''}"
+
+    @property
+    def samples(self) -> tuple[str, ...]:
+        """Names that a scrape has of it."""
+        parts = ("_bucket", "_sum", "_count") if self.kind == "histogram" else ("",)
+        return tuple(self.exported + part for part in parts)
 
 
 def _each(*values: object) -> tuple[tuple[str, ...], ...]:

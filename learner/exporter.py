@@ -2,8 +2,8 @@
 
 One endpoint, in the controller: a custom collector over the newest values that parts have reported, in a registry of
 its own. Only names and labels of the catalogue are exported; counters and histograms are there, at 0, from the start
-(but for those that a run goes on from), so that their first increase is seen. Bound to loopback unless the configuration
-says otherwise.
+(but for those that a run goes on from), so that their first increase is seen. Bound to loopback unless the
+configuration says otherwise.
 """
 
 import socket

@@ -40,11 +40,7 @@ def rules(name: str) -> list[dict[str, Any]]:
 
 ALERTS = {rule["alert"]: rule for rule in rules("alerts.yml")}
 RECORDED = {rule["record"]: rule["expr"] for rule in rules("recording.yml")}
-SAMPLES = {
-    f"{metric.exported}{part}": metric
-    for metric in CATALOGUE.values()
-    for part in (("_bucket", "_sum", "_count") if metric.kind == "histogram" else ("",))
-}
+SAMPLES = {sample: metric for metric in CATALOGUE.values() for sample in metric.samples}
 
 
 def targets() -> list[dict[str, Any]]:
@@ -252,7 +248,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 def test_a_server_scrapes_a_run_and_finds_every_metric_that_rules_and_dashboard_use(
     server: Server, tmp_path: Path
 ) -> None:
-    process = start("sudoku", tmp_path / "runs", ENDLESS, "run.name=watched", "warm_start.steps=20")
+    process = start("sudoku", tmp_path / "runs", ENDLESS, "run.name=watched", "warm_start.held_out=8")
     target = tmp_path / "runs" / "_targets" / "watched.json"
     try:
         wait_until(lambda: used_metrics() <= server.names(), process, lambda: sorted(used_metrics() - server.names()))
