@@ -117,3 +117,35 @@ def test_an_evaluation_that_stands_still_says_what_its_workers_did(tmp_path: Pat
 
     with pytest.raises(RunError, match=r"phase evaluate .*evaluation workers.*learned, greedy: 4 of 64 rewards"):
         asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("end", "missed"), [("finished", False), ("stopped", False), ("failed", True)])
+def test_a_run_that_ends_as_it_should_is_not_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, missed: bool
+) -> None:
+    """Its target goes; that of a run that failed stays, so that Prometheus sees an endpoint that does not answer."""
+
+    async def scenario() -> None:
+        config = parse_config({"task": {"name": "sudoku"}})
+        run = tmp_path / "first"
+        run.mkdir()
+        controller = Controller(config=config, directory=run)
+        monkeypatch.setattr(controller_module.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+
+        async def work() -> dict[str, Any]:
+            await controller._export()
+            assert (tmp_path / "_targets" / "first.json").exists()
+            if end == "failed":
+                raise RunError("something went wrong")
+            await controller._enter(end)
+            return {}
+
+        monkeypatch.setattr(controller, "_work", work)
+        await controller.run()
+
+    if missed:
+        with pytest.raises(RunError, match="something went wrong"):
+            asyncio.run(scenario())
+    else:
+        asyncio.run(scenario())
+    assert (tmp_path / "_targets" / "first.json").exists() == missed
