@@ -31,14 +31,18 @@ from actors.producer import MakeProducer
 from actors.rollout_actor import RolloutActor
 from common.config import RolloutConfig
 from common.errors import RunError, one_line
+from common.histogram import reported_keys
 
 ANSWER_SECONDS = 1.0
 STOP_SECONDS = 10.0
 RETRY_SECONDS = 0.2
 NODE_MARGIN_SECONDS = 2.0  # before its node's deadline, by when an actor gives its leases back
+HISTOGRAMS = ("rollout_group_seconds", "weights_adopt_seconds")
+HISTOGRAMS += tuple(f"rollout_completion_{kind}" for kind in ("reward", "nfe", "tokens", "gamma"))
+BUCKETS = tuple(key for name in HISTOGRAMS for key in reported_keys(name))
 COUNTERS = (
     *("row_forwards", "token_forwards", "probed_positions", "probed_kl", "probed_flips"),
-    *("damaged_weights", "adoptions", "adopt_seconds"),
+    *("damaged_weights", *BUCKETS),
 )
 
 log = logging.getLogger(__name__)
@@ -300,8 +304,7 @@ class Fleet:
             "rollout_longest_group_seconds": max((reply["longest_group_seconds"] for reply in alive), default=0.0),
             "rollout_longest_pause_seconds": max((reply["longest_pause_seconds"] for reply in alive), default=0.0),
             "weights_damaged": total["damaged_weights"],
-            "weights_adoptions": total["adoptions"],
-            "weights_adopt_seconds": total["adopt_seconds"],
+            **{key: total[key] for key in BUCKETS},
         }
 
 

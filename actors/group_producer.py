@@ -21,10 +21,11 @@ from actors.request import Failure
 from actors.reward_pool import RewardPool, Scores
 from common.config import Config
 from common.errors import UserError, one_line
+from common.histogram import Histogram
 from common.lease import FinishedGroup, Lease
 from common.policy_loading import open_rollout_policy
 from common.tasks import Example, build_task
-from common.trajectory import Completion
+from common.trajectory import NOT_DRAWN, Completion
 from common.weight_store import Snapshot
 from common.weights import adopt_base
 
@@ -66,6 +67,8 @@ class GroupProducer:
         self._scored: SimpleQueue[tuple[_Group, Scores | Exception]] = SimpleQueue()
         self._refused: list[Fault] = []
         self._digest = ""
+        kinds = ("reward", "nfe", "tokens", "gamma")
+        self._seen = {kind: Histogram(f"rollout_completion_{kind}") for kind in kinds}
 
     @property
     def version(self) -> int:
@@ -134,6 +137,7 @@ class GroupProducer:
             "probed_positions": float(cost.probed_positions),
             "probed_kl": cost.probed_kl,
             "probed_flips": float(cost.probed_flips),
+            **{key: value for seen in self._seen.values() for key, value in seen.values().items()},
         }
 
     def close(self) -> None:
@@ -169,9 +173,15 @@ class GroupProducer:
             return None
         if isinstance(scores, Exception):
             return Fault(lease.number, lease.attempt, _told(scores))
+        completions = [c for c in group.completions if c is not None]
+        for completion, score in zip(completions, scores, strict=True):
+            self._seen["reward"].observe(score.rewards["reward"])
+            self._seen["nfe"].observe(completion.nfe)
+            self._seen["tokens"].observe(int((completion.token_version != NOT_DRAWN).sum()))
+            self._seen["gamma"].observe(completion.gamma)
         return finished_group(
             self.config,
-            [c for c in group.completions if c is not None],
+            completions,
             [score.rewards for score in scores],
             number=lease.number,
             cursor=lease.cursor,

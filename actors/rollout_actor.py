@@ -26,6 +26,7 @@ from ray.exceptions import ActorUnavailableError, ObjectLostError
 
 from actors.failure import comes_back
 from actors.producer import Fault, MakeProducer
+from common.histogram import Histogram
 from common.lease import FinishedGroup, Lease, LeaseReply, RenewReply, SubmitReply
 from common.weight_store import Snapshot, digest
 
@@ -49,12 +50,13 @@ class RolloutActor:
         self._unanswered: dict[tuple[int, int], Lease] = {}  # handed in, and maybe not in a file yet
         self._since: dict[tuple[int, int], float] = {}
         self._longest = self._pause = 0.0
+        self._group_seconds = Histogram("rollout_group_seconds")
+        self._adopt_seconds = Histogram("weights_adopt_seconds")
         self._asking = False
         self._ending = self._stopped = False
         self._renewed = self._patient_until = time.monotonic()
-        self._damaged = self._adoptions = 0
+        self._damaged = 0
         self._base = ""  # digest of the frozen weights that its producer has
-        self._adopt_seconds = 0.0
 
     def run(self) -> None:
         """Called once by the fleet: the whole life of the actor."""
@@ -82,10 +84,10 @@ class RolloutActor:
         return self._producer.gauges() | {
             "version": float(self._producer.version),
             "damaged_weights": float(self._damaged),
-            "adoptions": float(self._adoptions),
-            "adopt_seconds": self._adopt_seconds,
             "longest_group_seconds": self._longest,
             "longest_pause_seconds": self._pause,
+            **self._group_seconds.values(),
+            **self._adopt_seconds.values(),
         }
 
     def _abandon(self) -> None:
@@ -207,8 +209,7 @@ class RolloutActor:
                     self._producer.adopt_base(base)
                     self._base = snapshot.base
                 self._producer.adopt(flat, snapshot)
-                self._adoptions += 1
-                self._adopt_seconds += time.monotonic() - started
+                self._adopt_seconds.observe(time.monotonic() - started)
                 return
             self._damaged += 1
         log.warning(
@@ -231,7 +232,9 @@ class RolloutActor:
             if key not in self._leases:
                 continue
             lease = self._leases.pop(key)
-            self._longest = max(self._longest, time.monotonic() - self._since.pop(key))
+            seconds = time.monotonic() - self._since.pop(key)
+            self._longest = max(self._longest, seconds)
+            self._group_seconds.observe(seconds)
             if isinstance(outcome, Fault):
                 self._give_back(outcome, outcome.reason, data=True)
             else:

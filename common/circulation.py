@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from common.admission import Admission
 from common.errors import RunError
+from common.histogram import Histogram
 from common.lease import FinishedGroup, Lease, RejoinFirst
 from common.ledger import GroupState
 from common.recovery import ATTEMPTS_PER_LIFE, NO_SPREAD, Recovered
@@ -51,6 +52,7 @@ class Circulation:
         self.tally: Counter[str] = Counter({key: int(found.counters.get(key, 0)) for key in TALLIES})
         self.tally["lost_groups"] += len(found.lost)
         self.last_staleness: list[int] = []
+        self.staleness = Histogram("replay_group_staleness")
         self._store = store
         self._groups_per_step = groups_per_step
         self._groups_limit = groups_limit
@@ -174,6 +176,8 @@ class Circulation:
         self._check_staleness(numbers, ages)
         for number in numbers:
             self.ledger.sample(number)
+        for age in ages:
+            self.staleness.observe(age)
         self.last_staleness = ages or self.last_staleness  # a closing batch says nothing
         return version, ages, self._take_generated()
 

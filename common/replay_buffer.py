@@ -366,6 +366,7 @@ class ReplayBuffer:
             "fill": counts[GroupState.FINISHED] / tickets if tickets else 0.0,
             **self._store.gauges(),
             **self._counters(),
+            **self._groups.staleness.values(),
             "no_spread_discards": float(self._ledger.discards().get(NO_SPREAD, 0)),
             "stale_discards": float(self._ledger.discards().get(STALE, 0)),
             "batch_staleness_max": float(max(ages, default=0)),

@@ -29,6 +29,8 @@ class CheckpointWriter:
         self._writing: Future[list[Checkpoint]] | None = None
         self.newest = -1
         """Step of the newest checkpoint that this writer made durable."""
+        self.durable_at = time.time()
+        """When it became that (Unix time); before the first one, when this writer was made."""
         self.seconds = 0.0
         """How long the last one took to write."""
         self.failures = 0
@@ -72,7 +74,7 @@ class CheckpointWriter:
             raise RunError(
                 f"checkpoint of step {step} in {self._store.name} cannot be written: {one_line(error)}; make room there"
             ) from error
-        self.newest, self.seconds = step, time.monotonic() - started
+        self.newest, self.seconds, self.durable_at = step, time.monotonic() - started, time.time()
         try:
             return self._store.prune(self._keep)
         except RunError as error:  # it is durable all the same

@@ -368,7 +368,9 @@ def replay(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="Which measurement: async, chaos, engine, learner, main, scaling.")],
+    name: Annotated[
+        str, typer.Argument(help="Which measurement: async, chaos, engine, exporter, learner, main, scaling.")
+    ],
     quick: Annotated[bool, typer.Option("--quick", help="A small version of the measurement.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on the last line.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Runs with seeds 0, 1, ...")] = 1,

@@ -22,6 +22,7 @@ import logging
 import time
 from collections.abc import Awaitable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +33,7 @@ from actors.failure import FailureKind, cause_line, comes_back, failure_kind
 from actors.fleet import Fleet, patiently
 from common.config import Config
 from common.errors import RunError, UserError, one_line
+from common.histogram import reported_keys
 from common.replay_buffer import ReplayBuffer
 from common.segment_store import SegmentStore
 from common.tasks import Task, build_task
@@ -79,6 +81,7 @@ BUFFER_METRICS = {
     "sample_wait_seconds": "learner_wait_seconds",
     "lease_wait_seconds": "rollout_wait_seconds",
 }
+STALENESS_KEYS = reported_keys("replay_group_staleness")
 
 
 class Controller:
@@ -138,6 +141,8 @@ class Controller:
             looks.cancel()
             if self._exporter is not None:
                 self._exporter.close()
+            if self._phase in ("finished", "stopped"):
+                self._directory.withdraw()
 
     async def events(self, after: int) -> list[tuple[str, dict[str, Any]]]:
         """Called by the driver: the events from number `after` on; blocks until there is one."""
@@ -244,10 +249,7 @@ class Controller:
     async def _work(self) -> dict[str, Any]:
         config = self.config
         if config.metrics.port >= 0:
-            self._exporter = Exporter(host=config.metrics.host, port=config.metrics.port)
-            target = [{"targets": [self._exporter.address], "labels": {"run": config.run.name}}]
-            self._directory.write_json("metrics_target.json", target)
-            await self._tell("metrics", {"address": self._exporter.address})
+            await self._export()
         await self._enter("warm_start")
         await self._unless_stopped(self._start_learner())
         reached = {"steps": 0.0, "version": 0.0}
@@ -270,6 +272,24 @@ class Controller:
         await self._enter("finished")
         return {**reached, "evaluation": evaluation, "pareto": str(self._directory.pareto)}
 
+    async def _export(self) -> None:
+        """Open the endpoint, and say where it is."""
+        config = self.config
+        now = time.monotonic
+        live = {
+            "run_seconds": lambda: now() - self._started,
+            "run_idle_seconds": lambda: now() - self._progressed,
+        }
+        kept = {"learner_steps", *BUFFER_METRICS.values()}  # a resumed run goes on from what they were
+        self._exporter = Exporter(host=config.metrics.host, port=config.metrics.port, live=live, later=kept)
+        info = (
+            f"name={config.run.name},version={version('diffpo')},task={config.task.name},learns={config.learner.train}"
+        )
+        self._exporter.update({f"run_info{{{info}}}": 1.0, "run_stall_seconds": config.run.stall_timeout})
+        address = self._exporter.reachable(ray.util.get_node_ip_address())
+        self._directory.announce([{"targets": [address], "labels": {"run": config.run.name}}])
+        await self._tell("metrics", {"address": address})
+
     async def _evaluate(self, steps: int) -> dict[str, Any]:
         """What `evaluation.json` holds; one that was cut off goes on."""
         from learner.evaluation_fleet import room_for_workers
@@ -288,8 +308,6 @@ class Controller:
         draw_pareto(points, self._directory.pareto, title=f"{config.task.name}, run {config.run.name}")
         self._directory.write_json(EVALUATION, results)  # with it the run has finished: last
         kept.remove()
-        if self._exporter is not None:
-            self._exporter.replace("evaluation_frontier_area", results["area"])
         return results
 
     async def _start_learner(self) -> None:
@@ -546,8 +564,7 @@ class Controller:
         if self._exporter is None:
             return
         self._exporter.update({BUFFER_METRICS[key]: value for key, value in gauges.items() if key in BUFFER_METRICS})
-        self._exporter.update(fleet)
-        self._exporter.update({"run_seconds": now - self._started, "run_idle_seconds": now - self._progressed})
+        self._exporter.update({key: gauges[key] for key in STALENESS_KEYS if key in gauges} | fleet)
         states = {key.removeprefix("groups_"): gauges[key] for key in gauges if key.startswith("groups_")}
         self._exporter.replace("replay_groups", states)
 

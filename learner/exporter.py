@@ -1,26 +1,59 @@
 """Exporter: the Prometheus endpoint of a run.
 
 One endpoint, in the controller: a custom collector over the newest values that parts have reported, in a registry of
-its own. Only names of the catalogue are exported. Bound to loopback unless the configuration says otherwise.
+its own. Only names and labels of the catalogue are exported; counters and histograms are there, at 0, from the start
+(but for those that a run goes on from), so that their first increase is seen. Bound to loopback unless the
+configuration says otherwise.
 """
 
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from common.errors import UserError, cause
-from common.metrics import CATALOGUE, PREFIX, split_labels
+from common.histogram import Histogram
+from common.metrics import CATALOGUE, split_labels
+
+EVERYWHERE = ("0.0.0.0", "::")
+SUM = ("sum",)
+Series = dict[tuple[str, ...], float]
 
 
 class Exporter(Collector):
     """Lives in the controller from start to end of a run; `update` is called with every report."""
 
-    def __init__(self, *, host: str, port: int) -> None:
-        self._values: dict[str, dict[tuple[str, ...], float]] = {}
+    def __init__(
+        self,
+        *,
+        host: str,
+        port: int,
+        live: Mapping[str, Callable[[], float]] | None = None,
+        later: Collection[str] = (),
+    ) -> None:
+        """Open the endpoint.
+
+        Args:
+            host: address to bind.
+            port: to bind; 0 is a free one.
+            live: values that are asked for at each scrape.
+            later: counters that may begin above 0, so that a 0 before would look like an increase.
+
+        Raises:
+            UserError: when the address cannot be bound.
+        """
+        self._live = dict(live or {})
+        self._histograms = {name: Histogram(name) for name, metric in CATALOGUE.items() if metric.kind == "histogram"}
+        self._values: dict[str, Series] = {
+            name: dict.fromkeys(metric.values or ((),), 0.0)
+            for name, metric in CATALOGUE.items()
+            if metric.kind == "counter" and name not in later
+        }
+        for histogram in self._histograms.values():
+            self.update(histogram.values())
         self._registry = CollectorRegistry()
         self._registry.register(self)
         try:
@@ -30,38 +63,52 @@ class Exporter(Collector):
                 f"metrics endpoint {host}:{port} cannot be opened ({error.strerror}); "
                 "set metrics.port=0 for a free port"
             ) from error
-        self.address = f"{host}:{self._server.server_port}"
+        self._host, self._port = host, self._server.server_port
+        self.address = self.reachable(host)
+
+    def reachable(self, node: str) -> str:
+        """Address for other machines, where `node` is this one's: the endpoint may be bound to all there are."""
+        host = node if self._host in EVERYWHERE else self._host
+        return f"[{host}]:{self._port}" if ":" in host else f"{host}:{self._port}"
 
     def update(self, values: Mapping[str, float]) -> None:
-        """Take new values; keys are `name` or `name{label=value}`. All series of a metric named here are replaced.
+        """Take new values; keys as `split_labels` takes them. All series of a metric named here are replaced.
+
+        A value under a histogram's own name is one that it shall count.
 
         Raises:
-            KeyError: for a name that the catalogue does not have.
+            KeyError: for a name or a label that the catalogue does not have.
         """
-        fresh: dict[str, dict[tuple[str, ...], float]] = {}
+        fresh: dict[str, Series] = {}
         for key, value in values.items():
             name, labels = split_labels(key)
-            if name not in CATALOGUE:
-                raise KeyError(f"metric {name!r} is not in common.metrics.CATALOGUE")
-            wanted = len(CATALOGUE[name].labels)
-            labels = labels or ("all",) * wanted
-            fresh.setdefault(name, {})[labels] = value
+            if not labels and name in self._histograms:
+                histogram = self._histograms[name]
+                histogram.observe(value)
+                self.update(histogram.values())
+            else:
+                fresh.setdefault(name, {})[labels] = value
         self._values.update(fresh)
 
     def replace(self, name: str, values: Mapping[str, float]) -> None:
         """Set all series of a metric with one label at once."""
-        self._values[name] = {(label,): value for label, value in values.items()}
+        label = CATALOGUE[name].labels[0]
+        self.update({f"{name}{{{label}={of}}}": value for of, value in values.items()})
 
     def collect(self) -> Iterator[Metric]:
         """Called by the client library at each scrape."""
-        for name, series in list(self._values.items()):
+        live: dict[str, Series] = {name: {(): ask()} for name, ask in self._live.items()}
+        for name, series in (self._values | live).items():
             metric = CATALOGUE[name]
-            family: Any = (CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily)(
-                PREFIX + name, metric.meaning, labels=metric.labels
-            )
-            for labels, value in list(series.items()):
-                family.add_metric(labels, value)
-            yield family
+            if metric.kind == "histogram":
+                buckets = [(labels[0], value) for labels, value in series.items() if labels != SUM]
+                yield HistogramMetricFamily(metric.exported, metric.meaning, buckets=buckets, sum_value=series[SUM])
+                continue
+            family: Any = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
+            found = family(metric.exported, metric.meaning, labels=metric.labels)
+            for labels, value in series.items():
+                found.add_metric(labels, value)
+            yield found
 
     def close(self) -> None:
         self._server.shutdown()

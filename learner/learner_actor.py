@@ -125,7 +125,7 @@ class LearnerActor:
             writer.newest = found.checkpoint.step
         link.publish(version, self._trainer.weights(), [], self._trainer.base())
         begun = {"learner_steps": float(self._trainer.steps), "weights_version": float(version)}
-        self._report("started", begun | self._trainer.gauges())
+        self._report("started", begun | self._counters(writer) | self._trainer.gauges())
         return version
 
     def _checkpoint(self, link: BufferLink, writer: CheckpointWriter, version: int) -> None:
@@ -182,6 +182,7 @@ class LearnerActor:
         return {
             "learner_skipped_steps": float(self._skipped),
             "checkpoint_step": float(writer.newest),
+            "checkpoint_timestamp_seconds": writer.durable_at,
             "checkpoint_blocked_seconds": self._blocked,
             "checkpoint_write_seconds": writer.seconds,
             "checkpoint_failures": float(writer.failures),

@@ -12,6 +12,7 @@
     evaluation.json        before and after, every setting
     pareto.png             the accuracy-NFE frontier before and after
     metrics_target.json    Prometheus `file_sd` target
+    ../_targets/RUN.json   the same, while the run is going on or has failed: Prometheus wants them in one folder
     controller.json        where `diffpo scale` finds the run
 
 A run directory belongs to one run: an existing one is refused, so nothing is ever overwritten, and one driver at a
@@ -35,6 +36,7 @@ from common.errors import UserError, cause
 CONFIG_FILE = "config.yaml"
 EVALUATION = "evaluation.json"
 ROOT = Path("runs")
+TARGETS = "_targets"  # beside the run directories; no run can have the name
 
 
 class RunDirectory:
@@ -121,6 +123,20 @@ class RunDirectory:
     @property
     def pareto(self) -> Path:
         return self.path / "pareto.png"
+
+    def announce(self, target: list[dict[str, Any]]) -> None:
+        """Say where the run's metrics are, in Prometheus' `file_sd` format."""
+        self.write_json("metrics_target.json", target)
+        self._listed.parent.mkdir(exist_ok=True)
+        write_whole(self._listed, json.dumps(target) + "\n")
+
+    def withdraw(self) -> None:
+        """The run ended as it should, and its endpoint is not missed."""
+        self._listed.unlink(missing_ok=True)
+
+    @property
+    def _listed(self) -> Path:
+        return self.path.parent / TARGETS / f"{self.path.name}.json"
 
     def finished_steps(self) -> int | None:
         """How many steps the run was evaluated after; None while it has not finished."""

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from common.config import LearnerConfig
+from common.metrics import MOST_STALENESS, STEP_BUCKETS
 from common.version import LINEAGE, step_of
 from learner.batch import Batch
 from learner.objective import effective_sample_share, log_ratio
 
-STEP_BUCKETS = (1, 2, 4, 8)
 THIRDS = ("low", "middle", "high")
 LARGEST_LOG_RATIO = 80.0  # nats; in metrics only, which say "huge" beyond it instead of infinity
 
@@ -77,7 +77,8 @@ def batch_metrics(batch: Batch, costed: Tensor, advantage: Tensor, version: int)
 
 def update_metrics(sums: StepSums) -> dict[str, float]:
     """Of one update: weights, clipping, KL, by reveal step and staleness."""
-    weight, step, stale = torch.cat(sums.weights), torch.cat(sums.steps), torch.cat(sums.stale)
+    weight, step = torch.cat(sums.weights), torch.cat(sums.steps)
+    stale = torch.cat(sums.stale).clamp(max=MOST_STALENESS)
     metrics = {
         "learner_weight_ess": float(effective_sample_share(weight)),
         "learner_weight_mean": float(weight.mean()),

@@ -183,3 +183,35 @@ def test_a_run_whose_plot_finds_no_room_has_not_finished(tmp_path: Path, monkeyp
         assert RunDirectory(tmp_path).finished_steps() == 2
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("end", "missed"), [("finished", False), ("stopped", False), ("failed", True)])
+def test_a_run_that_ends_as_it_should_is_not_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, missed: bool
+) -> None:
+    """Its target goes; that of a run that failed stays, so that Prometheus sees an endpoint that does not answer."""
+
+    async def scenario() -> None:
+        config = parse_config({"task": {"name": "sudoku"}})
+        run = tmp_path / "first"
+        run.mkdir()
+        controller = Controller(config=config, directory=run)
+        monkeypatch.setattr(controller_module.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+
+        async def work() -> dict[str, Any]:
+            await controller._export()
+            assert (tmp_path / "_targets" / "first.json").exists()
+            if end == "failed":
+                raise RunError("something went wrong")
+            await controller._enter(end)
+            return {}
+
+        monkeypatch.setattr(controller, "_work", work)
+        await controller.run()
+
+    if missed:
+        with pytest.raises(RunError, match="something went wrong"):
+            asyncio.run(scenario())
+    else:
+        asyncio.run(scenario())
+    assert (tmp_path / "_targets" / "first.json").exists() == missed

@@ -12,6 +12,7 @@ from actors import fleet as module
 from actors.fleet import Fleet
 from common.config import RolloutConfig
 from common.errors import RunError
+from common.histogram import Histogram
 
 
 class Actor:
@@ -21,6 +22,8 @@ class Actor:
         self.stage, self.name = stage, name
         self.pending = self.hanging = False
         self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.group_seconds = Histogram("rollout_group_seconds")
+        self.group_seconds.observe(2.0)
 
     def end(self, error: Exception | None = None) -> None:
         if not self.over.done():
@@ -44,6 +47,7 @@ class Actor:
         if not (self.pending or self.hanging):
             reply.set_result(
                 {"version": 0.0, "row_forwards": 100.0, "longest_group_seconds": 1.0, "longest_pause_seconds": 0.0}
+                | self.group_seconds.values()
             )
         return reply
 
@@ -254,7 +258,11 @@ def test_counters_of_the_dead_count_once(monkeypatch: pytest.MonkeyPatch) -> Non
         stage.actors["rollout-0.0"].end(RayActorError())
         await asking
         await fleet.gauges()
-        assert (await fleet.gauges())["rollout_row_forwards"] == 200  # of the dead one and of its replacement
+        gauges = await fleet.gauges()
+        assert gauges["rollout_row_forwards"] == 200  # of the dead one and of its replacement
+        assert gauges["rollout_group_seconds_bucket{le=2.5}"] == gauges["rollout_group_seconds_bucket{le=+Inf}"] == 2
+        assert (gauges["rollout_group_seconds_bucket{le=1}"], gauges["rollout_group_seconds_sum"]) == (0, 4.0)
+        assert gauges["weights_adopt_seconds_bucket{le=+Inf}"] == 0
 
     play(monkeypatch, scenario)
 

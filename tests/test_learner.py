@@ -25,7 +25,7 @@ from torch import Tensor
 
 import learner.learner as module
 from common.config import ThresholdConfig
-from common.metrics import CATALOGUE, split_labels
+from common.metrics import CATALOGUE, MOST_STALENESS, split_labels
 from common.policy import Policy
 from common.trajectory import Completion, decode_group, encode_group
 from learner.batch import Batch, build_batch
@@ -659,6 +659,14 @@ def test_every_metric_is_in_the_catalogue_with_its_labels(policy: Policy, batch:
     assert "learner_weight_ess{reveal_step=1}" in metrics
     assert "learner_surrogate_kl{passes=2,reveal_step=1}" in metrics
     assert "threshold_gamma_by_difficulty{group_reward=middle}" in metrics
+
+
+def test_staleness_has_few_values_however_old_tokens_are(policy: Policy, batch: Batch) -> None:
+    metrics = Learner(policy, learner_config()).step(batch, version=400)
+    assert metrics["replay_staleness_max"] == 400
+    named = [key for key in metrics if "{staleness=" in key]
+    assert named == [f"learner_weight_{kind}{{staleness={MOST_STALENESS}}}" for kind in ("mean", "ess")]
+    assert metrics[named[0]] == metrics["learner_weight_mean"]
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,8 @@ def test_a_group_goes_round() -> None:
         gauges = await buffer.gauges()
         assert (gauges["groups_trained"], gauges["groups_leased"], gauges["tickets"], gauges["version"]) == (2, 4, 4, 1)
         assert (gauges["held_bytes"], gauges["completions"], gauges["wasted_groups"]) == (0, 8, 0)
+        buckets = [gauges[f"replay_group_staleness_bucket{{le={bound}}}"] for bound in (0, 1, "+Inf")]
+        assert (buckets, gauges["replay_group_staleness_sum"]) == ([2, 2, 2], 0)
         assert vars(Ledger.from_journal(await buffer.journal())) == vars(buffer._ledger)
 
     asyncio.run(scenario())

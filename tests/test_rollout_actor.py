@@ -207,7 +207,12 @@ def test_a_group_longer_than_its_lease_is_renewed_until_its_hand_in_is_answered(
         assert acting.train().numbers == [0, 1]
         gauges = acting.gauges()
         assert (gauges["expired_leases"], gauges["late_results"]) == (0, 0)
-        assert acting.actor.gauges()["longest_group_seconds"] > 0.3
+        seen = acting.actor.gauges()
+        assert seen["longest_group_seconds"] > 0.3
+        assert (seen["rollout_group_seconds_bucket{le=0.25}"], seen["rollout_group_seconds_bucket{le=+Inf}"]) == (0, 2)
+        assert 0.6 < seen["rollout_group_seconds_sum"] <= 2 * seen["longest_group_seconds"]
+        assert seen["weights_adopt_seconds_bucket{le=+Inf}"] >= 1
+        assert seen["weights_adopt_seconds_sum"] > 0
 
 
 def test_the_loop_sleeps_while_it_has_nothing_to_do() -> None:

@@ -174,3 +174,19 @@ def test_the_lock_ends_with_the_process_that_held_it(directory: RunDirectory) ->
     holder.communicate(timeout=30)
     with directory.lock():
         pass
+
+
+def test_targets_of_runs_lie_in_one_folder_until_they_end_as_they_should(tmp_path: Path) -> None:
+    targets = tmp_path / "_targets"
+    one, other = (RunDirectory.create(config_for(tmp_path, name)) for name in ("one", "other"))
+    for directory in (one, other):
+        directory.announce([{"targets": ["127.0.0.1:7"], "labels": {"run": directory.path.name}}])
+    for name in ("one", "other"):
+        assert json.loads((targets / f"{name}.json").read_text())[0]["labels"] == {"run": name}
+        assert json.loads((tmp_path / name / "metrics_target.json").read_text())[0]["targets"] == ["127.0.0.1:7"]
+    one.withdraw()
+    one.withdraw()
+    assert [path.name for path in targets.iterdir()] == ["other.json"]
+    assert (tmp_path / "one" / "metrics_target.json").exists()
+    with pytest.raises(UserError, match=r"run\.name"):
+        config_for(tmp_path, "_targets")  # no run can have the folder's name

@@ -17,11 +17,12 @@ BENCHMARKS = {
     "async": "learner.benchmarks.asynchrony",
     "chaos": "learner.benchmarks.chaos",
     "engine": "learner.benchmarks.engine",
+    "exporter": "learner.benchmarks.exporter",
     "learner": "learner.benchmarks.learner",
     "main": "learner.benchmarks.main_job",
     "scaling": "learner.benchmarks.scaling",
 }
-UNCONFIGURED = ("async", "engine")
+UNCONFIGURED = ("async", "engine", "exporter")
 
 
 @dataclass(frozen=True)

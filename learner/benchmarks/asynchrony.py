@@ -43,6 +43,7 @@ from ray.util.queue import Queue
 from actors.fleet import Fleet
 from common.admission import ADMISSIONS, WindowedFifo
 from common.config import RolloutConfig
+from common.histogram import reported_keys
 from common.lease import FinishedGroup, Lease
 from learner.benchmarks import Options
 from learner.benchmarks.engine_host import EngineHost
@@ -241,7 +242,8 @@ class _Measurements:
                 for version in range(2, workload.steps)
                 if (key := f"adopted_{version}") in gauges
             )
-            stall.append(sum(g["adopt_seconds"] for g in seen) / sum(g["adoptions"] for g in seen))
+            *_, adoptions, seconds = reported_keys("weights_adopt_seconds")
+            stall.append(sum(g[seconds] for g in seen) / sum(g[adoptions] for g in seen))
         return {
             "adopt_stall": max(stall),
             "adopt_8_vs_1": delay[8] / delay[1],
