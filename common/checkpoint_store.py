@@ -28,6 +28,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from common.errors import RunError, UserError, cause
+from common.new_folder import new_folder, sync
 
 SCHEMA_VERSION = "1"
 MANIFEST = "manifest.json"
@@ -226,10 +227,11 @@ class CheckpointStore:
         )
 
     @contextmanager
-    def fetch(self, checkpoint: Checkpoint) -> Iterator[Path]:
-        """A local folder with the checkpoint's files, read-only by agreement.
+    def fetch(self, checkpoint: Checkpoint, into: Path | None = None) -> Iterator[Path]:
+        """A folder with the checkpoint's files, read-only by agreement.
 
-        Of a local store it is the checkpoint itself, not verified; otherwise a verified download, removed afterwards.
+        Of a local store it is the checkpoint itself, not verified; otherwise a verified download: into a folder that
+        stays and is not downloaded to again, or else into one that is removed afterwards.
 
         Raises:
             CheckpointDamaged: when a file that is downloaded is not what was committed.
@@ -237,6 +239,12 @@ class CheckpointStore:
         """
         if self._local:
             yield Path(self._path, checkpoint.name)
+            return
+        if into is not None:
+            if not into.is_dir():
+                with new_folder(into) as folder:
+                    self._download(checkpoint, folder)
+            yield into
             return
         with _temporary() as directory:
             self._download(checkpoint, Path(directory))
@@ -377,7 +385,7 @@ class Draft:
         if self._store._local:
             for directory in [*(at for at, _, _ in walked), self._store._path, Path(self._store._path).parent]:
                 with self._failure_named(f"folder {directory} cannot be committed"):
-                    _sync(directory)
+                    sync(directory)
         return files
 
     def _secure(self, name: str) -> StoredFile:
@@ -405,8 +413,8 @@ class Draft:
                 with filesystem.open_output_stream(file, compression=None) as sink:
                     sink.write(encoded)
                 if self._store._local:
-                    _sync(file)
-                    _sync(self._folder)
+                    sync(file)
+                    sync(self._folder)
         except BaseException:
             with suppress(*_FAILURES):
                 filesystem.delete_file(file)
@@ -443,15 +451,6 @@ def _failure_named(what: str, way_out: str) -> Iterator[None]:
 
 def _raise(error: OSError) -> None:
     raise error
-
-
-def _sync(path: str | Path) -> None:
-    """Make a file or a folder survive a power failure."""
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
 
 
 def _canonical(value: Any) -> str:

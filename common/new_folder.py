@@ -48,6 +48,15 @@ def writing(folder: Path) -> Iterator[None]:
         raise RunError(f"{folder} cannot be written ({cause(error)}); make room there") from error
 
 
+def sync(path: str | Path) -> None:
+    """Make a file or a folder survive a power failure."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

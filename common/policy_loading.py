@@ -151,6 +151,11 @@ def read_learned(policy: Policy, folder: Path) -> dict[str, Tensor]:
     return adapter | _read_own(folder)
 
 
+def on_cpu(config: Config) -> Config:
+    """The same configuration with a policy that is opened there, whatever its device."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"device": "cpu"})})
+
+
 def open_policy(config: Config, task: Task) -> Policy:
     """The policy that a run starts from: `model.path` if given, else a small one built for the task, unadapted."""
     if config.model.path is not None:

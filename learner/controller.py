@@ -19,8 +19,10 @@
 
 import asyncio
 import logging
+import shutil
 import time
 from collections.abc import Awaitable
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +34,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from actors.failure import FailureKind, cause_line, comes_back, failure_kind
 from actors.fleet import Fleet, patiently
 from common.config import Config
-from common.errors import RunError, UserError, one_line
+from common.errors import RunError, UserError, cause, one_line
 from common.histogram import reported_keys
 from common.replay_buffer import ReplayBuffer
 from common.segment_store import SegmentStore
@@ -109,6 +111,7 @@ class Controller:
         self._warned = False
         self._lost = 0.0
         self._task: Task | None = None
+        self._unwritten = False
         self._capacity: Capacity | None = None
         self._evaluating: dict[int, str] = {}  # what each evaluation worker does
 
@@ -155,7 +158,15 @@ class Controller:
         self._progressed = time.monotonic()
         if self._exporter is not None:
             self._exporter.update(values)
-        self._directory.append_metrics({"kind": kind, "seconds": round(self._progressed - self._started, 3), **values})
+        row = {"kind": kind, "seconds": round(self._progressed - self._started, 3), **values}
+        try:
+            self._directory.append_metrics(row)
+        except OSError as error:
+            if not self._unwritten:
+                self._unwritten = True
+                await self._tell(
+                    "warning", {"text": f"metrics.jsonl lacks steps, it cannot be written: {cause(error)}"}
+                )
         await self._tell(kind, values)
 
     async def warn(self, text: str) -> None:
@@ -300,7 +311,7 @@ class Controller:
         config = self.config
         listener = ray.get_runtime_context().current_actor
         last = max(self._checkpoints.checkpoints(), key=lambda one: one.version)
-        with self._checkpoints.fetch(last) as after:
+        with self._checkpoints.fetch(last, self._directory.path / "evaluated" / last.name) as after:
             folders = {"before": self._directory.warm_start, "after": after}
             kept = ShardFolder(self._directory.path, config, folders)
             points = await Evaluation(config, folders, kept).on_ray(workers=room_for_workers(config), listener=listener)
@@ -308,6 +319,7 @@ class Controller:
         draw_pareto(points, self._directory.pareto, title=f"{config.task.name}, run {config.run.name}")
         self._directory.write_json(EVALUATION, results)  # with it the run has finished: last
         kept.remove()
+        shutil.rmtree(self._directory.path / "evaluated", ignore_errors=True)
         return results
 
     async def _start_learner(self) -> None:
@@ -448,7 +460,8 @@ class Controller:
                 )
             if idle >= limit:
                 waits = await self._who_waits()
-                self._directory.write_json("stall.json", waits)
+                with suppress(OSError):  # the message says the same
+                    self._directory.write_json("stall.json", waits)
                 raise RunError(
                     f"no progress for {idle:.0f} s in phase {self._phase} (run.stall_timeout={limit:g})"
                     f"{self._untrainable}; raise the limit if single groups or steps take longer, else look at the "
@@ -559,7 +572,7 @@ class Controller:
             proposal = capacity.propose(gauges, self._fleet, now)
             if proposal is not None:
                 await self._scaled(*proposal)
-            fleet |= capacity.gauges()
+            fleet |= capacity.gauges(self._fleet.wanted)
         fleet["learner_restarts"] = float(self._learner_deaths)
         if self._exporter is None:
             return

@@ -53,17 +53,21 @@ def train(
     """
     if not resume:
         RunDirectory.check_free(config.run_directory)
+        _check(config, parts)
+        return _run(config, None, show, parts)
+    directory = RunDirectory(config.run_directory)
+    with directory.lock():
+        _check(config, parts)
+        return _run(config, directory, show, parts)
+
+
+def _check(config: Config, parts: Parts) -> None:
     check_port(config.metrics.host, config.metrics.port)
     RunDirectory(config.run_directory).checkpoint_store(config)  # refuses a URI that is not understood
     if parts is POLICY:
         from learner.preflight import preflight
 
         preflight(config, here=chosen_address(config.run.ray_address) == LOCAL)
-    if resume:
-        directory = RunDirectory(config.run_directory)
-        with directory.lock():
-            return _run(config, directory, show, parts)
-    return _run(config, None, show, parts)
 
 
 def _run(
@@ -92,8 +96,8 @@ def _follow_in(
     config: Config, directory: RunDirectory, show: Callable[[str, dict[str, Any]], None], parts: Parts
 ) -> dict[str, Any]:
     cluster = {"ray_address": ray.get_runtime_context().gcs_address, "namespace": config.run.name}
-    directory.write_json(CONTROLLER_FILE, cluster)
     try:
+        directory.write_json(CONTROLLER_FILE, cluster)
         return _follow(config, directory.path, show, parts)
     except RunError as error:
         raise RunError(

@@ -23,7 +23,7 @@ from actors.evaluation import Evaluator, Point, Setting, standard_settings
 from actors.failure import FailureKind, cause_line, failure_kind
 from common.config import Config
 from common.errors import RunError, UserError, one_line
-from common.policy_loading import load_policy
+from common.policy_loading import load_policy, on_cpu
 from common.tasks import build_task
 
 Done = Callable[[int, Point], None]
@@ -74,7 +74,10 @@ class EvaluationWorker:
             self.close()
             self._tell(f"loads policy {shard.name}")
             config, chosen = self._config, self._config.evaluation
-            policy = load_policy(shard.folder, config.model, config.sampler.threshold).for_rollout(config.rollout)
+            policy = load_policy(
+                shard.folder, on_cpu(config).model, config.sampler.threshold
+            )  # narrowed before it moves
+            policy = policy.for_rollout(config.rollout).to(config.model.device)
             self._evaluator = Evaluator(policy, self._task, config, prompts=chosen.prompts, split=chosen.split)
             self._folder = shard.folder
 

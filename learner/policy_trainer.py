@@ -16,7 +16,7 @@ from common.adapter import Base, adapt, adapted, learned_state
 from common.config import Config
 from common.errors import RunError, one_line
 from common.policy import THRESHOLD_CONFIG, Policy
-from common.policy_loading import load_policy, open_empty_policy, open_policy, read_learned
+from common.policy_loading import load_policy, on_cpu, open_empty_policy, open_policy, read_learned
 from common.tasks import build_task
 from common.trajectory import decode_group
 from common.weights import adopt_base, base_arrays, load_flat, not_finite, to_flat
@@ -180,8 +180,3 @@ class PolicyTrainer:
         policy = open_empty_policy(self.config, self._task, dtype).for_rollout(self.config.rollout)
         adopt_base(policy, self._base)
         return policy
-
-
-def on_cpu(config: Config) -> Config:
-    """The same configuration with a policy that is opened there, whatever its device."""
-    return config.model_copy(update={"model": config.model.model_copy(update={"device": "cpu"})})

@@ -8,7 +8,7 @@ import torch
 from actors.reward_pool import RewardPool, Score
 from common.config import Config
 from common.errors import UserError, one_line
-from common.policy_loading import check_cache_of_folder, open_rollout_policy, open_tokenizer
+from common.policy_loading import check_cache_of_folder, on_cpu, open_rollout_policy, open_tokenizer
 from common.tasks import SPLITS, CustomConfig, Split, Task, build_task
 from learner.demonstrations import Demonstrations, checked_ids
 
@@ -42,9 +42,7 @@ def preflight(config: Config, *, trains: bool = True, evaluates: bool = True, he
     if evaluates:
         check_cache_of_folder(config)
     if config.model.lora is not None:  # targets that its layers do not have; on the CPU, its memory is not touched
-        open_rollout_policy(
-            config.model_copy(update={"model": config.model.model_copy(update={"device": "cpu"})}), task
-        )
+        open_rollout_policy(on_cpu(config), task)
     if isinstance(config.task, CustomConfig) and (trains or evaluates):
         check_reward(config, task, "train" if trains else chosen.split)
     return task

@@ -9,6 +9,7 @@
     set_aside/             batches that could not be trained on, with the weights that they met
     quarantine.json        prompts that failed twice, with tracebacks
     shards/                what a final evaluation that is going on has finished
+    evaluated/             the checkpoint that it measures, where checkpoints are in an object store
     evaluation.json        before and after, every setting
     pareto.png             the accuracy-NFE frontier before and after
     metrics_target.json    Prometheus `file_sd` target

@@ -21,7 +21,7 @@ from common.checkpoint_store import CheckpointStore
 from common.config import Config, WarmStartConfig
 from common.errors import RunError, UserError, one_line
 from common.keyed_random import derive
-from common.new_folder import writing
+from common.new_folder import sync, writing
 from common.policy import Policy
 from common.policy_loading import load_policy, open_policy
 from common.tasks.task import Task
@@ -90,7 +90,8 @@ class WarmStart:
         self._optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for rows in self._laid_out(demonstrations, self._generator):
-            with autocast(self.policy.device, enabled=self._settings.autocast), self._checkpointing():
+            cache = not self._config.learner.activation_checkpointing
+            with autocast(self.policy.device, enabled=self._settings.autocast, cache=cache), self._checkpointing():
                 loss = masked_diffusion_loss(self.policy, rows)
             loss.backward()
             total += float(loss.detach())
@@ -212,10 +213,12 @@ def supervised(
 
 
 def save_start(policy: Policy, folder: Path) -> None:
-    """Write the weights that training starts from. Raises RunError when they cannot be written."""
+    """Write the weights that training starts from, to survive a power failure. Raises RunError when that fails."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         policy.save(folder)
+        for path in (*folder.iterdir(), folder):
+            sync(path)
 
 
 def _run(
