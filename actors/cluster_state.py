@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 from ray._private.state import state as cluster_state
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.placement import Demand, Node, why_pending
 
@@ -29,6 +30,19 @@ def living_nodes() -> list[Node]:
             room = [of.get(kind, 0.0) for of in (total, rest) for kind in ("CPU", "GPU")]
             found.append(Node(node["Labels"], *room))
     return found
+
+
+def on_this_node() -> Any:
+    """Scheduling strategy of what must live where the caller does, and never on a node that comes and goes."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def pending_of(actor_class: str) -> int:
+    """How many actors of a class, of this job, wait for a node."""
+    job = ray.get_runtime_context().get_job_id()
+    table = cluster_state.actor_table(None, job_id=None, actor_state_name="PENDING_CREATION")
+    mine = [one for one in table.values() if one["ActorClassName"] == actor_class and one["JobID"] == job]
+    return sum(not one["Address"]["Port"] for one in mine)
 
 
 def pending(actors: list[Any]) -> list[bool]:

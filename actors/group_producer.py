@@ -18,7 +18,8 @@ from actors.engine import DenoisingEngine
 from actors.group import finished_group, group_requests
 from actors.producer import Fault
 from actors.request import Failure
-from actors.reward_pool import RewardPool, Scores
+from actors.reward_actor import rewards_of
+from actors.reward_pool import Scores
 from common.config import Config
 from common.errors import UserError, one_line
 from common.histogram import Histogram
@@ -60,7 +61,7 @@ class GroupProducer:
             fixed_padding=config.deterministic,
         )
         self._engine.version = -1
-        self._rewards = RewardPool(self._task, config.rollout)
+        self._rewards = rewards_of(config, self._task)
         # by (number, attempt): a lost lease may come back here while its old rows still run out
         self._groups: dict[tuple[int, int], _Group] = {}
         self._rows: dict[int, tuple[tuple[int, int], int]] = {}

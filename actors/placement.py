@@ -48,6 +48,13 @@ class Node:
     free_cpus: float
     free_gpus: float
 
+    def room(self, demand: Demand) -> int:
+        """How many actors it could hold, were it empty."""
+        if not demand.labels.items() <= self.labels.items():
+            return 0
+        shares = [have / want for have, want in ((self.cpus, demand.cpus), (self.gpus, demand.gpus)) if want]
+        return int(min(shares, default=0))
+
 
 def why_pending(demand: Demand, nodes: Sequence[Node]) -> str:
     """Why an actor that asks for `demand` has no node, as far as the nodes that are there tell; empty where one has

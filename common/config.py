@@ -217,6 +217,10 @@ class RolloutConfig(Section):
     """torch.compile the forward pass: padding is fixed, and the number of rows rounded up to an eighth of `slots`."""
     reward_workers: int = Field(default=1, ge=1)
     """Reward processes of one rollout actor."""
+    reward_cpus: float | None = Field(default=None, gt=0)
+    """CPUs that Ray reserves, on another node maybe, for the rewards of each rollout actor; null scores inside it."""
+    reward_labels: dict[Label, Label] = Field(default_factory=dict)
+    """Ray node labels that the node of these rewards must have, e.g. {gpu: none}; needs `reward_cpus`."""
     reward_timeout: float = Field(default=10.0, gt=0, le=604_800)
     """Seconds that the rewards of one group may take; in evaluation, that of one prompt."""
     reward_memory_bytes: int = Field(default=2**30)
@@ -239,6 +243,11 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _within_bounds(self) -> Self:
+        if self.reward_labels and self.reward_cpus is None:
+            raise ValueError(
+                f"reward_labels={self.reward_labels} without reward_cpus: rewards are scored inside the rollout "
+                "actors; give reward_cpus=1, or leave reward_labels out"
+            )
         if self.max_actors is not None and not self.min_actors <= self.actors <= self.max_actors:
             raise ValueError(
                 f"actors={self.actors} must lie between min_actors={self.min_actors} and "

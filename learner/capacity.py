@@ -8,12 +8,13 @@
 
 import asyncio
 
+from actors.cluster_state import pending_of, why_waiting
 from actors.fleet import Fleet
+from actors.reward_actor import RewardActor, reward_demand
 from actors.scaling_policy import Reading, Reason, ScalingPolicy
 from common.config import Config
+from common.metrics import CATALOGUE
 from learner.learner_ranks import reserved, unplaced
-
-REASONS: tuple[Reason | str, ...] = ("command", "learner_waits", "rollout_waits", "stale")
 
 
 class Capacity:
@@ -27,7 +28,7 @@ class Capacity:
             ScalingPolicy(least=rollout.min_actors, most=most, window=rollout.scaling_seconds) if most else None
         )
         self.group = reserved(config.learner)
-        self.scalings: dict[str, float] = dict.fromkeys(REASONS, 0.0)
+        self.scalings: dict[str, float] = {reason: 0.0 for (reason,) in CATALOGUE["rollout_scalings"].values}
         self.pending = 0
         """Rollout actors without a node."""
         self.learner = ""
@@ -41,10 +42,14 @@ class Capacity:
         """See who waits for nodes now."""
         self.learner = await asyncio.to_thread(unplaced, self.group, self._config.learner)
         self.pending = await fleet.look_for_nodes() if fleet is not None else 0
+        rewards = ""
+        if self._config.rollout.reward_cpus is not None and await asyncio.to_thread(pending_of, RewardActor.__name__):
+            why = await asyncio.to_thread(why_waiting, reward_demand(self._config.rollout))
+            rewards = f"rewards of rollout actors: each {why}" if why else ""
         rollout = f"{self.pending} rollout actors: each {fleet.waiting}" if fleet is not None and self.pending else ""
         learner = f"the learner {self.learner}" if self.learner else ""
-        self.lacking = learner or (rollout if fleet is not None and not fleet.working else "")
-        self.wanting = "; ".join(filter(None, (learner, rollout)))
+        self.lacking = learner or (rollout if fleet is not None and not fleet.working else "") or rewards
+        self.wanting = "; ".join(filter(None, (learner, rollout, rewards)))
 
     def propose(self, gauges: dict[str, float], fleet: Fleet, now: float) -> tuple[int, Reason] | None:
         """How many actors there should be, and why, by the buffer's gauges; None while nothing should change."""

@@ -31,6 +31,7 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
+from actors.cluster_state import on_this_node
 from actors.failure import FailureKind, cause_line, comes_back, failure_kind
 from actors.fleet import Fleet, patiently
 from common.config import Config
@@ -248,6 +249,7 @@ class Controller:
             "idle_seconds": now - self._progressed,
             "steps": self.config.learner.steps,
             "metrics": self._exporter.address if self._exporter is not None else "",
+            "waiting_for_nodes": capacity.wanting if capacity is not None else "",
             "learner": known,
             "actors_wanted": self._fleet.wanted if self._fleet is not None else 0,
             "rollout_actors": await self._fleet.doing() if self._fleet is not None else {},
@@ -376,6 +378,7 @@ class Controller:
                 name="buffer",
                 max_restarts=config.replay.max_restarts,
                 max_task_retries=0,
+                scheduling_strategy=on_this_node(),
             )
             .remote(
                 groups_per_step=config.learner.groups_per_step,

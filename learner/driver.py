@@ -16,6 +16,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from actors.cluster_state import on_this_node
 from actors.failure import cause_line
 from common.config import Config
 from common.errors import RunError, UserError, one_line
@@ -156,7 +157,9 @@ def _taken(name: str) -> UserError:
 def _follow(
     config: Config, directory: Path, show: Callable[[str, dict[str, Any]], None], parts: Parts
 ) -> dict[str, Any]:
-    make = ray.remote(Controller).options(name=CONTROLLER, num_cpus=0, max_concurrency=100)
+    make = ray.remote(Controller).options(
+        name=CONTROLLER, num_cpus=0, max_concurrency=100, scheduling_strategy=on_this_node()
+    )
     try:
         controller: Any = make.remote(config=config, directory=directory, parts=parts)
     except ValueError as error:  # a driver that began at the same moment was faster

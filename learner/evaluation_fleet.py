@@ -19,8 +19,10 @@ import ray
 import torch
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from actors.cluster_state import living_nodes
 from actors.evaluation import Evaluator, Point, Setting, standard_settings
 from actors.failure import FailureKind, cause_line, failure_kind
+from actors.placement import Demand
 from common.config import Config
 from common.errors import RunError, UserError, one_line
 from common.policy_loading import load_policy, on_cpu
@@ -180,16 +182,13 @@ def _tell(listener: Any, place: int, doing: str) -> None:
 
 
 def _start(config: Config, tell: Callable[[str], None] | None) -> Any:
-    rollout = config.rollout
-    options = {"num_cpus": rollout.cpus, "num_gpus": rollout.gpus, "max_restarts": 0}
+    options = Demand.of(config.rollout).options() | {"max_restarts": 0}
     given = (config,) if tell is None else (config, tell)
     return ray.remote(EvaluationWorker).options(**options).remote(*given)
 
 
 def room_for_workers(config: Config) -> int:
-    """How many workers the cluster has room for, at least 1."""
-    there, rollout = ray.cluster_resources(), config.rollout
-    room = there.get("CPU", 0.0) / rollout.cpus
-    if rollout.gpus:
-        room = min(room, there.get("GPU", 0.0) / rollout.gpus)
-    return max(1, int(room))
+    """How many workers the nodes with the labels of rollout actors have room for, at least 1."""
+    demand = Demand.of(config.rollout)
+    rooms = [node.room(demand) for node in living_nodes()]
+    return max(1, sum(rooms))

@@ -24,7 +24,14 @@ SAFE = (
     ),
     *("rollout.actors", "rollout.min_actors", "rollout.max_actors", "rollout.scaling_seconds", "rollout.labels"),
     *("rollout.slots", "rollout.cpus", "rollout.gpus", "rollout.max_restarts"),
-    *("rollout.reward_workers", "rollout.reward_timeout", "rollout.reward_memory_bytes", "rollout.drain_seconds"),
+    *(
+        "rollout.reward_workers",
+        "rollout.reward_timeout",
+        "rollout.reward_cpus",
+        "rollout.reward_labels",
+        "rollout.reward_memory_bytes",
+        "rollout.drain_seconds",
+    ),
     *("replay.lease_seconds", "replay.keep_versions", "replay.memory_bytes", "replay.max_restarts"),
     *(
         "learner.steps",

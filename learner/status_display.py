@@ -28,6 +28,8 @@ def show(status: dict[str, Any], console: Console) -> None:
     console.print(f"directory: {status['directory']}")
     if status["metrics"]:
         console.print(f"metrics: http://{status['metrics']}/metrics")
+    if status["waiting_for_nodes"]:
+        console.print(f"waiting for nodes: {status['waiting_for_nodes']}")
     for name, doing in status["learner"].items():
         console.print(f"{name}: {doing}")
     actors = status["rollout_actors"]

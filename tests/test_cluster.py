@@ -135,3 +135,36 @@ def test_a_run_lives_through_what_a_cluster_does(nodes: Nodes, tmp_path: Path) -
     manifest = json.loads((run / "checkpoints" / f"step-{int(steps[-1]):06d}" / "manifest.json").read_text())
     counters = manifest["facts"]["counters"]
     assert counters["lost_groups"] == counters["violations"] == counters["rewound_groups"] == 0
+
+
+def test_rewards_are_scored_on_nodes_of_their_own_and_survive_their_death(nodes: Nodes, tmp_path: Path) -> None:
+    """A run whose rewards want other nodes waits for one, scores there, and loses nothing when a reward actor dies."""
+    run = tmp_path / "run"
+    nodes.add("both", cpus=2)
+    given = ["rollout.labels.gpu=both", "learner.labels.gpu=both", "rollout.reward_labels.gpu=none"]
+    process = subprocess.Popen(
+        command("sudoku", tmp_path, ENDLESS, "evaluation.drift_every=0", "rollout.reward_cpus=1", *given),
+        cwd=ROOT,
+        env=os.environ | {"RAY_ADDRESS": nodes.address},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    until((run / "controller.json").is_file, process, "no controller")
+    why = "rewards of rollout actors: each waits for a node labelled gpu=none"
+    until(
+        lambda: why in json.loads(asked("status", str(run), "--json"))["waiting_for_nodes"], process, "no wait is told"
+    )
+    assert rows(run) == [], "nothing is trained before there is a node for rewards"
+    first = nodes.add("none")
+    wait_for_step(process, run, 2)
+    assert lives_on("RewardActor") == {first.node_id}
+    second = nodes.add("none")
+    nodes.kill(first)
+    until(lambda: lives_on("RewardActor") == {second.node_id}, process, "rewards did not move")
+    wait_for_step(process, run, len(rows(run)) + 3)
+    assert "stopped" in asked("stop", str(run))
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert not (run / "quarantine.json").exists(), "a reward actor's death is nobody's fault"
+    assert [row["learner_steps"] for row in rows(run)] == list(range(1, len(rows(run)) + 1))

@@ -43,7 +43,7 @@ def test_the_run_is_the_shipped_one(folder: str, shipped: str) -> None:
     here, there = (load_config(each).model_dump(mode="json") for each in (path, ROOT / "deploy/configs" / shipped))
     for tree in (here, there):
         del tree["metrics"], tree["run"]["root"], tree["run"]["capacity_timeout"]
-        for key in ("actors", "min_actors", "max_actors", "cpus", "labels"):
+        for key in ("actors", "min_actors", "max_actors", "cpus", "labels", "reward_cpus", "reward_labels"):
             del tree["rollout"][key]
         del tree["learner"]["cpus"], tree["learner"]["labels"]
         for section, key in (("model", "path"), ("task", "data"), ("task", "test_data")):
