@@ -14,7 +14,7 @@
     pareto.png             the accuracy-NFE frontier before and after
     metrics_target.json    Prometheus `file_sd` target
     ../_targets/RUN.json   the same, while the run is going on or has failed: Prometheus wants them in one folder
-    controller.json        where `diffpo scale` finds the run
+    controller.json        where `diffpo status`, `scale` and `stop` find the run
 
 A run directory belongs to one run: an existing one is refused, so nothing is ever overwritten, and one driver at a
 time works on it (`lock`).
