@@ -8,6 +8,8 @@
 
 import asyncio
 
+from ray.util.placement_group import PlacementGroup
+
 from actors.cluster_state import pending_of, why_waiting
 from actors.fleet import Fleet
 from actors.reward_actor import RewardActor, reward_demand
@@ -27,7 +29,8 @@ class Capacity:
         self._policy = (
             ScalingPolicy(least=rollout.min_actors, most=most, window=rollout.scaling_seconds) if most else None
         )
-        self.group = reserved(config.learner)
+        self.group: PlacementGroup | None = None
+        """The learner's place, once it was asked for."""
         self.scalings: dict[str, float] = {reason: 0.0 for (reason,) in CATALOGUE["rollout_scalings"].values}
         self.pending = 0
         """Rollout actors without a node."""
@@ -37,6 +40,10 @@ class Capacity:
         """What the run cannot go on without; empty while it can."""
         self.wanting = ""
         """What it does without, or cannot go on without."""
+
+    def reserve(self) -> None:
+        """Ask for the learner's place."""
+        self.group = reserved(self._config.learner)
 
     async def look(self, fleet: Fleet | None) -> None:
         """See who waits for nodes now."""

@@ -113,7 +113,7 @@ class Controller:
         self._lost = 0.0
         self._task: Task | None = None
         self._unwritten = False
-        self._capacity: Capacity | None = None
+        self._capacity = Capacity(config)
         self._evaluating: dict[int, str] = {}  # what each evaluation worker does
 
     # -- called from outside ------------------------------------------------------------------------------------
@@ -124,7 +124,6 @@ class Controller:
         Raises:
             UserError, RunError: with the cause, when it did not.
         """
-        self._capacity = Capacity(self.config)
         watchdog = asyncio.create_task(self._watch())
         looks = asyncio.create_task(self._look_for_nodes())
         work = asyncio.create_task(self._work())
@@ -216,8 +215,7 @@ class Controller:
     async def _scaled(self, actors: int, reason: str) -> int:
         assert self._fleet is not None
         was = await self._fleet.scale(actors)
-        if self._capacity is not None:
-            self._capacity.scalings[reason] += 1
+        self._capacity.scalings[reason] += 1
         await self._tell("scale", {"was": was, "actors": actors, "reason": reason})
         return was
 
@@ -235,7 +233,7 @@ class Controller:
         last = next((values for kind, values in reversed(self._events) if kind == "step"), {})
         now = time.monotonic()
         learner, capacity = self._learner, self._capacity
-        if capacity is not None and capacity.learner:
+        if capacity.learner:
             known = {"learner": capacity.learner}
         else:
             calls = learner.doing() if learner is not None else {}
@@ -249,7 +247,7 @@ class Controller:
             "idle_seconds": now - self._progressed,
             "steps": self.config.learner.steps,
             "metrics": self._exporter.address if self._exporter is not None else "",
-            "waiting_for_nodes": capacity.wanting if capacity is not None else "",
+            "waiting_for_nodes": capacity.wanting,
             "learner": known,
             "actors_wanted": self._fleet.wanted if self._fleet is not None else 0,
             "rollout_actors": await self._fleet.doing() if self._fleet is not None else {},
@@ -263,6 +261,7 @@ class Controller:
         config = self.config
         if config.metrics.port >= 0:
             await self._export()
+        self._capacity.reserve()
         await self._enter("warm_start")
         await self._unless_stopped(self._start_learner())
         reached = {"steps": 0.0, "version": 0.0}
@@ -328,8 +327,9 @@ class Controller:
         """A learner with the weights of the warm start; again, should it die over them."""
         while True:
             controller = ray.get_runtime_context().current_actor
-            group = self._capacity.group if self._capacity is not None else None
-            self._learner = LearnerRanks(self.config, self._directory.path, self._parts, controller, group)
+            self._learner = LearnerRanks(
+                self.config, self._directory.path, self._parts, controller, self._capacity.group
+            )
             try:
                 await self._learner.warm_start()
                 return
@@ -452,7 +452,7 @@ class Controller:
         limit = self.config.run.stall_timeout
         while True:
             idle = time.monotonic() - self._progressed
-            lacking = self._capacity.lacking if self._capacity is not None else ""
+            lacking = self._capacity.lacking
             if lacking and idle < self.config.run.capacity_timeout:
                 await asyncio.sleep(NODE_SECONDS)
                 continue
@@ -475,7 +475,6 @@ class Controller:
     async def _look_for_nodes(self) -> None:
         """Who waits for a node; told when it lasts, and once there are enough again."""
         capacity = self._capacity
-        assert capacity is not None
         told = before = ""
         while True:
             await asyncio.sleep(NODE_SECONDS)
@@ -571,11 +570,10 @@ class Controller:
                 "failing rewards or logits (RUN/quarantine.json)"
             )
         capacity, now = self._capacity, time.monotonic()
-        if capacity is not None and not self._stopping.is_set():
-            proposal = capacity.propose(gauges, self._fleet, now)
-            if proposal is not None:
-                await self._scaled(*proposal)
-            fleet |= capacity.gauges(self._fleet.wanted)
+        proposal = None if self._stopping.is_set() else capacity.propose(gauges, self._fleet, now)
+        if proposal is not None:
+            await self._scaled(*proposal)
+        fleet |= capacity.gauges(self._fleet.wanted)
         fleet["learner_restarts"] = float(self._learner_deaths)
         if self._exporter is None:
             return

@@ -12,7 +12,7 @@ import pytest
 from ray.exceptions import RayActorError
 
 from common.config_file import parse_config
-from common.errors import RunError
+from common.errors import RunError, UserError
 from common.ledger import GroupState
 from common.tasks import Example
 from learner import controller as controller_module
@@ -49,6 +49,8 @@ class Buffer:
 
 
 class Fleet:
+    wanted = working = 1
+
     async def leave_drained_nodes(self) -> None: ...
 
     async def gauges(self) -> dict[str, float]:
@@ -215,3 +217,21 @@ def test_a_run_that_ends_as_it_should_is_not_missed(
     else:
         asyncio.run(scenario())
     assert (tmp_path / "_targets" / "first.json").exists() == missed
+
+
+@pytest.mark.parametrize(
+    ("actors", "said"),
+    [
+        (-1, "a run needs at least 1"),
+        (0, "a run needs at least 1"),
+        (501, "can have 500"),
+        (1, r"between rollout\.min_actors=2 and rollout\.max_actors=4"),
+        (5, r"between rollout\.min_actors=2 and rollout\.max_actors=4"),
+        (3, "rollout actors are there in phase train only"),
+    ],
+)
+def test_a_number_of_actors_that_cannot_be_is_refused(tmp_path: Path, actors: int, said: str) -> None:
+    rollout = {"actors": 2, "min_actors": 2, "max_actors": 4}
+    controller = Controller(config=parse_config({"task": {"name": "sudoku"}, "rollout": rollout}), directory=tmp_path)
+    with pytest.raises(UserError, match=said):
+        asyncio.run(controller.scale(actors))
