@@ -776,6 +776,7 @@ def test_a_name_that_another_run_takes_in_the_same_moment(tmp_path: Path, monkey
             raise ActorAlreadyExistsError("controller")
 
     monkeypatch.setattr(driver.ray, "remote", lambda _: Taken())
+    monkeypatch.setattr(driver, "on_this_node", lambda: None)  # there is no Ray here
     with pytest.raises(UserError, match=r"a run of the name new is going .*; choose another run\.name"):
         driver._follow(load_config(None, TINY), tmp_path, lambda *_: None, POLICY)
 
@@ -803,6 +804,7 @@ def test_a_local_ray_without_its_vital_parts_ends_the_driver(tmp_path: Path, mon
     dead: list[str] = []
     monkeypatch.setattr(ray_connection.ray_worker, "_global_node", Node())
     monkeypatch.setattr(driver.ray, "remote", lambda _: Waits())
+    monkeypatch.setattr(driver, "on_this_node", lambda: None)
     monkeypatch.setattr(driver.ray, "wait", wait)
     with pytest.raises(RunError, match=r"the local Ray is gone \(raylet\): killed"):
         driver._follow(load_config(None, TINY), tmp_path, lambda *_: None, POLICY)
