@@ -16,6 +16,9 @@ from ray._private.state import state as cluster_state
 from ray.cluster_utils import Cluster
 from run_fixtures import ENDLESS, ROOT, command, rows, wait_for_step
 
+from learner.controller import NODE_SECONDS
+from learner.ray_connection import _bind
+
 PATIENCE = 90.0
 PREEMPTION = 2  # a reason of Ray's protocol for draining a node
 
@@ -24,6 +27,7 @@ class Nodes:
     """A head that nothing fits on, and what is added to it."""
 
     def __init__(self) -> None:
+        _bind(loopback=False)  # a local Ray of tests before would keep nodes apart
         self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
         self.address = self._cluster.address
         ray.init(address=self.address, namespace="watcher", log_to_driver=False, configure_logging=False)
@@ -98,6 +102,7 @@ def test_a_run_lives_through_what_a_cluster_does(nodes: Nodes, tmp_path: Path) -
     until(lambda: "learner" in status()["learner"], process, "no learner asked for")
     learner = "waits for a node labelled gpu=learner: none of the 1 nodes is (labels there: none)"
     until(lambda: status()["learner"]["learner"] == learner, process, "the learner's wait is not told")
+    time.sleep(2 * NODE_SECONDS + 1)  # a wait that lasts is told in the run's output too
     home = nodes.add("learner")
     until(lambda: status()["phase"] == "train", process, "the learner was not placed")
     rollout = "waits for a node labelled gpu=inference: none of the 2 nodes is (labels there: gpu=learner)"
