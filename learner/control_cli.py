@@ -27,7 +27,7 @@ WorkingDir = Annotated[
     Path | None,
     typer.Option(help="With --address: a checkout to send along, where the cluster's Python has no DiFFPO."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object, on the last line.")]
 STOP_SECONDS = 600.0
 
 

@@ -73,6 +73,11 @@ def asked(name: str, *arguments: str) -> str:
     return done.stdout
 
 
+def as_json(answer: str) -> dict[str, Any]:
+    """Of the last line: Ray tells every process of a node that died."""
+    return json.loads(answer.splitlines()[-1])
+
+
 def until(what: Callable[[], bool], process: subprocess.Popen[str], why: str) -> None:
     end = time.monotonic() + PATIENCE
     while not what():
@@ -96,7 +101,7 @@ def test_a_run_lives_through_what_a_cluster_does(nodes: Nodes, tmp_path: Path) -
     )
 
     def status() -> dict[str, Any]:
-        return json.loads(asked("status", str(run), "--json"))
+        return as_json(asked("status", str(run), "--json"))
 
     until((run / "controller.json").is_file, process, "no controller")
     until(lambda: "learner" in status()["learner"], process, "no learner asked for")
@@ -157,9 +162,7 @@ def test_rewards_are_scored_on_nodes_of_their_own_and_survive_their_death(nodes:
     )
     until((run / "controller.json").is_file, process, "no controller")
     why = "rewards of rollout actors: each waits for a node labelled gpu=none"
-    until(
-        lambda: why in json.loads(asked("status", str(run), "--json"))["waiting_for_nodes"], process, "no wait is told"
-    )
+    until(lambda: why in as_json(asked("status", str(run), "--json"))["waiting_for_nodes"], process, "no wait is told")
     assert rows(run) == [], "nothing is trained before there is a node for rewards"
     first = nodes.add("none")
     wait_for_step(process, run, 2)
