@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from d1_verdicts import check_agreement
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
@@ -92,6 +92,7 @@ def test_one_number_counts_in_every_way_to_write_it(number: int, form: str) -> N
 
 @settings(max_examples=200)
 @given(st.lists(st.sampled_from([*"0123456789.,-/{}$%\\ =x\n", *PIECES])).map("".join))
+@example("-\n0")
 def test_no_completion_breaks_the_scorer(completion: str) -> None:
     rewards = TASK.rewards(TASK.posed("How many?", 3), completion)
     assert all(0.0 <= value <= 1.0 for value in rewards.values())

@@ -71,4 +71,4 @@ def numbers_in(text: str) -> list[Fraction]:
 
 
 def _exact(written: str) -> Fraction:
-    return Fraction(written.replace(",", "").replace(" ", ""))
+    return Fraction("".join(written.replace(",", "").split()))
