@@ -24,17 +24,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from pyarrow import fs
 
 from common.errors import RunError, UserError, cause
-from common.new_folder import new_folder, sync
+from common.new_folder import sync
+from common.place import FAILURES, Place, below
 
 SCHEMA_VERSION = "1"
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-([0-9]{6,})")
 _CHUNK = 2**20
-_FAILURES = (pa.ArrowException, OSError)
 _MAKE_ROOM = "make room there, mend its permissions, or choose another run.root"
 _MORE_TEMPORARY = "make room there, or set TMPDIR to a folder that has some"
 
@@ -95,18 +94,15 @@ class CheckpointStore:
         try:
             if _filesystem is not None:
                 self._filesystem, self._path = _filesystem, self.name
-            elif "://" in self.name:
-                self._filesystem, self._path = fs.FileSystem.from_uri(self.name)
             else:
-                self._filesystem, self._path = fs.LocalFileSystem(), str(Path(folder).absolute())
-        except _FAILURES as error:
+                place = Place(folder)
+                self.name, self._filesystem, self._path = place.name, place.filesystem, place.path
+        except FAILURES as error:
             raise UserError(
                 f"checkpoint folder {self.name} cannot be opened: {cause(error)}; give a local folder, or a URI "
                 "such as s3://bucket/folder"
             ) from error
         self._local = isinstance(self._filesystem, fs.LocalFileSystem)
-        if self._local:
-            self.name = self._path
 
     # -- writing ----------------------------------------------------------------------------------------------------
 
@@ -153,7 +149,7 @@ class CheckpointStore:
         with suppress(RunError):
             for step in self._scan():
                 self._remove(_folder_name(step))
-            with suppress(*_FAILURES):
+            with suppress(*FAILURES):
                 self._filesystem.delete_dir(self._path)
 
     def _remove(self, name: str) -> None:
@@ -227,11 +223,10 @@ class CheckpointStore:
         )
 
     @contextmanager
-    def fetch(self, checkpoint: Checkpoint, into: Path | None = None) -> Iterator[Path]:
+    def fetch(self, checkpoint: Checkpoint) -> Iterator[Path]:
         """A folder with the checkpoint's files, read-only by agreement.
 
-        Of a local store it is the checkpoint itself, not verified; otherwise a verified download: into a folder that
-        stays and is not downloaded to again, or else into one that is removed afterwards.
+        Of a local store it is the checkpoint itself, not verified; otherwise a verified download, removed afterwards.
 
         Raises:
             CheckpointDamaged: when a file that is downloaded is not what was committed.
@@ -240,17 +235,16 @@ class CheckpointStore:
         if self._local:
             yield Path(self._path, checkpoint.name)
             return
-        if into is not None:
-            if not into.is_dir():
-                with new_folder(into) as folder:
-                    self._download(checkpoint, folder)
-            yield into
-            return
         with _temporary() as directory:
-            self._download(checkpoint, Path(directory))
+            self.download(checkpoint, Path(directory))
             yield Path(directory)
 
-    def _download(self, checkpoint: Checkpoint, folder: Path) -> None:
+    def location(self, checkpoint: Checkpoint) -> str:
+        """Path or URI of the checkpoint's folder."""
+        return below(self.name, checkpoint.name)
+
+    def download(self, checkpoint: Checkpoint, folder: Path) -> None:
+        """Copy the checkpoint's files into a folder, each verified. Raises as `fetch`."""
         for name in checkpoint.files:
             target = folder / name
             with _failure_named(f"checkpoint file {checkpoint.name}/{name} cannot become {target}", _MORE_TEMPORARY):
@@ -282,7 +276,7 @@ class CheckpointStore:
                     yield chunk
         except FileNotFoundError:
             fault = "is missing"
-        except _FAILURES as error:
+        except FAILURES as error:
             fault = f"cannot be read: {cause(error)}"
         else:
             if size != wanted.bytes:
@@ -317,7 +311,7 @@ class CheckpointStore:
                 return _decode(source.read(), step)
         except FileNotFoundError:
             return None
-        except (*_FAILURES, ValueError) as error:
+        except (*FAILURES, ValueError) as error:
             return f"checkpoint manifest {self.name}/{file} is damaged: {cause(error)}"
 
 
@@ -416,7 +410,7 @@ class Draft:
                     sync(file)
                     sync(self._folder)
         except BaseException:
-            with suppress(*_FAILURES):
+            with suppress(*FAILURES):
                 filesystem.delete_file(file)
             raise
 
@@ -445,7 +439,7 @@ def _temporary() -> "tempfile.TemporaryDirectory[str]":
 def _failure_named(what: str, way_out: str) -> Iterator[None]:
     try:
         yield
-    except _FAILURES as error:
+    except FAILURES as error:
         raise RunError(f"{what}: {cause(error)}; {way_out}") from error
 
 

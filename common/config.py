@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from common.place import below, is_uri
 from common.section import Section
 from common.tasks import TaskConfig
 from common.version import LINEAGE
@@ -454,8 +455,8 @@ class RunConfig(Section):
     name: str = Field(default="run", coerce_numbers_to_str=True, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
     """Run id: also the Ray namespace and the directory below `root`."""
     root: str = "runs"
-    """Directory that holds run directories; inside a submitted Ray job a relative one is taken from the home
-    directory, since Ray deletes the job's own working directory."""
+    """Folder or URI (s3://…, gs://…) that holds run directories; inside a submitted Ray job a relative folder is taken
+    from the home directory, since Ray deletes the job's own working directory."""
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Seed of everything drawn in the run (the task's split has its own)."""
     deterministic: bool | None = None
@@ -515,12 +516,12 @@ class Config(Section):
         return self.replay.max_staleness == 0 and self.model.device == "cpu" if chosen is None else chosen
 
     @property
-    def run_directory(self) -> Path:
-        """Directory of this run."""
-        root = Path(self.run.root)
-        if IN_RAY_JOB in os.environ:
-            root = Path.home() / root  # an absolute root stays as it is
-        return root / self.run.name
+    def run_directory(self) -> str:
+        """Path or URI of this run's directory."""
+        root = self.run.root
+        if IN_RAY_JOB in os.environ and not is_uri(root):
+            root = str(Path.home() / root)  # an absolute root stays as it is
+        return below(root, self.run.name)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -8,6 +8,7 @@
 """
 
 import difflib
+from io import StringIO
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,12 +27,15 @@ UNREADABLE: tuple[type[Exception], ...] = (OmegaConfBaseException, yaml.YAMLErro
 UNREADABLE += (LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
-def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
+def load_config(
+    path: str | Path | None = None, overrides: list[str] | None = None, *, text: bytes | None = None
+) -> Config:
     """Read a YAML file, apply dotted overrides, validate.
 
     Args:
         path: YAML file; None starts from the defaults (then `task.name` must come from the overrides).
         overrides: `key.sub=value` strings; values are YAML.
+        text: content of the file, where it is in no local file system; `path` is then its name in messages.
 
     Raises:
         UserError: on a missing or malformed file, a malformed override, an unknown key, or a value out of limits.
@@ -39,10 +43,10 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
     tree = OmegaConf.create({})
     try:
         if path is not None:
-            if not Path(path).is_file():
+            if text is None and not Path(path).is_file():
                 known = sorted(p.name for p in Path(path).parent.glob("*.yaml")) if Path(path).parent.is_dir() else []
                 raise UserError(f"config {path}: no such file; in that folder: {', '.join(known) or 'no YAML files'}")
-            tree = _read(path)
+            tree = _read(path, text)
         for item in overrides or []:
             key = item.partition("=")[0]
             if "=" not in item or item.startswith("-") or not all(key.split(".")):
@@ -55,10 +59,10 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
     return parse_config(data)
 
 
-def _read(path: str | Path) -> Any:
+def _read(path: str | Path, text: bytes | None) -> Any:
     sections = ", ".join(Config.model_fields)
     try:
-        tree = read_yaml(path)
+        tree = read_yaml(path, text)
     except OSError as error:  # omegaconf's error for a scalar, and the system's
         raise UserError(f"config {path}: {error}; the top level must be a mapping of sections ({sections})") from error
     if not OmegaConf.is_dict(tree):
@@ -66,14 +70,14 @@ def _read(path: str | Path) -> Any:
     return tree
 
 
-def read_yaml(path: str | Path) -> Any:
-    """The tree of a file.
+def read_yaml(path: str | Path, content: bytes | None = None) -> Any:
+    """The tree of a file, or of its content that was read elsewhere.
 
     Raises:
         UserError: when it refers to itself too often.
         OSError, `UNREADABLE`: when it is not readable, or no such YAML.
     """
-    text = Path(path).read_text(encoding="utf-8")
+    text = (Path(path).read_bytes() if content is None else content).decode()
     aliases = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader))
     references = aliases + text.count("${")
     if references > MOST_REFERENCES:
@@ -81,7 +85,7 @@ def read_yaml(path: str | Path) -> Any:
             f"{path}: {references} aliases and ${{...}} exceed {MOST_REFERENCES}, with which a file can grow without "
             "end; write values out"
         )
-    return OmegaConf.load(path)
+    return OmegaConf.load(StringIO(text))
 
 
 def parse_config(data: Any) -> Config:

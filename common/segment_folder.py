@@ -28,6 +28,7 @@ from pyarrow import fs
 
 from common.errors import RunError, UserError, cause
 from common.lease import FinishedGroup
+from common.place import FAILURES, Place
 
 SCHEMA_VERSION = "2"
 VERSION_KEY, GROUPS_KEY = b"diffpo.segment", b"diffpo.segment.groups"
@@ -61,13 +62,11 @@ class SegmentFolder:
         """
         self.name = str(folder)
         try:
-            if "://" in self.name:
-                self._filesystem, self._path = fs.FileSystem.from_uri(self.name)
-            else:
-                self._filesystem, self._path = fs.LocalFileSystem(), str(Path(folder).absolute())
+            place = Place(folder)
+            self._filesystem, self._path = place.filesystem, place.path
             self._filesystem.create_dir(self._path, recursive=True)
             self.look()
-        except (pa.ArrowException, OSError) as error:
+        except FAILURES as error:
             raise UserError(
                 f"segment folder {self.name} cannot be opened: {cause(error)}; give a folder that can be written, "
                 "or a URI such as s3://bucket/folder"
@@ -105,8 +104,8 @@ class SegmentFolder:
                 )
             with self._filesystem.open_output_stream(file) as stream:
                 stream.write(encoded)
-        except (pa.ArrowException, OSError) as error:
-            with suppress(pa.ArrowException, OSError):  # no footer, so it would not count anyway
+        except FAILURES as error:
+            with suppress(*FAILURES):  # no footer, so it would not count anyway
                 self._filesystem.delete_file(file)
             raise RunError(
                 f"segment {file} cannot be written: {cause(error)}; make room there, mend its permissions, or "
@@ -142,7 +141,7 @@ class SegmentFolder:
         """
         try:
             self._filesystem.delete_file(self.file(number))
-        except (pa.ArrowException, OSError) as error:
+        except FAILURES as error:
             raise RunError(
                 f"segment {self.file(number)} cannot be removed: {cause(error)}; mend the permissions of its folder, "
                 "or remove the file yourself"

@@ -68,13 +68,14 @@ def train(
         raise UserError("--resume is empty; give a run: its folder, or its name below runs/")
     loaded = None if resume else _load(config, overrides, dry_run)
     # a job that Ray runs again finds its run there, and goes on with it
-    again = loaded is not None and IN_RAY_JOB in os.environ and loaded.run_directory.exists()
+    from learner.run_directory import RunDirectory
+
+    again = loaded is not None and IN_RAY_JOB in os.environ and RunDirectory(loaded.run_directory).exists()
     if loaded is None or again:
         from learner.resumption import resumed_config
-        from learner.run_directory import RunDirectory
 
-        folder = loaded.run_directory if loaded is not None else RunDirectory.find(str(resume)).path
-        loaded = resumed_config(folder, file=config, overrides=overrides or [])
+        found = RunDirectory(loaded.run_directory) if loaded is not None else RunDirectory.find(str(resume))
+        loaded = resumed_config(found, file=config, overrides=overrides or [])
         _end_dry_run(loaded, dry_run)
     from learner.display import Display
     from learner.driver import train as run
@@ -115,10 +116,10 @@ def sft(
         from learner.resumption import resumed_config
 
         found = RunDirectory.find(resume)
-        loaded = resumed_config(found.path, file=config, overrides=overrides or [])
+        loaded = resumed_config(found, file=config, overrides=overrides or [])
         _end_dry_run(loaded, dry_run)
-        if (found.warm_start / "threshold.json").is_file():  # written last
-            raise UserError(f"run {found.path} has finished; start another from it with model.path={found.warm_start}")
+        if found.has_warm_start():
+            raise UserError(f"run {found.name} has finished; start another from it with model.path={found.warm_start}")
     from learner.preflight import preflight
 
     task = preflight(loaded, trains=loaded.warm_start.file is None, evaluates=False)
@@ -135,7 +136,10 @@ def sft(
             directory.append_metrics({"kind": "warm_start", **values})
             display.show("warm_start", values)
 
-        supervised(loaded, task, directory.warm_start, report, directory.supervised_checkpoints)
+        folder = directory.warm_start_here()
+        supervised(loaded, task, folder, report, directory.supervised_checkpoints)
+        directory.keep_warm_start(folder)
+        directory.flush_metrics()
     display.console.print(f"model: {directory.warm_start}")
 
 
@@ -171,6 +175,7 @@ def evaluate(
 
         loaded = with_file(loaded, file, all_rows=not any(item.startswith("evaluation.prompts=") for item in given))
         _end_dry_run(loaded, dry_run)
+    from common.place import Place
     from learner.preflight import preflight
 
     task = preflight(loaded, trains=False)
@@ -180,13 +185,13 @@ def evaluate(
     from learner.pareto import draw_pareto
     from learner.run_directory import RunDirectory
 
-    folders = {"before": against, "after": folder} if against else {"policy": folder}
+    folders = {"before": str(against), "after": str(folder)} if against else {"policy": str(folder)}
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out} cannot be made ({error.strerror}); choose another folder") from error
     display = Display(warm_start_steps=0, learner_steps=0)
-    kept = ShardFolder(out, loaded, folders)
+    kept = ShardFolder(Place(out), loaded, folders)
     evaluation = Evaluation(
         loaded,
         folders,
@@ -198,7 +203,7 @@ def evaluate(
     points = evaluation.run()
     results = summarise(loaded, points)
     RunDirectory(out).write_json("evaluation.json", results)
-    draw_pareto(points, out / "pareto.png", title=f"{loaded.task.name}: {folder}")
+    (out / "pareto.png").write_bytes(draw_pareto(points, title=f"{loaded.task.name}: {folder}"))
     written = write_answers(out, loaded, task, points)
     kept.remove()
     display.results(results)
@@ -350,15 +355,14 @@ def replay(
 
     from rich.console import Console
 
-    from common.config_file import load_config
     from learner.group_replay import replay_saved
     from learner.replay_display import show
     from learner.run_directory import RunDirectory
 
     directory = RunDirectory.find(run)
-    source, found = replay_saved(directory, load_config(directory.path / "config.yaml"), group, weights, tolerance)
+    source, found = replay_saved(directory, directory.config(), group, weights, tolerance)
     if json:
-        typer.echo(dumps({"run": str(directory.path), "group": group} | source | found.as_dict()))
+        typer.echo(dumps({"run": directory.name, "group": group} | source | found.as_dict()))
     else:
         console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
         show(source, found, console)

@@ -19,13 +19,11 @@
 
 import asyncio
 import logging
-import shutil
 import time
 from collections.abc import Awaitable
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
@@ -37,6 +35,7 @@ from actors.fleet import Fleet, patiently
 from common.config import Config
 from common.errors import RunError, UserError, cause, one_line
 from common.histogram import reported_keys
+from common.place import FAILURES
 from common.replay_buffer import ReplayBuffer
 from common.segment_store import SegmentStore
 from common.tasks import Task, build_task
@@ -44,7 +43,7 @@ from learner.capacity import Capacity
 from learner.exporter import Exporter
 from learner.learner_ranks import LearnerRanks
 from learner.parts import POLICY, Parts
-from learner.run_directory import EVALUATION, RunDirectory
+from learner.run_directory import EVALUATION, PARETO, RunDirectory
 
 T = TypeVar("T")
 
@@ -90,7 +89,7 @@ STALENESS_KEYS = reported_keys("replay_group_staleness")
 class Controller:
     """Started by the driver, owns every other part, lives as long as the run."""
 
-    def __init__(self, *, config: Config, directory: Path, parts: Parts = POLICY) -> None:
+    def __init__(self, *, config: Config, directory: str, parts: Parts = POLICY) -> None:
         self.config = config
         self._parts = parts
         self._directory = RunDirectory(directory)
@@ -113,6 +112,7 @@ class Controller:
         self._lost = 0.0
         self._task: Task | None = None
         self._unwritten = False
+        self._checkpoint = -1.0  # newest, as the learner told
         self._capacity = Capacity(config)
         self._evaluating: dict[int, str] = {}  # what each evaluation worker does
 
@@ -161,13 +161,23 @@ class Controller:
         row = {"kind": kind, "seconds": round(self._progressed - self._started, 3), **values}
         try:
             self._directory.append_metrics(row)
-        except OSError as error:
-            if not self._unwritten:
-                self._unwritten = True
-                await self._tell(
-                    "warning", {"text": f"metrics.jsonl lacks steps, it cannot be written: {cause(error)}"}
-                )
+        except FAILURES as error:
+            await self._metrics_unwritten(error)
         await self._tell(kind, values)
+        checkpoint = values.get("checkpoint_step", self._checkpoint)
+        self._checkpoint, new = checkpoint, checkpoint != self._checkpoint
+        await self._flush_metrics(now=new)
+
+    async def _flush_metrics(self, *, now: bool) -> None:
+        try:
+            await asyncio.to_thread(self._directory.flush_metrics, now=now)
+        except FAILURES as error:
+            await self._metrics_unwritten(error)
+
+    async def _metrics_unwritten(self, error: Exception) -> None:
+        if not self._unwritten:
+            self._unwritten = True
+            await self._tell("warning", {"text": f"metrics.jsonl lacks steps, it cannot be written: {cause(error)}"})
 
     async def warn(self, text: str) -> None:
         """Called by the learner when something was wrong that did not end the run."""
@@ -226,7 +236,7 @@ class Controller:
 
     async def directory(self) -> str:
         """Called by whoever found this actor by its name: which run it is."""
-        return str(self._directory.path)
+        return self._directory.name
 
     async def status(self) -> dict[str, Any]:
         """Called by anyone who found this actor by its name: phase, newest values, and who does, or waits for, what."""
@@ -240,7 +250,7 @@ class Controller:
             known = {name: await _answer(call) for name, call in calls.items()}
         return {
             "run": self.config.run.name,
-            "directory": str(self._directory.path),
+            "directory": self._directory.name,
             "phase": self._phase,
             "stopping": self._stop_reason,
             "seconds": now - self._started,
@@ -282,7 +292,7 @@ class Controller:
             await self._enter("stopped")
             return {"stopped": self._stop_reason, **reached}
         await self._enter("finished")
-        return {**reached, "evaluation": evaluation, "pareto": str(self._directory.pareto)}
+        return {**reached, "evaluation": evaluation, "pareto": str(self._directory.place / PARETO)}
 
     async def _export(self) -> None:
         """Open the endpoint, and say where it is."""
@@ -312,15 +322,14 @@ class Controller:
         config = self.config
         listener = ray.get_runtime_context().current_actor
         last = max(self._checkpoints.checkpoints(), key=lambda one: one.version)
-        with self._checkpoints.fetch(last, self._directory.path / "evaluated" / last.name) as after:
-            folders = {"before": self._directory.warm_start, "after": after}
-            kept = ShardFolder(self._directory.path, config, folders)
-            points = await Evaluation(config, folders, kept).on_ray(workers=room_for_workers(config), listener=listener)
+        folders = {"before": self._directory.warm_start.name, "after": self._checkpoints.location(last)}
+        kept = ShardFolder(self._directory.place, config, folders)
+        points = await Evaluation(config, folders, kept).on_ray(workers=room_for_workers(config), listener=listener)
         results = {"steps": steps, **summarise(config, points)}
-        draw_pareto(points, self._directory.pareto, title=f"{config.task.name}, run {config.run.name}")
+        plot = draw_pareto(points, title=f"{config.task.name}, run {config.run.name}")
+        self._directory.place.write(PARETO, plot)
         self._directory.write_json(EVALUATION, results)  # with it the run has finished: last
         kept.remove()
-        shutil.rmtree(self._directory.path / "evaluated", ignore_errors=True)
         return results
 
     async def _start_learner(self) -> None:
@@ -328,7 +337,7 @@ class Controller:
         while True:
             controller = ray.get_runtime_context().current_actor
             self._learner = LearnerRanks(
-                self.config, self._directory.path, self._parts, controller, self._capacity.group
+                self.config, self._directory.name, self._parts, controller, self._capacity.group
             )
             try:
                 await self._learner.warm_start()
@@ -388,7 +397,7 @@ class Controller:
                 drop_no_spread=config.replay.drop_no_spread,
                 store=SegmentStore(self._directory.segments, memory_bytes=config.replay.memory_bytes),
                 checkpoints=self._checkpoints,
-                lock=self._directory.path / "buffer.lock",
+                lock=self._directory.buffer_lock,
                 keep_versions=config.replay.keep_versions,
                 groups_limit=config.learner.steps * config.learner.groups_per_step,
             )
@@ -437,6 +446,7 @@ class Controller:
         self._mark_progress()
         if self._exporter is not None:
             self._exporter.replace("run_phase", {phase: 1.0})
+        await self._flush_metrics(now=True)
         await self._tell("phase", {"phase": phase})
 
     async def _tell(self, kind: str, values: dict[str, Any]) -> None:
@@ -463,7 +473,7 @@ class Controller:
                 )
             if idle >= limit:
                 waits = await self._who_waits()
-                with suppress(OSError):  # the message says the same
+                with suppress(*FAILURES):  # the message says the same
                     self._directory.write_json("stall.json", waits)
                 raise RunError(
                     f"no progress for {idle:.0f} s in phase {self._phase} (run.stall_timeout={limit:g})"

@@ -10,7 +10,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -20,6 +19,7 @@ from actors.cluster_state import on_this_node
 from actors.failure import cause_line
 from common.config import Config
 from common.errors import RunError, UserError, one_line
+from common.place import FAILURES
 from learner.controller import Controller
 from learner.exporter import check_port
 from learner.parts import POLICY, Parts
@@ -84,7 +84,7 @@ def _run(
                 return _follow_in(config, directory, show, parts)
         try:
             directory.write_config(config)
-        except OSError as error:
+        except FAILURES as error:
             raise RunError(
                 f"{error}; make room there, or mend its permissions, and repeat the command: nothing was changed"
             ) from error
@@ -99,10 +99,10 @@ def _follow_in(
     cluster = {"ray_address": ray.get_runtime_context().gcs_address, "namespace": config.run.name}
     try:
         directory.write_json(CONTROLLER_FILE, cluster)
-        return _follow(config, directory.path, show, parts)
+        return _follow(config, directory, show, parts)
     except RunError as error:
         raise RunError(
-            f"{error} -- once its cause is gone, go on with: diffpo train --resume {directory.path}"
+            f"{error} -- once its cause is gone, go on with: diffpo train --resume {directory.name}"
         ) from error
 
 
@@ -155,13 +155,13 @@ def _taken(name: str) -> UserError:
 
 
 def _follow(
-    config: Config, directory: Path, show: Callable[[str, dict[str, Any]], None], parts: Parts
+    config: Config, directory: RunDirectory, show: Callable[[str, dict[str, Any]], None], parts: Parts
 ) -> dict[str, Any]:
     make = ray.remote(Controller).options(
         name=CONTROLLER, num_cpus=0, max_concurrency=100, scheduling_strategy=on_this_node()
     )
     try:
-        controller: Any = make.remote(config=config, directory=directory, parts=parts)
+        controller: Any = make.remote(config=config, directory=directory.name, parts=parts)
     except ValueError as error:  # a driver that began at the same moment was faster
         raise _taken(config.run.name) from error
     result = controller.run.remote()
@@ -184,7 +184,7 @@ def _follow(
             text = f"still ending {STOP_WINDOW:g} s after the signal; --resume goes on with phase {phase}"
             show("warning", {"text": text})
             return
-        newest = max((one.step for one in RunDirectory(directory).checkpoint_store(config).checkpoints()), default=-1)
+        newest = max((one.step for one in directory.checkpoint_store(config).checkpoints()), default=-1)
         show(
             "warning",
             {
@@ -199,6 +199,7 @@ def _follow(
         while True:
             news = controller.events.remote(seen)
             while not (ready := ray.wait([news, result], num_returns=1, timeout=ALIVE_SECONDS)[0]):
+                directory.check_lock()
                 if dead := dead_daemons():
                     raise RunError(
                         f"the local Ray is gone ({', '.join(dead)}): killed, out of memory, or ended by a signal to "

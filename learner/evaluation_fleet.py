@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -25,6 +24,7 @@ from actors.failure import FailureKind, cause_line, failure_kind
 from actors.placement import Demand
 from common.config import Config
 from common.errors import RunError, UserError, one_line
+from common.local_copy import local_copy
 from common.policy_loading import load_policy, on_cpu
 from common.tasks import build_task
 
@@ -38,12 +38,13 @@ class Shard:
 
     name: str
     """Of the policy, e.g. before, after."""
-    folder: Path
+    folder: str
+    """Its path or URI."""
     setting: Setting
     prompts: range
 
 
-def shards_of(config: Config, folders: Mapping[str, Path], size: int) -> list[Shard]:
+def shards_of(config: Config, folders: Mapping[str, str], size: int) -> list[Shard]:
     """All shards of an evaluation, of at most `size` prompts; those of one policy stand together."""
     prompts = config.evaluation.prompts
     return [
@@ -61,7 +62,7 @@ class EvaluationWorker:
         """`tell` is called with what is being done, now and then, as long as it goes on."""
         self._config = config
         self._task = build_task(config.task)
-        self._folder: Path | None = None
+        self._folder: str | None = None
         self._evaluator: Evaluator | None = None
         self._tell = tell
         self._told = 0.0
@@ -77,7 +78,7 @@ class EvaluationWorker:
             self._tell(f"loads policy {shard.name}")
             config, chosen = self._config, self._config.evaluation
             policy = load_policy(
-                shard.folder, on_cpu(config).model, config.sampler.threshold
+                local_copy(shard.folder), on_cpu(config).model, config.sampler.threshold
             )  # narrowed before it moves
             policy = policy.for_rollout(config.rollout).to(config.model.device)
             self._evaluator = Evaluator(policy, self._task, config, prompts=chosen.prompts, split=chosen.split)

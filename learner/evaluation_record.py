@@ -11,9 +11,7 @@ one begins anew.
 
 import hashlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from importlib.util import find_spec
@@ -27,6 +25,7 @@ import pyarrow.parquet as pq
 from actors.evaluation import Point, Setting
 from common.config import Config
 from common.errors import RunError, one_line
+from common.place import FAILURES, Place
 from common.tasks import Example, Task
 from learner.evaluation_fleet import Shard
 
@@ -40,40 +39,41 @@ Points = Mapping[str, list[Point]]
 class ShardFolder:
     """The finished shards of one evaluation, by their numbers."""
 
-    def __init__(self, out: Path, config: Config, folders: Mapping[str, Path]) -> None:
+    def __init__(self, out: Place, config: Config, folders: Mapping[str, str]) -> None:
         """Raises RunError when the folder cannot be made."""
-        self.path = out / "shards" / evaluation_digest(config, folders)
+        self.place = out / "shards" / evaluation_digest(config, folders)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"{self.path} cannot be made ({one_line(error)}); choose another --out") from error
+            self.place.filesystem.create_dir(self.place.path, recursive=True)
+        except FAILURES as error:
+            raise RunError(f"{self.place} cannot be made ({one_line(error)}); choose another --out") from error
 
     def read(self, number: int, shard: Shard) -> Point | None:
         """The point of a shard that is finished; one that cannot be read is not."""
         try:
-            return _point(pq.read_table(self.path / f"{number}.parquet"), shard)
-        except (OSError, pa.ArrowException, KeyError, ValueError):
+            return _point(pq.read_table(pa.BufferReader(self.place.read(f"{number}.parquet"))), shard)
+        except (*FAILURES, KeyError, ValueError):
             return None
 
     def write(self, number: int, point: Point) -> None:
         """As a whole or not at all. Raises RunError when there is no room."""
-        partial = self.path / f"{number}.{os.getpid()}.partial"
+        encoded = pa.BufferOutputStream()
+        pq.write_table(pa.table(_columns(point)), encoded)
         try:
-            pq.write_table(pa.table(_columns(point)), partial)
-            os.replace(partial, self.path / f"{number}.parquet")
-        except OSError as error:
-            raise RunError(f"shard {number} cannot be written to {self.path} ({one_line(error)}); make room") from error
-        finally:
-            partial.unlink(missing_ok=True)
+            self.place.write(f"{number}.parquet", encoded.getvalue())
+        except FAILURES as error:
+            text = f"shard {number} cannot be written to {self.place} ({one_line(error)}); make room"
+            raise RunError(text) from error
 
     def remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
-        with suppress(OSError):  # shards of another evaluation are there
-            self.path.parent.rmdir()
+        with suppress(*FAILURES):
+            self.place.remove_all()
+            if not self.place.parent.folders():  # else shards of another evaluation are there
+                self.place.parent.remove_all()
 
 
-def evaluation_digest(config: Config, folders: Mapping[str, Path]) -> str:
+def evaluation_digest(config: Config, folders: Mapping[str, str]) -> str:
     """Changes with whatever changes what an evaluation finds."""
+    places = {name: Place(folder) for name, folder in folders.items()}
     said = {
         "task": config.task.model_dump(mode="json"),
         "model": config.model.model_dump(mode="json", exclude={"path"}),
@@ -82,7 +82,7 @@ def evaluation_digest(config: Config, folders: Mapping[str, Path]) -> str:
         "evaluation": config.evaluation.model_dump(mode="json"),
         "cost": [config.learner.speed_weight, config.learner.cost],
         "seed": config.run.seed,
-        "policies": {name: [str(folder.absolute()), *_files(folder)] for name, folder in folders.items()},
+        "policies": {name: [place.name, *place.files()] for name, place in places.items()},
         "data": [[*_files(Path(name))] for name in config.task.model_dump().values() if isinstance(name, str)],
         "code": [[*_files(Path(name))] for name in _modules(config)],
     }

@@ -13,6 +13,7 @@ from actors.evaluation import Point
 from actors.frontier import area, gain
 from common.config import IN_RAY_JOB, Config
 from common.errors import UserError
+from common.place import Place
 from learner.evaluation_fleet import Shard, measure_here, measure_on_ray, room_for_workers, shards_of
 from learner.evaluation_record import Points, ShardFolder
 from learner.ray_connection import LOCAL, chosen_address, connect
@@ -26,7 +27,7 @@ class Evaluation:
     def __init__(
         self,
         config: Config,
-        folders: Mapping[str, Path],
+        folders: Mapping[str, str],
         kept: ShardFolder,
         report: Callable[[str, Point], None] = lambda name, point: None,
     ) -> None:
@@ -104,7 +105,7 @@ def _from_anywhere(config: Config, shards: list[Shard]) -> tuple[Config, list[Sh
     task = {key: value for key, value in config.task if key in DATA and value in config.task.files}
     absolute = {key: str(Path(value).absolute()) for key, value in task.items()}
     config = config.model_copy(update={"task": config.task.model_copy(update=absolute)})
-    return config, [replace(shard, folder=shard.folder.absolute()) for shard in shards]
+    return config, [replace(shard, folder=Place(shard.folder).name) for shard in shards]
 
 
 def _connect(config: Config) -> None:

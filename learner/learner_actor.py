@@ -24,7 +24,7 @@ from common.lease import Batch, FinishedGroup
 from common.segment_folder import SegmentFolder
 from learner.buffer_link import BufferLink
 from learner.checkpoint_writer import CheckpointWriter
-from learner.run_directory import RunDirectory
+from learner.run_directory import WHY, RunDirectory
 from learner.trainer import BatchRefused, Trainer
 
 log = logging.getLogger(__name__)
@@ -36,12 +36,13 @@ MakeTrainer = Callable[[Config, Path], Trainer]
 class LearnerActor:
     """Started by the controller, again when it dies; its trainer holds the weights, its run directory the rest."""
 
-    def __init__(self, *, config: Config, directory: Path, controller: Any, make: MakeTrainer) -> None:
+    def __init__(self, *, config: Config, directory: str, controller: Any, make: MakeTrainer) -> None:
         self.config = config
         self._directory = RunDirectory(directory)
         self._controller = controller
         self._checkpoints = self._directory.checkpoint_store(config)
-        self._trainer = make(config, self._directory.warm_start)
+        self._start = self._directory.warm_start_here()
+        self._trainer = make(config, self._start)
         self._skipped = self._skipped_in_row = 0
         self._blocked = 0.0
         self._doing, self._since = "starts", time.monotonic()
@@ -58,6 +59,7 @@ class LearnerActor:
     def warm_start(self) -> None:
         """Make or load the weights that training starts from."""
         self._trainer.warm_start(self._report)
+        self._directory.keep_warm_start(self._start)
 
     def run(self, buffer: Any) -> dict[str, float]:
         """The training loop; returns steps and version reached."""
@@ -154,25 +156,24 @@ class LearnerActor:
         self._skipped += 1
         self._skipped_in_row += 1
         step = self._trainer.steps
-        folder = self._directory.set_aside(step, sampled.version, sampled.numbers[0])
-        folder.mkdir(parents=True, exist_ok=True)  # should the buffer die, it may come once more
-        self._trainer.saved()(folder)
-        SegmentFolder(folder / "groups").write(
-            [
-                FinishedGroup(number, 0, payload, 0.0, sampled.version - age, 0)
-                for number, payload, age in zip(sampled.numbers, sampled.payloads, sampled.staleness, strict=True)
-            ]
-        )
-        why = {"step": step, "version": sampled.version, "reason": reason, "numbers": sampled.numbers}
-        (folder / "why.json").write_text(json.dumps(why, indent=1) + "\n")
+        with self._directory.setting_aside(step, sampled.version, sampled.numbers[0]) as (folder, name):
+            self._trainer.saved()(folder)
+            SegmentFolder(folder / "groups").write(
+                [
+                    FinishedGroup(number, 0, payload, 0.0, sampled.version - age, 0)
+                    for number, payload, age in zip(sampled.numbers, sampled.payloads, sampled.staleness, strict=True)
+                ]
+            )
+            why = {"step": step, "version": sampled.version, "reason": reason, "numbers": sampled.numbers}
+            (folder / WHY).write_text(json.dumps(why, indent=1) + "\n")
         link.set_aside(sampled.numbers, f"skipped: {reason}")
-        self._controller.warn.remote(f"a batch was set aside in {folder}: {reason}")
+        self._controller.warn.remote(f"a batch was set aside in {name}: {reason}")
         self._report("skipped", {"learner_skipped_steps": float(self._skipped)})
         most = self.config.learner.max_skipped_steps
         if self._skipped_in_row > most:
             raise RunError(
                 f"{self._skipped_in_row} batches in a row could not be trained on (learner.max_skipped_steps={most}); "
-                f"the last: {reason}; look at {folder} with `diffpo replay`"
+                f"the last: {reason}; look at {name} with `diffpo replay`"
             )
 
     def _note(self, doing: str) -> None:

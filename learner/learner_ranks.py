@@ -11,7 +11,6 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
@@ -27,7 +26,6 @@ from common.errors import UserError
 from learner.learner_actor import LearnerActor
 from learner.parts import Parts
 from learner.rank_actor import RankActor
-from learner.run_directory import RunDirectory
 
 T = TypeVar("T")
 
@@ -58,7 +56,7 @@ class LearnerRanks:
     """Owned by the controller; one life of the learner."""
 
     def __init__(
-        self, config: Config, directory: Path, parts: Parts, controller: Any, group: PlacementGroup | None
+        self, config: Config, directory: str, parts: Parts, controller: Any, group: PlacementGroup | None
     ) -> None:
         """`group` is that of `reserved`."""
 
@@ -78,9 +76,8 @@ class LearnerRanks:
             .options(**options(0))
             .remote(config=config, directory=directory, controller=controller, make=make)
         )
-        warm_start = RunDirectory(directory).warm_start
         self._others: list[Any] = [
-            ray.remote(RankActor).options(**options(rank)).remote(config=config, rank=rank, warm_start=warm_start)
+            ray.remote(RankActor).options(**options(rank)).remote(config=config, rank=rank)
             for rank in range(1, config.learner.ranks)
         ]
         self._followed = [asyncio.ensure_future(_answer(other.follow.remote())) for other in self._others]

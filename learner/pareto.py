@@ -1,7 +1,7 @@
 """Pareto plot: accuracy against NFE of some policies, the frontier joined, learned thresholds marked."""
 
 from collections.abc import Mapping
-from pathlib import Path
+from io import BytesIO
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
@@ -13,8 +13,8 @@ COLOURS = ("#6b7280", "#c2410c", "#1d4ed8", "#15803d")
 MARKERS = {"confidence": ("s", "confidence"), "top_k": ("^", "fixed tokens per step")}
 
 
-def draw_pareto(points: Mapping[str, list[Point]], path: Path, *, title: str) -> Path:
-    """Write the plot as PNG; bars are binomial standard errors."""
+def draw_pareto(points: Mapping[str, list[Point]], *, title: str) -> bytes:
+    """The plot as PNG; bars are binomial standard errors."""
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     axes = figure.subplots()
     for (name, found), colour in zip(points.items(), COLOURS, strict=False):
@@ -58,5 +58,6 @@ def draw_pareto(points: Mapping[str, list[Point]], path: Path, *, title: str) ->
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
-    return path
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=150, format="png")
+    return drawn.getvalue()

@@ -17,9 +17,8 @@ ENDING = "close"
 class RankActor:
     """Started by the controller beside the learner actor, and ended with it."""
 
-    def __init__(self, *, config: Config, rank: int, warm_start: Path) -> None:
+    def __init__(self, *, config: Config, rank: int) -> None:
         self._config, self._rank = config, rank
-        self._warm_start = warm_start
         self._orders: SimpleQueue[tuple[str, tuple[Any, ...]]] = SimpleQueue()
         self._doing, self._since = "starts", time.monotonic()
 
@@ -36,7 +35,7 @@ class RankActor:
         from learner.policy_trainer import PolicyTrainer  # the controller, which names this class, needs no torch
         from learner.ranks import Ranks
 
-        trainer = PolicyTrainer(self._config, self._warm_start)
+        trainer = PolicyTrainer(self._config, Path())  # the warm start is rank 0's
         while True:
             self._note("waits for an order of rank 0")
             name, arguments = self._orders.get()

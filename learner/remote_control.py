@@ -5,13 +5,11 @@
 - Ray's token is taken from where Ray keeps it, if `RAY_AUTH_MODE=token` was set before Ray was imported.
 """
 
-import json
 import logging
 import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,6 +17,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from common.config import IN_RAY_JOB
 from common.errors import RunError, UserError, one_line
+from common.place import FAILURES, above
 from learner.driver import CONTROLLER, CONTROLLER_FILE
 from learner.ray_connection import LOOPBACK, connect, probe
 from learner.run_directory import RunDirectory
@@ -47,16 +46,16 @@ def controller_of(run: str) -> Iterator[Callable[..., Any]]:
         RunEnded: when it ends meanwhile.
     """
     in_job = IN_RAY_JOB in os.environ
-    name = Path(run).name
+    name = above(run)[1]
     if in_job:
         where = f"the cluster of this job has no run {name} that is going"
         connect(os.environ.get("RAY_ADDRESS", "auto"), namespace=name, logging_level=logging.ERROR, way_out=where)
-        folder = None
+        directory = None
     else:
-        folder = RunDirectory.find(run).path
-        where = _connect_to(folder, run)
+        directory = RunDirectory.find(run)
+        where = _connect_to(directory, run)
     try:
-        controller = _controller(folder, where)
+        controller = _controller(directory, where)
         yield lambda method, *arguments, seconds=ANSWER_SECONDS: ray.get(
             getattr(controller, method).remote(*arguments), timeout=seconds
         )
@@ -72,19 +71,18 @@ def controller_of(run: str) -> Iterator[Callable[..., Any]]:
         ray.shutdown()
 
 
-def _connect_to(folder: Path, run: str) -> str:
-    """Connect to the Ray of a run's folder; what to say where it is not going."""
-    if not (folder / CONTROLLER_FILE).is_file():
-        raise NotGoing(f"run {run} is not going: {folder / CONTROLLER_FILE} is not there; one that trains has it")
+def _connect_to(directory: RunDirectory, run: str) -> str:
+    """Connect to the Ray that a run's directory names; what to say where it is not going."""
+    file = f"{directory.name}/{CONTROLLER_FILE}"
     try:
-        where = json.loads((folder / CONTROLLER_FILE).read_text())
+        where = directory.read_json(CONTROLLER_FILE)
         address, namespace = where["ray_address"], where["namespace"]
         if not re.fullmatch(r"[^/\s]+:[0-9]+", address):
             raise ValueError(f"ray_address {address!r} is not HOST:PORT")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder / CONTROLLER_FILE}: {one_line(error)}; a run that has started training has it"
-        ) from error
+    except FileNotFoundError as error:
+        raise NotGoing(f"run {run} is not going: {file} is not there; one that trains has it") from error
+    except (*FAILURES, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: {one_line(error)}; a run that has started training has it") from error
     try:
         probe(address)
     except OSError as error:
@@ -99,11 +97,11 @@ def _connect_to(folder: Path, run: str) -> str:
     return f"run {run} is not going: its Ray at {address} does not know it"
 
 
-def _controller(folder: Path | None, where: str) -> Any:
+def _controller(directory: RunDirectory | None, where: str) -> Any:
     try:
         controller = ray.get_actor(CONTROLLER)
         found: Any = ray.get(controller.directory.remote(), timeout=ANSWER_SECONDS)
-        if folder is not None and Path(found) != folder:
+        if directory is not None and found != directory.name:
             raise RuntimeError(f"another run of that name is going there, in {found}")
     except (RuntimeError, ValueError, OSError) as error:
         raise NotGoing(f"{where} ({one_line(error)})") from error

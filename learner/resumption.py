@@ -10,7 +10,7 @@ from typing import Any
 from common.config import Config
 from common.config_file import load_config
 from common.errors import UserError
-from learner.run_directory import CONFIG_FILE, RunDirectory
+from learner.run_directory import RunDirectory
 
 SAFE = (
     *(
@@ -46,39 +46,36 @@ SAFE = (
 )
 
 
-def resumed_config(folder: Path, *, file: Path | None, overrides: list[str]) -> Config:
-    """The configuration with which the run in `folder` goes on; the driver writes it there.
+def resumed_config(run: RunDirectory, *, file: Path | None, overrides: list[str]) -> Config:
+    """The configuration with which a run goes on; the driver writes it there.
 
     Args:
-        folder: the run directory.
+        run: its directory.
         file: a configuration that is said to be the run's; None takes the one that it has.
         overrides: dotted overrides.
 
     Raises:
         UserError: when there is no run, it has finished, or the configuration differs in what it computes.
     """
-    saved_file = folder / CONFIG_FILE
-    if not saved_file.is_file():
-        raise UserError(f"{folder} is no run directory: it has no {CONFIG_FILE}; start a run with --config FILE")
-    saved = load_config(saved_file, [])
-    given = load_config(file or saved_file, overrides)
-    if saved.run.checkpoints is not None and folder.absolute().name != saved.run.name:
+    saved = run.config()
+    given = load_config(file, overrides) if file is not None else run.config(overrides)
+    if saved.run.checkpoints is not None and run.place.last != saved.run.name:
         raise UserError(
-            f"run {folder} was called {saved.run.name}, and its checkpoints are in {saved.run.checkpoints} under that "
-            "name; give the folder its name back"
+            f"run {run.name} was called {saved.run.name}, and its checkpoints are in {saved.run.checkpoints} under "
+            "that name; give the folder its name back"
         )
-    place = {"root": str(folder.absolute().parent), "name": folder.absolute().name}
+    place = {"root": run.place.parent.name, "name": run.place.last}
     given = given.model_copy(update={"run": given.run.model_copy(update=place)})
     refused = _differences(saved.model_dump(mode="json"), given.model_dump(mode="json"))
     if refused:
         raise UserError(
-            f"run {folder} was started with another configuration: {'; '.join(refused)}; leave these keys as they "
+            f"run {run.name} was started with another configuration: {'; '.join(refused)}; leave these keys as they "
             "were, or start another run"
         )
-    done = RunDirectory(folder).finished_steps()
+    done = run.finished_steps()
     if done is not None and done >= given.learner.steps:
         raise UserError(
-            f"run {folder} has finished its {done} steps; give more with learner.steps=N, or start another run.name"
+            f"run {run.name} has finished its {done} steps; give more with learner.steps=N, or start another run.name"
         )
     return given
 

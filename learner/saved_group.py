@@ -20,11 +20,10 @@ import pyarrow as pa
 from common.checkpoint_store import MANIFEST
 from common.errors import RunError, UserError
 from common.lease import FinishedGroup
+from common.place import FAILURES, Place
 from common.segment_folder import SegmentFolder
 from common.trajectory import NOT_DRAWN
-from learner.run_directory import RunDirectory
-
-WHY = "why.json"
+from learner.run_directory import WHY, RunDirectory
 
 
 @dataclass(frozen=True)
@@ -32,11 +31,11 @@ class SavedGroup:
     """A group as it was found."""
 
     group: FinishedGroup
-    place: Path
+    place: Place
     """Folder of the segment file."""
-    set_aside: Path | None
+    set_aside: Place | None
     """Folder with the policy that was set aside with it; None for other places."""
-    also: list[Path]
+    also: list[Place]
     """Other folders that hold a group of this number."""
 
 
@@ -44,7 +43,7 @@ class SavedGroup:
 class Weights:
     """A policy's folder."""
 
-    folder: Path
+    folder: Place
     version: int | None
     """Of this run; None where that is not known, as with weights from elsewhere."""
     why: str
@@ -57,32 +56,40 @@ def find_group(run: RunDirectory, number: int) -> SavedGroup:
     Raises:
         UserError: when it is nowhere; lists which numbers are where.
     """
-    places = sorted(run.path.glob("set_aside/*/groups"), reverse=True)
-    places += [run.segments, *sorted(run.path.glob("checkpoints/step-*/groups"), reverse=True)]
-    found: list[tuple[Path, FinishedGroup]] = []
-    numbers: dict[Path, list[int]] = {}
+    places = [one / "groups" for one in reversed(_inside(run.place / "set_aside"))]
+    places += [Place(run.segments), *(one / "groups" for one in reversed(_inside(_checkpoints(run))))]
+    found: list[tuple[Place, FinishedGroup]] = []
+    numbers: dict[Place, list[int]] = {}
     unreadable: list[str] = []
-    for place in filter(Path.is_dir, places):
+    for place in filter(Place.exists, places):
         groups = list(_groups(place, unreadable))
         numbers[place] = [group.number for group in groups]
         mine = [group for group in groups if group.number == number]
         if mine:
             found.append((place, max(mine, key=lambda group: group.attempt)))
     if not found:
-        where = [f"{place.relative_to(run.path)}: {_ranges(held)}" for place, held in numbers.items()]
+        where = [f"{place.name.removeprefix(f'{run.name}/')}: {_ranges(held)}" for place, held in numbers.items()]
         damaged = f"; not readable: {'; '.join(unreadable)}" if unreadable else ""
         raise UserError(
-            f"group {number} is not in the files of {run.path}; groups that are: {'; '.join(where) or 'none'}"
+            f"group {number} is not in the files of {run.name}; groups that are: {'; '.join(where) or 'none'}"
             f"{damaged}; give one of these (a group's file is removed once it is trained)"
         )
     (place, group), *others = found
-    set_aside = place.parent if place.parent.parent.name == "set_aside" else None
+    set_aside = place.parent if place.parent.parent.last == "set_aside" else None
     return SavedGroup(group, place, set_aside, [other for other, _ in others])
 
 
-def _groups(place: Path, unreadable: list[str]) -> Iterator[FinishedGroup]:
+def _inside(place: Place) -> list[Place]:
+    return [place / name for name in place.folders()]
+
+
+def _checkpoints(run: RunDirectory) -> Place:
+    return Place(run.checkpoint_store(run.config()).name)
+
+
+def _groups(place: Place, unreadable: list[str]) -> Iterator[FinishedGroup]:
     """Groups of all sound segments of a folder; what is wrong with the others is added to `unreadable`."""
-    folder = SegmentFolder(place)
+    folder = SegmentFolder(place.name)
     for number in folder.numbers():
         try:
             yield from folder.read(number)
@@ -116,10 +123,10 @@ def choose_weights(run: RunDirectory, saved: SavedGroup, table: pa.Table, given:
         UserError: when the run has no weights on disk.
     """
     if given is not None:
-        known = {weights.folder.resolve(): weights for weights in _on_disk(run)}.get(given.resolve())
-        return Weights(given, None if known is None else known.version, "given")
+        known = {weights.folder: weights for weights in _on_disk(run)}.get(Place(given.resolve()))
+        return Weights(Place(given), None if known is None else known.version, "given")
     if saved.set_aside is not None:
-        return Weights(saved.set_aside, _version(saved.set_aside / WHY), "set aside with the group")
+        return Weights(saved.set_aside, _version(saved.set_aside, WHY), "set aside with the group")
     versions = np.concatenate([np.empty(0, np.int32), *table["token_version"].to_numpy()])
     versions = versions[versions != NOT_DRAWN]
     oldest = int(versions.min(initial=np.iinfo(np.int32).max))
@@ -130,22 +137,21 @@ def choose_weights(run: RunDirectory, saved: SavedGroup, table: pa.Table, given:
 
     candidates = [weights for weights in _on_disk(run) if weights.version is not None]
     if not candidates:
-        raise UserError(f"{run.path} has neither checkpoints nor a warm start; give the weights with --weights FOLDER")
+        raise UserError(f"{run.name} has neither checkpoints nor a warm start; give the weights with --weights FOLDER")
     best = min(candidates, key=rank)
     return Weights(best.folder, best.version, "drew tokens" if rank(best)[0] else "nearest to the tokens' versions")
 
 
 def _on_disk(run: RunDirectory) -> list[Weights]:
     """Every policy of a run, with its version."""
-    manifests = run.path.glob(f"checkpoints/step-*/{MANIFEST}")
-    found = [Weights(file.parent, _version(file), "") for file in manifests]
-    found += [Weights(file.parent, _version(file), "") for file in run.path.glob(f"set_aside/*/{WHY}")]
-    warm_start = [Weights(run.warm_start, 0, "")] if (run.warm_start / "config.json").is_file() else []
-    return [*(weights for weights in found if (weights.folder / "config.json").is_file()), *warm_start]
+    folders = [(one, MANIFEST) for one in _inside(_checkpoints(run))]
+    folders += [(one, WHY) for one in _inside(run.place / "set_aside")]
+    found = [Weights(one, _version(one, file), "") for one, file in folders if one.holds(file)]
+    return [one for one in [*found, Weights(run.warm_start, 0, "")] if one.folder.holds("config.json")]
 
 
-def _version(file: Path) -> int | None:
+def _version(folder: Place, file: str) -> int | None:
     try:
-        return int(json.loads(file.read_text())["version"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return int(json.loads(folder.read(file))["version"])
+    except (*FAILURES, ValueError, KeyError, TypeError):
         return None

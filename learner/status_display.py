@@ -4,9 +4,7 @@ from typing import Any
 
 from rich.console import Console
 
-from common.config_file import load_config
-from common.errors import UserError
-from learner.run_directory import CONFIG_FILE, RunDirectory
+from learner.run_directory import RunDirectory
 
 SHOWN = {
     "rollout_generated_reward": "reward",
@@ -49,15 +47,12 @@ def ended(directory: RunDirectory) -> dict[str, Any]:
     Raises:
         UserError: when it is no run's.
     """
-    file = directory.path / CONFIG_FILE
-    if not file.is_file():
-        raise UserError(f"{directory.path} is no run directory: it has no {CONFIG_FILE}")
-    config = load_config(file)
+    config = directory.config()
     finished = directory.finished_steps()
     checkpoints = directory.checkpoint_store(config).checkpoints()
     return {
         "run": config.run.name,
-        "directory": str(directory.path),
+        "directory": directory.name,
         "phase": "finished" if finished is not None and finished >= config.learner.steps else "not going",
         "steps": config.learner.steps,
         "checkpoint_step": max((one.step for one in checkpoints), default=-1),

@@ -39,6 +39,7 @@ from learner.cli import main
 from learner.learner_actor import LearnerActor
 from learner.parts import POLICY
 from learner.preflight import preflight
+from learner.run_directory import RunDirectory
 from learner.synchronous_rollout import SynchronousRollout
 
 TINY = [
@@ -445,7 +446,7 @@ def inputs() -> Iterator[Case]:
     yield Case("resume: no lock", [*resume, "done"], ["cannot be locked"], lock_folder)
 
     yield Case("replay: no run", ["replay", "nowhere", "7"], ["run 'nowhere'"])
-    yield Case("replay: no config", ["replay", "model", "7"], ["config.yaml: no such file"])
+    yield Case("replay: no config", ["replay", "model", "7"], ["is no run directory", "config.yaml"])
     yield Case("replay: broken config", ["replay", "done", "7"], ["config.yaml"], bad)
     yield Case("replay: no number", ["replay", "done", "seven"], ["Invalid value"])
     yield Case("replay: no such group", ["replay", "done", "8"], ["group 8 is not in the files", "segments: 7"])
@@ -778,7 +779,7 @@ def test_a_name_that_another_run_takes_in_the_same_moment(tmp_path: Path, monkey
     monkeypatch.setattr(driver.ray, "remote", lambda _: Taken())
     monkeypatch.setattr(driver, "on_this_node", lambda: None)  # there is no Ray here
     with pytest.raises(UserError, match=r"a run of the name new is going .*; choose another run\.name"):
-        driver._follow(load_config(None, TINY), tmp_path, lambda *_: None, POLICY)
+        driver._follow(load_config(None, TINY), RunDirectory(tmp_path), lambda *_: None, POLICY)
 
 
 def test_a_local_ray_without_its_vital_parts_ends_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -807,5 +808,5 @@ def test_a_local_ray_without_its_vital_parts_ends_the_driver(tmp_path: Path, mon
     monkeypatch.setattr(driver, "on_this_node", lambda: None)
     monkeypatch.setattr(driver.ray, "wait", wait)
     with pytest.raises(RunError, match=r"the local Ray is gone \(raylet\): killed"):
-        driver._follow(load_config(None, TINY), tmp_path, lambda *_: None, POLICY)
+        driver._follow(load_config(None, TINY), RunDirectory(tmp_path), lambda *_: None, POLICY)
     assert dead.count("log_monitor") == 3, "it can do without that one"

@@ -77,23 +77,6 @@ def test_a_checkpoint_comes_back_as_it_was(kind: str, tmp_path: Path) -> None:
         reader.read(written, "nothing")
 
 
-@pytest.mark.parametrize("kind", STORES)
-def test_a_download_may_stay_and_is_made_once(kind: str, tmp_path: Path) -> None:
-    store = store_in(tmp_path, kind)
-    written = write(store, 3)
-    assert written
-    into = tmp_path / "run" / "evaluated" / written.name
-    for content in (FILES["empty"], b"kept as it is"):
-        with store.fetch(written, into) as folder:
-            assert (folder / "empty").read_bytes() == content
-            if kind != "local":
-                assert folder == into
-                (folder / "empty").write_bytes(b"kept as it is")
-            else:
-                break
-    assert into.is_dir() == (kind != "local")
-
-
 def test_a_file_uri_is_a_local_store_and_others_are_the_users_mistake(tmp_path: Path) -> None:
     written = write(CheckpointStore(f"file://{tmp_path}/checkpoints/"), 1)
     assert store_in(tmp_path).checkpoints() == [written]

@@ -59,7 +59,7 @@ class Fleet:
 
 def test_failures_in_a_row_end_the_run_and_failures_between_results_do_not(tmp_path: Path) -> None:
     async def scenario() -> None:
-        controller = Controller(config=parse_config({"task": {"name": "sudoku"}}), directory=tmp_path)
+        controller = Controller(config=parse_config({"task": {"name": "sudoku"}}), directory=str(tmp_path))
         buffer = Buffer()
         controller._buffer, controller._fleet = buffer, Fleet()  # pyright: ignore[reportAttributeAccessIssue]
         for _ in range(3):
@@ -84,7 +84,7 @@ def test_a_quarantined_example_may_hold_what_json_has_not(tmp_path: Path, monkey
 
     async def scenario() -> None:
         monkeypatch.setattr(controller_module, "build_task", lambda _: Dated())
-        controller = Controller(config=parse_config({"task": {"name": "sudoku"}}), directory=tmp_path)
+        controller = Controller(config=parse_config({"task": {"name": "sudoku"}}), directory=str(tmp_path))
         buffer = Buffer()
         controller._buffer, controller._fleet = buffer, Fleet()  # pyright: ignore[reportAttributeAccessIssue]
         buffer.fail(1)
@@ -101,7 +101,7 @@ def test_a_quarantined_example_may_hold_what_json_has_not(tmp_path: Path, monkey
 
 def test_bytes_that_are_lost_are_told_once(tmp_path: Path) -> None:
     async def scenario() -> list[str]:
-        controller = Controller(config=parse_config({"task": {"name": "sudoku"}}), directory=tmp_path)
+        controller = Controller(config=parse_config({"task": {"name": "sudoku"}}), directory=str(tmp_path))
         buffer = Buffer()
         controller._buffer, controller._fleet = buffer, Fleet()  # pyright: ignore[reportAttributeAccessIssue]
         for lost in (0.0, 3.0, 3.0):
@@ -116,7 +116,7 @@ def test_bytes_that_are_lost_are_told_once(tmp_path: Path) -> None:
 def test_an_evaluation_that_stands_still_says_what_its_workers_did(tmp_path: Path) -> None:
     async def scenario() -> None:
         config = parse_config({"task": {"name": "sudoku"}, "run": {"stall_timeout": 0.5}})
-        controller = Controller(config=config, directory=tmp_path)
+        controller = Controller(config=config, directory=str(tmp_path))
         await controller._enter("evaluate")
         watchdog = asyncio.create_task(controller._watch())
         for done in range(5):
@@ -138,7 +138,7 @@ def test_an_example_that_cannot_be_made_is_quarantined_without_it(
 
     async def scenario() -> None:
         monkeypatch.setattr(controller_module, "build_task", lambda _: Broken())
-        controller = Controller(config=parse_config({"task": {"name": "sudoku"}}), directory=tmp_path)
+        controller = Controller(config=parse_config({"task": {"name": "sudoku"}}), directory=str(tmp_path))
         buffer = Buffer()
         controller._buffer, controller._fleet = buffer, Fleet()  # pyright: ignore[reportAttributeAccessIssue]
         buffer.fail(1)
@@ -150,7 +150,7 @@ def test_an_example_that_cannot_be_made_is_quarantined_without_it(
 
 
 def test_a_learner_that_cannot_start_is_named_as_that(tmp_path: Path) -> None:
-    controller = Controller(config=parse_config({"task": {"name": "sudoku"}}), directory=tmp_path)
+    controller = Controller(config=parse_config({"task": {"name": "sudoku"}}), directory=str(tmp_path))
     text = "Traceback ...\ncommon.errors.UserError: task.reward=a:b cannot be imported"
     error = RayActorError(None, text, actor_init_failed=True)
     with pytest.raises(RunError, match=r"^the learner cannot start: .*task\.reward=a:b cannot be imported"):
@@ -173,14 +173,14 @@ def test_a_run_whose_plot_finds_no_room_has_not_finished(tmp_path: Path, monkeyp
     monkeypatch.setattr(controller_module.ray, "get_runtime_context", lambda: SimpleNamespace(current_actor=None))
 
     async def scenario() -> None:
-        controller = Controller(config=parse_config({"task": {"name": "sudoku"}}), directory=tmp_path)
+        controller = Controller(config=parse_config({"task": {"name": "sudoku"}}), directory=str(tmp_path))
         controller._checkpoints.begin(2).commit(version=2, journal_index=0)
         with monkeypatch.context() as patched:
             patched.setattr("learner.pareto.draw_pareto", full)
             with pytest.raises(OSError, match="No space left"):
                 await controller._evaluate(2)
         assert RunDirectory(tmp_path).finished_steps() is None, "else --resume would refuse to draw it"
-        monkeypatch.setattr("learner.pareto.draw_pareto", lambda *_, **__: None)
+        monkeypatch.setattr("learner.pareto.draw_pareto", lambda *_, **__: b"")
         await controller._evaluate(2)
         assert RunDirectory(tmp_path).finished_steps() == 2
 
@@ -232,6 +232,8 @@ def test_a_run_that_ends_as_it_should_is_not_missed(
 )
 def test_a_number_of_actors_that_cannot_be_is_refused(tmp_path: Path, actors: int, said: str) -> None:
     rollout = {"actors": 2, "min_actors": 2, "max_actors": 4}
-    controller = Controller(config=parse_config({"task": {"name": "sudoku"}, "rollout": rollout}), directory=tmp_path)
+    controller = Controller(
+        config=parse_config({"task": {"name": "sudoku"}, "rollout": rollout}), directory=str(tmp_path)
+    )
     with pytest.raises(UserError, match=said):
         asyncio.run(controller.scale(actors))

@@ -16,6 +16,7 @@ from actors.evaluation import Point
 from common.config import IN_RAY_JOB, Config, ThresholdConfig
 from common.config_file import load_config
 from common.errors import RunError
+from common.place import Place
 from common.policy_loading import build_policy
 from common.tasks import build_task
 from learner import final_evaluation
@@ -34,21 +35,22 @@ def settings(*overrides: str) -> Config:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     made = {}
     for seed, name in enumerate(("before", "after")):
-        made[name] = tmp_path_factory.mktemp(name)
+        folder = tmp_path_factory.mktemp(name)
+        made[name] = str(folder)
         task = build_task(settings().task)
-        build_policy(MODEL, ThresholdConfig(), alphabet=task.alphabet, seed=seed).save(made[name])
+        build_policy(MODEL, ThresholdConfig(), alphabet=task.alphabet, seed=seed).save(folder)
     return made
 
 
-def evaluated(config: Config, folders: dict[str, Path], out: Path) -> Points:
-    return Evaluation(config, folders, ShardFolder(out, config, folders)).run()
+def evaluated(config: Config, folders: dict[str, str], out: Path) -> Points:
+    return Evaluation(config, folders, ShardFolder(Place(out), config, folders)).run()
 
 
 @pytest.fixture(scope="module")
-def whole(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Points:
+def whole(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Points:
     return evaluated(settings(), folders, tmp_path_factory.mktemp("whole"))
 
 
@@ -66,7 +68,7 @@ def check_equal(found: Points, expected: Points) -> None:
                 np.testing.assert_array_equal(mine.components[key], values)
 
 
-def test_shards_cover_every_prompt_of_every_setting(folders: dict[str, Path]) -> None:
+def test_shards_cover_every_prompt_of_every_setting(folders: dict[str, str]) -> None:
     shards = shards_of(settings(), folders, 4)
     assert [list(shard.prompts) for shard in shards[:3]] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert len(shards) == 2 * 7 * 3
@@ -79,10 +81,10 @@ def test_policies_differ_and_answers_are_recorded(whole: Points) -> None:
 
 
 def test_an_evaluation_that_was_killed_does_what_is_missing(
-    folders: dict[str, Path], whole: Points, tmp_path: Path
+    folders: dict[str, str], whole: Points, tmp_path: Path
 ) -> None:
     config, killed_after = settings(), 5
-    kept = ShardFolder(tmp_path, config, folders)
+    kept = ShardFolder(Place(tmp_path), config, folders)
     write, written = kept.write, []
 
     def killed(number: int, point: Point) -> None:
@@ -94,8 +96,8 @@ def test_an_evaluation_that_was_killed_does_what_is_missing(
     kept.write = killed  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         Evaluation(config, folders, kept).run()
-    (kept.path / "1.parquet").write_bytes(b"half of a fi")
-    again = ShardFolder(tmp_path, config, folders)
+    (tmp_path / "shards" / kept.place.last / "1.parquet").write_bytes(b"half of a fi")
+    again = ShardFolder(Place(tmp_path), config, folders)
     write_again, missing = again.write, []
     again.write = lambda number, point: (missing.append(number), write_again(number, point))[1]  # type: ignore[method-assign]
     told: list[tuple[str, str]] = []
@@ -108,18 +110,18 @@ def test_an_evaluation_that_was_killed_does_what_is_missing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_computed_decides_what_goes_on(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_what_is_computed_decides_what_goes_on(folders: dict[str, str], tmp_path: Path) -> None:
     digest = evaluation_digest(settings(), folders)
     for same in ("rollout.actors=3", "run.name=other", "learner.steps=7"):
         assert evaluation_digest(settings(same), folders) == digest
     for other in ("run.seed=1", "task.seed=1", "evaluation.prompts=9", "rollout.slots=8", "learner.speed_weight=0.2"):
         assert evaluation_digest(settings(other), folders) != digest
     assert evaluation_digest(settings(), {"before": folders["after"]}) != digest
-    moved = {**folders, "after": tmp_path}
+    moved = {**folders, "after": str(tmp_path)}
     assert evaluation_digest(settings(), moved) != digest
 
 
-def test_a_text_of_the_task_too_long_for_a_path_is_none(folders: dict[str, Path]) -> None:
+def test_a_text_of_the_task_too_long_for_a_path_is_none(folders: dict[str, str]) -> None:
     prompt = f"task.prompt='{{question}} {'step by step ' * 30}'"
     told = load_config(None, ["task.name=custom", "task.reward=a:b", prompt])
     assert evaluation_digest(told, folders) == evaluation_digest(told, folders)
@@ -134,7 +136,7 @@ def test_workers_elsewhere_get_absolute_paths_but_in_a_ray_job(
 
     async def asked(config: Config, shards: dict[int, Shard], done: Any, **_: Any) -> None:
         base = Path() if in_job else tmp_path
-        assert {shard.folder for shard in shards.values()} == {base / "model"}
+        assert {shard.folder for shard in shards.values()} == {str(base / "model")}
         assert config.task.files == (str(base / "data.jsonl"), str(base / "other.jsonl"))
         assert config.task.validation_data == "hub:a/b"  # type: ignore[union-attr]
         raise Asked
@@ -147,7 +149,7 @@ def test_workers_elsewhere_get_absolute_paths_but_in_a_ray_job(
     data = ["task.data=data.jsonl", "task.test_data=other.jsonl", "task.validation_data=hub:a/b", "rollout.actors=2"]
     config = load_config(None, ["task.name=gsm8k", *data])
     with pytest.raises(Asked):
-        evaluated(config, {"policy": Path("model")}, tmp_path / "out")
+        evaluated(config, {"policy": "model"}, tmp_path / "out")
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +160,7 @@ def cluster() -> Iterator[None]:
 
 
 def test_workers_find_what_one_process_finds_though_one_dies(
-    cluster: None, folders: dict[str, Path], whole: Points
+    cluster: None, folders: dict[str, str], whole: Points
 ) -> None:
     config = settings("rollout.cpus=0.5")
     shards = dict(enumerate(shards_of(config, folders, 4)))
@@ -188,7 +190,7 @@ def workers() -> list[psutil.Process]:
     return found
 
 
-def test_a_worker_that_dies_again_and_again_ends_it(cluster: None, folders: dict[str, Path]) -> None:
+def test_a_worker_that_dies_again_and_again_ends_it(cluster: None, folders: dict[str, str]) -> None:
     config = settings("rollout.cpus=0.5", "rollout.max_restarts=0")
 
     def done(number: int, point: Point) -> None:
@@ -209,7 +211,7 @@ def test_a_policy_that_cannot_be_loaded_is_the_users_error(cluster: None, tmp_pa
 
 
 def test_the_end_of_a_run_measures_the_same_and_tells_how_it_gets_on(
-    cluster: None, folders: dict[str, Path], whole: Points, tmp_path: Path
+    cluster: None, folders: dict[str, str], whole: Points, tmp_path: Path
 ) -> None:
     class Listener:
         """Hears what a controller would; made here, as workers cannot import this file."""
@@ -225,11 +227,11 @@ def test_the_end_of_a_run_measures_the_same_and_tells_how_it_gets_on(
 
     config = settings("evaluation.prompts=4", "rollout.cpus=2")
     listener: Any = ray.remote(Listener).options(num_cpus=0).remote()
-    kept = ShardFolder(tmp_path, config, folders)
+    kept = ShardFolder(Place(tmp_path), config, folders)
     found = asyncio.run(Evaluation(config, folders, kept).on_ray(workers=1, listener=listener))
     assert [point.completions for point in found["after"]] == [point.completions[:4] for point in whole["after"]]
     heard = ray.get(listener.heard.remote())
     assert heard[0] == (0, "loads policy before")
     assert heard[1] == (0, "before: eb gamma=0.1: 0 of 4 completions")
-    again = ShardFolder(tmp_path, config, folders)
+    again = ShardFolder(Place(tmp_path), config, folders)
     assert asyncio.run(Evaluation(config, folders, again).on_ray(workers=1)).keys() == found.keys()  # of files alone

@@ -23,6 +23,7 @@ from common.journal import SCHEMA as JOURNAL_SCHEMA
 from common.journal import decode_journal, encode_journal
 from common.lease import FinishedGroup
 from common.ledger import GroupRecord
+from common.place import Place
 from common.segment_folder import damage_named, decode_segment, encode_segment
 from common.trajectory import SCHEMA, Completion, decode_group, encode_group
 from learner.demonstration_file import DemonstrationFile
@@ -167,7 +168,7 @@ def test_demonstrations_are_pairs_of_text_or_a_user_error(tmp_path: Path, data: 
 def test_what_a_run_says_of_itself_is_a_number_or_unknown(tmp_path: Path, data: bytes) -> None:
     (tmp_path / WHY).write_bytes(data)
     (tmp_path / "evaluation.json").write_bytes(data)
-    for found in (_version(tmp_path / WHY), RunDirectory(tmp_path).finished_steps()):
+    for found in (_version(Place(tmp_path), WHY), RunDirectory(tmp_path).finished_steps()):
         assert found is None or isinstance(found, int)
 
 

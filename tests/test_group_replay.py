@@ -347,7 +347,7 @@ def test_else_the_next_weights_are_chosen(
     run: RunDirectory, config: Config, versions: dict[int, int], chosen: int
 ) -> None:
     """By step: the next later version, or the latest; version 0 is the warm start, which is older than all here."""
-    policy_of(config).save(run.warm_start)
+    policy_of(config).save(run.path / "warm_start")
     for step in (3, 6):
         folder_of(run, step).rename(run.path / f"away-{step}")
     for step, version in versions.items():
@@ -421,7 +421,7 @@ def test_command(
         (("made", "6"), "group 6 is not in the files"),
         (("made", "6"), "segments: 5, 7-8"),
         (("gone", "7"), "run 'gone': no folder of that name, nor runs/gone; runs: made"),
-        (("made", "7", "--weights", "nowhere"), "model nowhere: no config.json there"),
+        (("made", "7", "--weights", "nowhere"), "nowhere: no config.json there"),
     ):
         code, out, err = diffpo(monkeypatch, capsys, *arguments)
         assert (code, out) == (2, "")

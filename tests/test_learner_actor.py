@@ -26,6 +26,7 @@ from common.config import Config
 from common.config_file import load_config
 from common.errors import RunError
 from common.lease import FinishedGroup
+from common.place import Place
 from common.replay_buffer import ReplayBuffer
 from common.segment_store import SegmentStore
 from common.version import lineage_of, step_of
@@ -146,7 +147,7 @@ class World:
 
         learner_actor.CheckpointWriter = writer  # type: ignore[assignment, misc]
         self.actor = LearnerActor(
-            config=self.config, directory=self.directory.path, controller=Controller(self), make=make
+            config=self.config, directory=self.directory.name, controller=Controller(self), make=make
         )
         self.actor.warm_start()
         try:
@@ -331,7 +332,7 @@ def test_the_buffer_may_die_while_a_batch_is_set_aside(tmp_path: Path, when: str
         assert found.buffer.lives == 2
         assert found.trainer.trained == [number for number in range(STEPS * GROUPS + 2) if number not in (4, 5)]
         [folder] = (found.directory.path / "set_aside").iterdir()
-        assert find_group(found.directory, 4).set_aside == folder
+        assert find_group(found.directory, 4).set_aside == Place(folder)
 
 
 def test_the_buffer_may_die_before_there_is_a_learner(tmp_path: Path) -> None:

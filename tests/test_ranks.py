@@ -258,7 +258,7 @@ def test_numbers_that_are_not_finite_are_counted_once(both: Both) -> None:
 def test_a_rank_leaves_when_it_is_told_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left: list[Ranks] = []
     monkeypatch.setattr(Ranks, "leave", lambda ranks: left.append(ranks))
-    actor = RankActor(config=CONFIG, rank=1, warm_start=tmp_path)
+    actor = RankActor(config=CONFIG, rank=1)
     actor.order(ENDING)
     actor.follow()
     assert len(left) == 1

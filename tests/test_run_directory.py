@@ -70,7 +70,7 @@ def test_a_full_disk_leaves_no_directory_that_could_not_be_resumed(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_text", full)
+        patched.setattr(Path, "write_bytes", full)
         with pytest.raises(UserError, match=r"No space left on device: '.*first/config\.yaml'; make room there"):
             RunDirectory.create(config_for(tmp_path))
     assert RunDirectory.create(config_for(tmp_path)).path.is_dir()

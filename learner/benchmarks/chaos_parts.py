@@ -104,7 +104,7 @@ class AuditedActor(RolloutActor):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        folder = arguments["make"].args[0].run_directory / AUDIT
+        folder = Path(arguments["make"].args[0].run_directory) / AUDIT
         folder.mkdir(parents=True, exist_ok=True)
         self._audit = (folder / f"{self.name}-{os.getpid()}").open("a", buffering=1)
 

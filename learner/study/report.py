@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from statistics import median
 
-from learner.run_directory import write_whole
+from common.place import write_whole
 from learner.study.grid import BEFORE, Comparison, Planned, Study
 from learner.study.measures import (
     EQUAL,
@@ -78,7 +78,7 @@ def write_report(name: str, study: Study, runs: list[Planned], done: Done, out: 
     lines += _diagnostics(by_arm)
     if by_arm:
         lines += [f"![{title}]({path.relative_to(out)})\n" for title, path in draw(by_arm, out / name)]
-    return write_whole(out / f"{name}.md", "\n".join(lines))
+    return write_whole(out / f"{name}.md", "\n".join(lines).encode())
 
 
 def _machines(done: Done) -> str:

@@ -24,10 +24,10 @@ from rich.console import Console
 
 from common.config import Config
 from common.errors import RunError, Stopped, UserError, one_line
+from common.place import write_whole
 from learner.learner_ranks import PATIENT_THREADS
 from learner.preflight import preflight
 from learner.ray_connection import chosen_address, connect
-from learner.run_directory import RunDirectory
 from learner.study.grid import Planned, Study, plan
 from learner.study.measures import not_finite
 from learner.study.report import write_report
@@ -223,13 +223,13 @@ class Runner:
         result |= {"arm": run.arm, "seed": run.seed, "digest": run.digest, "overrides": list(run.overrides)}
         result |= self._made_by
         result = json.loads(json.dumps(result), parse_float=lambda digits: round(float(digits), DECIMALS))
-        name = f"{run.name}.json"
+        name, encoded = f"{run.name}.json", (json.dumps(result) + "\n").encode()
         try:
-            RunDirectory(self._folder).write_json(name, result, indent=None)
+            write_whole(self._folder / name, encoded)
         except OSError as error:
             cause = f"finished, but {self._folder / name} cannot be written ({error.strerror}); "
             try:
-                spare = RunDirectory(Path(mkdtemp(prefix="diffpo-study-"))).write_json(name, result, indent=None)
+                spare = write_whole(Path(mkdtemp(prefix="diffpo-study-")) / name, encoded)
                 cause += f"make room, and move {spare} there"
             except OSError:
                 cause += "make room, and it is run again"
