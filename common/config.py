@@ -47,7 +47,8 @@ class ModelConfig(Section):
 
     path: str | None = None
     """Folder of a checkpoint: LLaDA, Dream and others as they are published (docs/models.md), what `diffpo convert`
-    wrote, or a checkpoint of a run; null builds a small model and warm-starts it."""
+    wrote, or a checkpoint of a run, or a URI (s3://…) of one, of which every node makes a copy; null builds a small
+    model and warm-starts it."""
     mask_token: str | None = None
     """The MASK token, where neither the tokenizer nor config.json in `path` names it."""
     chat_template: Literal["auto", "off"] = "auto"
@@ -563,6 +564,13 @@ class Config(Section):
             raise ValueError(
                 f"rollout.compile with sampler.cache={self.sampler.cache}: cached passes have no fixed shapes; set "
                 "rollout.compile=false or sampler.cache=none"
+            )
+        base = self.model.path if self.model.path is not None else self.run.root
+        if self.model.lora is not None and is_uri(base):
+            key = "model.path" if self.model.path is not None else "run.root"
+            raise ValueError(
+                f"model.lora with {key}={base}: adapters name the folder of their base, which all nodes must have; "
+                "give it in model.path"
             )
         if self.rollout.slots < self.learner.group_size:
             raise ValueError(

@@ -16,9 +16,9 @@ import xxhash
 from filelock import FileLock
 
 from common.checkpoint_store import CheckpointStore
-from common.errors import RunError, cause
+from common.errors import RunError, UserError, cause
 from common.new_folder import new_folder
-from common.place import FAILURES, Place
+from common.place import FAILURES, Place, is_uri
 
 KEEP_SECONDS = 24 * 3600.0
 
@@ -27,18 +27,21 @@ def local_copy(where: str | Path | Place) -> Path:
     """The folder on this machine: itself where it is local, else a copy. A checkpoint's files are verified.
 
     Raises:
-        RunError: when it cannot be read, or there is no room for it.
+        UserError: when it is not there, or cannot be read.
+        RunError: when there is no room for it.
         CheckpointDamaged: when a file of a checkpoint is not what was committed.
     """
-    place = Place(where)
-    if place.folder is not None:
-        return place.folder
+    if not is_uri(str(where)):
+        return Path(str(where))
     try:
+        place = Place(where)
+        if place.folder is not None:
+            return place.folder
         files = list(place.files())
     except FAILURES as error:
-        raise RunError(f"{place} cannot be read ({cause(error)}); mend the connection or the permissions") from error
+        raise UserError(f"{where} cannot be read ({cause(error)}); mend the connection or the credentials") from error
     if not files:
-        raise RunError(f"{place} is empty or not there; give a folder that holds files")
+        raise UserError(f"{where} is empty or not there; give a folder that holds files")
     target = cache_folder() / f"{place.last}-{xxhash.xxh3_128_hexdigest(repr((place.name, files)).encode())[:16]}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

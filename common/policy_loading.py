@@ -31,6 +31,7 @@ from common.adapter import (
 )
 from common.config import Config, ModelConfig, ThresholdConfig
 from common.errors import UserError
+from common.local_copy import local_copy
 from common.model_folder import ModelFolder
 from common.policy import CALIBRATION, THRESHOLD_CONFIG, THRESHOLD_WEIGHTS, UNLIMITED, Policy, check_cache
 from common.shards import Shards
@@ -78,7 +79,7 @@ def load_policy(
     merged into its base.
 
     Args:
-        path: a whole model, or an adapter and the name of its base.
+        path: a whole model, or an adapter and the name of its base; or a URI of that, of which a copy is made.
         config: device, attention, adapter.
         threshold: of a fresh head.
         seed: of a new adapter.
@@ -87,7 +88,7 @@ def load_policy(
     Raises:
         UserError: when the folder, the model or its MASK token is missing or does not fit.
     """
-    folder = Path(path)
+    folder = local_copy(path)
     try:
         base = read_base(folder)
         found = ModelFolder(folder, mask_token=config.mask_token)
@@ -188,7 +189,7 @@ def open_tokenizer(config: Config, task: Task) -> tuple[PreTrainedTokenizerBase,
     and that weights and threshold can be read."""
     if config.model.path is None:
         return character_tokenizer(task.alphabet), config.model.max_positions
-    folder = Path(config.model.path)
+    folder = local_copy(config.model.path)
     try:
         found = ModelFolder(folder, mask_token=config.model.mask_token)
         base = read_base(folder)
@@ -209,7 +210,7 @@ def open_tokenizer(config: Config, task: Task) -> tuple[PreTrainedTokenizerBase,
 def check_cache_of_folder(config: Config) -> None:
     """Refuse a `sampler.cache` that `model.path` cannot serve, without reading its weights. Raises UserError."""
     if config.sampler.cache != "none" and config.model.path is not None:
-        check_cache(ModelFolder(Path(config.model.path), mask_token=config.model.mask_token).skeleton())
+        check_cache(ModelFolder(local_copy(config.model.path), mask_token=config.model.mask_token).skeleton())
 
 
 def _load_model(found: ModelFolder) -> Any:

@@ -28,6 +28,7 @@ app = typer.Typer(
 app.add_typer(control_cli.app)
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file, e.g. deploy/configs/sudoku.yaml.")]
+POLICY = "Policy: a checkpoint, RUN/warm_start, or any folder in Hugging Face layout; or its URI."
 Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, e.g. learner.steps=20 run.name=try.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and end.")]
 
@@ -145,10 +146,10 @@ def sft(
 
 @app.command("eval")
 def evaluate(
-    folder: Annotated[Path, typer.Argument(help="Policy: a checkpoint, RUN/warm_start, or any folder in HF layout.")],
+    folder: Annotated[str, typer.Argument(help=POLICY)],
     config: ConfigFile = None,
     overrides: Overrides = None,
-    against: Annotated[Path | None, typer.Option(help="A second policy, drawn as `before`.")] = None,
+    against: Annotated[str | None, typer.Option(help="A second policy, drawn as `before`.")] = None,
     file: Annotated[
         Path | None, typer.Option(help="Questions in place of the task's test split: all rows of this file.")
     ] = None,
@@ -169,7 +170,7 @@ def evaluate(
     given += ["evaluation.split=test"] if file is not None else []
     given += [f"rollout.actors={actors}"] if actors is not None else []
     loaded = _load(config, given, dry_run and file is None)
-    loaded = loaded.model_copy(update={"model": loaded.model.model_copy(update={"path": str(folder)})})
+    loaded = loaded.model_copy(update={"model": loaded.model.model_copy(update={"path": folder})})
     if file is not None:
         from learner.evaluation_file import with_file
 
@@ -185,7 +186,7 @@ def evaluate(
     from learner.pareto import draw_pareto
     from learner.run_directory import RunDirectory
 
-    folders = {"before": str(against), "after": str(folder)} if against else {"policy": str(folder)}
+    folders = {"before": against, "after": folder} if against else {"policy": folder}
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -254,7 +255,7 @@ def score_answers(
 
 @app.command()
 def generate(
-    model: Annotated[Path, typer.Argument(help="Policy: a checkpoint, RUN/warm_start, or any folder in HF layout.")],
+    model: Annotated[str, typer.Argument(help=POLICY)],
     prompt: Annotated[str, typer.Argument(help="What to complete.")],
     tokens: Annotated[int, typer.Option(help="Length of the completion.")] = 16,
     block: Annotated[int | None, typer.Option(help="Block length; a divisor of the tokens.")] = None,
@@ -274,6 +275,7 @@ def generate(
     """
     from rich.console import Console
 
+    from common.local_copy import local_copy
     from learner.generation import Choice
     from learner.generation import generate as run
 
@@ -290,7 +292,7 @@ def generate(
         raw=raw,
         mask_token=mask_token,
     )
-    run(model, choice, Console(highlight=False, soft_wrap=True), show_steps=steps)
+    run(local_copy(model), choice, Console(highlight=False, soft_wrap=True), show_steps=steps)
 
 
 @app.command()
@@ -320,7 +322,7 @@ def convert(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Policy: a checkpoint, RUN/warm_start, any folder in HF layout.")],
+    checkpoint: Annotated[str, typer.Argument(help=POLICY)],
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
     merge: Annotated[
         bool, typer.Option("--merge", help="Add an adapter to its base; else it is written alone.")
@@ -332,9 +334,10 @@ def export(
 
     Example: diffpo export runs/first/checkpoints/step-000200 first-merged --merge
     """
+    from common.local_copy import local_copy
     from learner.export import export as run
 
-    typer.echo(run(checkpoint, out, merge=merge, precision=precision, mask_token=mask_token))
+    typer.echo(run(local_copy(checkpoint), out, merge=merge, precision=precision, mask_token=mask_token))
 
 
 @app.command()
@@ -342,7 +345,7 @@ def replay(
     run: Annotated[str, typer.Argument(help="A run: its folder, or its name below runs/.")],
     group: Annotated[int, typer.Argument(help="Number of a group in its segments, set_aside or checkpoints.")],
     weights: Annotated[
-        Path | None, typer.Option(help="Policy to replay with; else the nearest that the run has.")
+        str | None, typer.Option(help="Policy to replay with; else the nearest that the run has.")
     ] = None,
     tolerance: Annotated[float, typer.Option(min=0.0, help="Largest difference that is none, in nats.")] = 1e-3,
     json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,

@@ -24,7 +24,6 @@ from actors.failure import FailureKind, cause_line, failure_kind
 from actors.placement import Demand
 from common.config import Config
 from common.errors import RunError, UserError, one_line
-from common.local_copy import local_copy
 from common.policy_loading import load_policy, on_cpu
 from common.tasks import build_task
 
@@ -78,7 +77,7 @@ class EvaluationWorker:
             self._tell(f"loads policy {shard.name}")
             config, chosen = self._config, self._config.evaluation
             policy = load_policy(
-                local_copy(shard.folder), on_cpu(config).model, config.sampler.threshold
+                shard.folder, on_cpu(config).model, config.sampler.threshold
             )  # narrowed before it moves
             policy = policy.for_rollout(config.rollout).to(config.model.device)
             self._evaluator = Evaluator(policy, self._task, config, prompts=chosen.prompts, split=chosen.split)

@@ -11,7 +11,6 @@
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -24,7 +23,6 @@ from actors.reward_pool import score_apart
 from common.autocast import autocast
 from common.config import Config
 from common.errors import RunError, UserError, one_line
-from common.local_copy import local_copy
 from common.policy import Policy
 from common.policy_loading import load_policy
 from common.tasks import Task, build_task
@@ -42,7 +40,7 @@ PER_POSITION = [field.name for field in SCHEMA if pa.types.is_list(field.type) a
 
 
 def replay_saved(
-    run: RunDirectory, config: Config, number: int, given: Path | None, tolerance: float
+    run: RunDirectory, config: Config, number: int, given: str | None, tolerance: float
 ) -> tuple[dict[str, Any], GroupReplay]:
     """Find a group of a run and weights for it, and replay it.
 
@@ -68,10 +66,10 @@ def replay_saved(
         model = config.model
     except UserError:  # the run had a GPU and this machine has none
         model = config.model.model_copy(update={"device": "cpu"})
-    policy = load_policy(local_copy(weights.folder), model, config.sampler.threshold)
+    policy = load_policy(weights.folder.name, model, config.sampler.threshold)
     reference = None
     if config.learner.kl_beta > 0 and model.lora is None:  # else it is the weights' own base
-        reference = load_policy(local_copy(run.warm_start), model, config.sampler.threshold)
+        reference = load_policy(run.warm_start.name, model, config.sampler.threshold)
     task = build_task(config.task)
     found = replay_group(policy, config, task, table, version=weights.version, tolerance=tolerance, reference=reference)
     versions = Counter(token.version for token in found.tokens)

@@ -9,7 +9,6 @@
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -23,6 +22,7 @@ from common.autocast import has_bfloat16
 from common.config import Config, LoraConfig
 from common.errors import UserError
 from common.model_folder import read_described
+from common.local_copy import local_copy
 from common.policy_loading import build_policy
 from common.tasks import build_task
 from common.token_scores import row_bytes
@@ -236,7 +236,7 @@ def _described(config: Config) -> PreTrainedConfig:
     if config.model.path is None:
         alphabet = build_task(config.task).alphabet
         return build_policy(config.model, config.sampler.threshold, alphabet=alphabet, seed=0).model.config
-    folder = Path(config.model.path)
+    folder = local_copy(config.model.path)
     try:
         return read_described(folder)[1]
     except UserError:

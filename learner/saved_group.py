@@ -20,7 +20,7 @@ import pyarrow as pa
 from common.checkpoint_store import MANIFEST
 from common.errors import RunError, UserError
 from common.lease import FinishedGroup
-from common.place import FAILURES, Place
+from common.place import FAILURES, Place, is_uri
 from common.segment_folder import SegmentFolder
 from common.trajectory import NOT_DRAWN
 from learner.run_directory import WHY, RunDirectory
@@ -107,7 +107,7 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(firsts, lasts, strict=True))
 
 
-def choose_weights(run: RunDirectory, saved: SavedGroup, table: pa.Table, given: Path | None) -> Weights:
+def choose_weights(run: RunDirectory, saved: SavedGroup, table: pa.Table, given: str | None) -> Weights:
     """The weights to replay a group with.
 
     `given`, else those that were set aside with the group, else of the run's checkpoints and its warm start (version 0)
@@ -123,7 +123,8 @@ def choose_weights(run: RunDirectory, saved: SavedGroup, table: pa.Table, given:
         UserError: when the run has no weights on disk.
     """
     if given is not None:
-        known = {weights.folder: weights for weights in _on_disk(run)}.get(Place(given.resolve()))
+        resolved = given if is_uri(given) else Path(given).resolve()
+        known = {weights.folder: weights for weights in _on_disk(run)}.get(Place(resolved))
         return Weights(Place(given), None if known is None else known.version, "given")
     if saved.set_aside is not None:
         return Weights(saved.set_aside, _version(saved.set_aside, WHY), "set aside with the group")

@@ -187,6 +187,13 @@ def test_a_bad_value_is_refused_in_one_line(override: str, expected: list[str]) 
         assert part in message
 
 
+@pytest.mark.parametrize("key", ["run.root", "model.path"])
+def test_an_adapter_needs_a_base_that_all_nodes_have(key: str) -> None:
+    message = refusal("model.lora={}", f"{key}=s3://bucket/x")
+    assert f"model.lora with {key}=s3://bucket/x" in message
+    assert "give it in model.path" in message
+
+
 def test_all_mistakes_are_told_at_once() -> None:
     message = refusal("learner.steps=0", "run.seed=-1", "rollout.slotz=3")
     assert all(key in message for key in ("learner.steps", "run.seed", "rollout.slotz"))

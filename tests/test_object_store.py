@@ -103,7 +103,7 @@ def test_a_copy_is_made_once_for_every_state_of_a_folder(
     root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert local_copy(tmp_path) == tmp_path
-    with pytest.raises(RunError, match=r"nothing is empty or not there"):
+    with pytest.raises(UserError, match=r"nothing is empty or not there"):
         local_copy(f"{root}/nothing")
     place = Place(root) / "model"
     (tmp_path / "made/inner").mkdir(parents=True)
@@ -119,6 +119,7 @@ def test_a_copy_is_made_once_for_every_state_of_a_folder(
     os.utime(first, (old, old))
     place.write("last", b"other")
     second = local_copy(place)
+    assert local_copy(Path("a/relative")) == Path("a/relative")
     assert ((second / "last").read_text(), first.exists()) == ("other", False)
 
 
@@ -318,3 +319,6 @@ def test_a_run_goes_on_on_another_machine(root: str, tmp_path: Path) -> None:
     assert group, "a group that was trained is in no file, and the message lists those that are"
     replayed = diffpo("replay", run.name, group[1])
     assert replayed.returncode == 0, replayed.stdout + replayed.stderr
+    checkpoint = run.checkpoint_store(run.config()).location(run.checkpoint_store(run.config()).checkpoints()[-1])
+    generated = diffpo("generate", checkpoint, "1004040003104001")
+    assert "NFE" in generated.stdout, generated.stderr
