@@ -159,7 +159,7 @@ CATALOGUE: dict[str, Metric] = {
             "counter",
             "Changes of how many rollout actors there shall be",
             ("reason",),
-            _each("command", "learner_waits", "rollout_waits", "stale"),
+            _each("command", "learner_waits", "useless", "rollout_waits", "stale"),
         ),
         Metric("rollout_preemptions", "counter", "Rollout actors whose node was taken away; no restarts"),
         Metric("learner_pending", "gauge", "1 while the learner waits for its nodes"),

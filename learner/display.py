@@ -10,6 +10,7 @@ from rich.table import Table
 SCALED = {
     "command": "as asked",
     "learner_waits": "the learner waits for groups",
+    "useless": "more of them made hardly more groups",
     "rollout_waits": "they wait for leases",
     "stale": "groups grow too old",
 }

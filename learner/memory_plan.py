@@ -21,8 +21,8 @@ from common.adapter import target_layers
 from common.autocast import has_bfloat16
 from common.config import Config, LoraConfig
 from common.errors import UserError
-from common.model_folder import read_described
 from common.local_copy import local_copy
+from common.model_folder import read_described
 from common.policy_loading import build_policy
 from common.tasks import build_task
 from common.token_scores import row_bytes

@@ -25,6 +25,8 @@ class Run:
     actors_waited: float = 0.0
     finished: float = 0.0
     arrives: float = 0.0
+    at_once: float = math.inf
+    """Most groups a second that the staleness bound allows."""
 
     def play(self, policy: ScalingPolicy, windows: int) -> list[int]:
         """The numbers of actors after each change."""
@@ -32,7 +34,7 @@ class Run:
         for _ in range(round(windows * WINDOW)):
             self.seconds += 1
             working = self.actors if self.seconds >= self.arrives else 0
-            made = self.rate * working
+            made = min(self.rate * working, self.at_once)
             taken = min(made, self.appetite)
             self.finished += taken
             self.learner_waited += 1 - taken / self.appetite
@@ -46,7 +48,7 @@ class Run:
                 self.actors, reason = proposal
                 changes.append(self.actors)
                 self.arrives = self.seconds + self.delay
-                assert reason in ("learner_waits", "rollout_waits")
+                assert reason in ("learner_waits", "rollout_waits") or (reason == "useless" and self.at_once < math.inf)
         return changes
 
 
@@ -54,7 +56,7 @@ class Run:
 def test_it_finds_as_many_as_feed_the_learner_and_stays(rate: float, least: int, most: int, delay: float) -> None:
     run = Run(rate, appetite=4.0, actors=least, delay=delay)
     policy = ScalingPolicy(least=least, most=most, window=WINDOW)
-    run.play(policy, 40)
+    run.play(policy, 60)
     needed = min(max(math.ceil(4.0 / rate), least), most)
     found = run.actors
     assert least <= found <= most
@@ -74,6 +76,22 @@ def test_a_number_that_was_too_few_is_not_tried_again_at_once() -> None:
     assert run.play(policy, REMEMBER - 4) == [3], "2 were too few"
 
 
+@given(st.integers(1, 8), st.floats(0.2, 0.99), st.floats(0, 40))
+def test_more_that_make_no_more_are_sent_back(actors: int, share: float, delay: float) -> None:
+    """Under a bound that allows no more groups at once, the learner waits however many there are."""
+    run = Run(rate=4.0 * share / actors, appetite=4.0, actors=actors, delay=delay, at_once=4.0 * share)
+    policy = ScalingPolicy(least=1, most=32, window=WINDOW)
+    changes = run.play(policy, 3 * REMEMBER)
+    assert max([*changes, actors]) <= 2 * actors
+    assert sum(run.play(policy, 1) == [] for _ in range(2 * REMEMBER)) >= 12, "it tries again now and then"
+    assert run.actors <= 2 * actors
+
+
+def test_more_that_make_more_stay() -> None:
+    run = Run(rate=1.0, appetite=4.0)
+    assert run.play(ScalingPolicy(least=1, most=8, window=WINDOW), 12) == [2, 4]
+
+
 def test_nothing_is_judged_while_actors_are_missing() -> None:
     policy = ScalingPolicy(least=1, most=8, window=WINDOW)
     for second in range(200):
@@ -86,13 +104,16 @@ def test_a_learner_that_waits_though_a_batch_is_ready_is_not_short_of_actors(
     ready: float, expected: tuple[int, str] | None
 ) -> None:
     policy = ScalingPolicy(least=1, most=8, window=WINDOW)
-    policy.propose(Reading(0, 0, 0, 0, 0, ready, 1, 1))
-    assert policy.propose(Reading(30, 30, 0, 0, 0, ready, 1, 1)) == expected
+    assert policy.propose(Reading(0, 0, 0, 0, 0, ready, 1, 1)) is None
+    assert policy.propose(Reading(30, 30, 0, 0, 0, ready, 1, 1)) is None, "the first window"
+    assert policy.propose(Reading(60, 60, 0, 0, 0, ready, 1, 1)) == expected
 
 
 def test_groups_that_grow_too_old_want_fewer() -> None:
     policy = ScalingPolicy(least=2, most=8, window=WINDOW)
+    policy.propose(Reading(-40, 0, 0, 0, 0, 3, 3, 3))
     policy.propose(Reading(0, 0, 0, 0, 0, 3, 3, 3))
     assert policy.propose(Reading(30, 1, 0, 100, 10, 3, 3, 3)) == (2, "stale")
     policy.propose(Reading(31, 1, 0, 100, 10, 3, 2, 2))
-    assert policy.propose(Reading(62, 1, 0, 200, 90, 3, 2, 2)) is None  # the least
+    policy.propose(Reading(62, 1, 0, 100, 10, 3, 2, 2))
+    assert policy.propose(Reading(93, 1, 0, 200, 90, 3, 2, 2)) is None  # the least

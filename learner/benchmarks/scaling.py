@@ -5,11 +5,12 @@ their time (`chaos_parts`).
 
 - `commanded`: a run that one actor can feed is scaled 1 -> 4 -> 1 by `diffpo scale`, as often as `rounds`.
   `groups_lost`, `groups_twice`, `regenerated`: as in `diffpo bench chaos`. `learner_pauses`: intervals between two
-  learner steps of more than `PAUSE` times the median, within `SETTLE` s after a command; `pauses_without`: as many in
-  stretches of the same length before them, without one. `longest_s`, `longest_without_s`: the longest of each.
-- `by_itself`: a run with `rollout.max_actors` begins with one actor of the `needed` that its learner could use.
-  `actors`: how many it has at the end; `changes`: after each change; `idle_first`, `idle_last`: the share of its time
-  that the learner does not train, over the first and the last windows.
+  learner steps, within `SETTLE` s after a command, of more than `PAUSE` times the longest one in stretches of the same
+  length before the commands: a machine that is shared pauses by itself. `longest_s`, `longest_without_s`: the longest
+  of each; `step_s`: the median.
+- `by_itself`: a run with `rollout.max_actors` begins with one actor. `actors`: how many it has at the end; `changes`:
+  after each change; `idle_first`, `idle_last`: the share of its time that the learner does not train, over the first
+  and the last windows; `needed`: how many of the first actor's speed would feed it, 1 / (1 - `idle_first`).
 """
 
 import json
@@ -27,10 +28,11 @@ from typing import Any
 from common.errors import RunError, UserError
 from learner.benchmarks import Options
 from learner.benchmarks.chaos import ChaosRun, account, simulated
-from learner.benchmarks.chaos_parts import GENERATION_SECONDS, TRAIN_SECONDS
+from learner.benchmarks.chaos_parts import TRAIN_SECONDS
 
 SETTLE = 4.0  # seconds after a command
-PAUSE = 5.0  # times the median interval
+PAUSE = 1.5  # times the longest interval without a command
+STALENESS = 8  # so that its bound is not what limits the actors
 MOST = 8
 WINDOW = 4.0
 
@@ -69,17 +71,15 @@ def _commanded(folder: Path, options: Options) -> dict[str, Any]:
         command: [b - a for a, b in pairwise(ends) if any(s <= b <= e for s, e in windows)]
         for command, windows in stretches.items()
     }
-    usual = median(intervals[False])
-    pauses = {command: sum(one > PAUSE * usual for one in found) for command, found in intervals.items()}
+    usual = max(intervals[False])
     found = account(run)
     return {
         **{key: found[key] for key in ("groups", "groups_lost", "groups_twice", "regenerated")},
         "rounds": rounds,
-        "learner_pauses": pauses[True],
-        "pauses_without": pauses[False],
+        "learner_pauses": sum(one > PAUSE * usual for one in intervals[True]),
         "longest_s": max(intervals[True]),
-        "longest_without_s": max(intervals[False]),
-        "step_s": usual,
+        "longest_without_s": usual,
+        "step_s": median(intervals[False]),
     }
 
 
@@ -97,10 +97,9 @@ def step_ends(run: ChaosRun) -> list[float]:
 
 
 def _by_itself(folder: Path, options: Options) -> dict[str, Any]:
-    slots, group_size, groups_per_step = 16, 2, 8
-    needed = (groups_per_step / TRAIN_SECONDS) / (slots / group_size / GENERATION_SECONDS)
-    tree = simulated(250 if options.quick else 1200, actors=1, slots=slots, scaling_seconds=WINDOW, max_actors=MOST)
-    tree["learner"] |= {"groups_per_step": groups_per_step, "group_size": group_size}
+    steps = 500 if options.quick else 1500
+    tree = simulated(steps, actors=1, slots=16, scaling_seconds=WINDOW, max_actors=MOST)
+    tree["replay"]["max_staleness"] = STALENESS
     run = ChaosRun(folder, "by-itself", "simulated", tree)
     if run.end() != 0:
         raise RunError(f"bench scaling: the run did not end well; its log: {run.log.read_text()[-1500:]}")
@@ -111,11 +110,12 @@ def _by_itself(folder: Path, options: Options) -> dict[str, Any]:
         return 1 - TRAIN_SECONDS * (len(inside) - 1) / (inside[-1] - inside[0])
 
     span = 3 * WINDOW
+    first = idle([one for one in ends if one <= ends[0] + span])
     return {
-        "needed": needed,
+        "needed": 1 / (1 - first),
         "most": MOST,
         "actors": changes[-1] if changes else 1,
         "changes": changes,
-        "idle_first": idle([one for one in ends if one <= ends[0] + span]),
+        "idle_first": first,
         "idle_last": idle([one for one in ends if one >= ends[-1] - span]),
     }
