@@ -251,6 +251,9 @@ def score_answers(
     if out is not None:
         write_verdicts(out, answers, verdicts)
         console.print(f"verdicts: {out}")
+    errors = [verdict.error for verdict in verdicts if verdict.error is not None]
+    if len(errors) == len(verdicts):
+        raise RunError(f"none of the {len(errors)} rows could be scored; the first: {errors[0]}")
 
 
 @app.command()

@@ -127,6 +127,10 @@ def test_rewards_that_fail_cost_their_rows_and_are_counted(
     assert [row["reward"] for row in found] == [1.0, 0.0, 0.0, 0.0, 0.0, 0.5]
     for row, told in zip(found[1:5], ("ZeroDivisionError", "reward_timeout=1", "returned 'good'", "died"), strict=True):
         assert told in row["error"]
+    Path("wrong.jsonl").write_text("\n".join(map(json.dumps, rows[1:3])))
+    assert run(monkeypatch, *arguments[:2], "wrong.jsonl", *arguments[3:], "--out", "none.parquet") == 1
+    assert "none of the 2 rows could be scored; the first: reward raised ZeroDivisionError" in capsys.readouterr().err
+    assert pq.read_table("none.parquet").num_rows == 2
     sys.modules.pop("failing_rewards")
 
 
