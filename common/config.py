@@ -468,6 +468,8 @@ class RunConfig(Section):
     """Newest checkpoints that stay; groups trained since the oldest of them stay too, in RUN/segments."""
     checkpoints: str | None = None
     """Folder or URI (s3://…, gs://…) below which the checkpoints are written; null is RUN/checkpoints."""
+    record_groups: int = Field(default=1, ge=0)
+    """Groups of each learner step whose completions are kept position by position, for `diffpo report` and `view`."""
     capacity_timeout: float = Field(default=1800.0, gt=0)
     """Seconds that a run may wait for nodes, while its learner or all of its rollout actors have none."""
     stall_timeout: float = Field(default=120.0, gt=0)

@@ -73,6 +73,8 @@ class Batch:
     `generated` are the means over the groups accepted lately, a step's worth or more, those discarded for lack of
     spread included: a batch alone looks harder than the prompts are.
 
+    `seconds` of each group are those from its lease to its hand-in; NaN where the buffer was started anew meanwhile.
+
     `version` is the learner's version when this batch is trained: a batch sampled before it counts as published.
     """
 
@@ -80,6 +82,7 @@ class Batch:
     payloads: list[bytes]
     version: int
     staleness: list[int]
+    seconds: list[float]
     waited_s: float
     generated: dict[str, float]
 

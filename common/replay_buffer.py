@@ -39,6 +39,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ from common.waits import Waits
 from common.weight_store import Snapshot
 
 LOCK_SECONDS = 60.0
+MOST_SECONDS = 10_000  # noted, before those of groups that are gone are dropped
 
 
 class ReplayBuffer:
@@ -113,6 +115,7 @@ class ReplayBuffer:
         self._sweeps: set[asyncio.Task[None]] = set()
         self._returns: Counter[str] = Counter()
         self._closed = False
+        self._seconds: dict[int, float] = {}  # less the clock's reading at the lease, until it is handed in
         self._lease_waits = Waits(clock, found.counters.get("lease_wait_seconds", 0.0))
         self._sample_waits = Waits(clock, found.counters.get("sample_wait_seconds", 0.0))
         for number in self._ledger.numbers(GroupState.LEASED):
@@ -156,6 +159,7 @@ class ReplayBuffer:
                 if number is None:
                     break
                 deadline = self._clock() + self._lease_seconds
+                self._note_lease(number)
                 leases.append(self._groups.grant(number, worker, deadline=deadline, seconds=self._lease_seconds))
             self._set_timer()
             return LeaseReply(leases, self._groups.weights.latest, self._no_more(worker))
@@ -181,11 +185,19 @@ class ReplayBuffer:
                 held = {one.number: one for one in stored}
                 for group in accepted:
                     self._groups.accept(group, held.get(group.number))
+                    self._seconds[group.number] = self._seconds.get(group.number, nan) + self._clock()
                 self._groups.tally["late_results"] += len(late) + len(expired)
                 self._wake_if_useful()
                 return SubmitReply([group.number for group in accepted], late + expired, self._groups.weights.latest)
         finally:
             self._store.drop([one for one in stored if self._held.get(one.number) is not one])
+
+    def _note_lease(self, number: int) -> None:
+        if len(self._seconds) >= MOST_SECONDS:  # of groups that were discarded or quarantined, too
+            states = GroupState.LEASED, GroupState.FINISHED
+            wanted = {one for state in states for one in self._ledger.numbers(state)}
+            self._seconds = {one: value for one, value in self._seconds.items() if one in wanted}
+        self._seconds[number] = -self._clock()
 
     async def fail(self, worker: str, number: int, attempt: int, reason: str, data: bool) -> bool:
         """Called by an actor's loop that gives a group up: leased -> queued, or quarantined at the second data failure.
@@ -261,7 +273,9 @@ class ReplayBuffer:
                     payloads = [group.payload for group in groups if group is not None]
                     if len(payloads) == len(chosen):
                         version, ages, generated = self._groups.sample(numbers)
-                        return Batch(numbers, payloads, version, ages, self._clock() - started, generated)
+                        seconds = [self._seconds.pop(number, nan) for number in numbers]
+                        waited = self._clock() - started
+                        return Batch(numbers, payloads, version, ages, seconds, waited, generated)
                 missing = [one for one, group in zip(chosen, groups, strict=True) if group is None]
                 read.update(zip(missing, await self._store.read(missing), strict=True))
 

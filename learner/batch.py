@@ -25,6 +25,8 @@ class Batch:
     """`[M, P]` bool."""
     group: Tensor
     """`[N]` int64 in `0..M-1`."""
+    row: Tensor
+    """`[N]` int64, place in the batch that it was selected from."""
     completion_ids: Tensor
     """`[N, L]` int64."""
     reveal_step: Tensor
@@ -102,6 +104,7 @@ def build_batch(tables: list[pa.Table], vocabulary: Vocabulary, *, width: int | 
     stop = torch.isin(ids, torch.tensor(vocabulary.stop_ids))
     before_end = stop.cumsum(-1) - stop.long() == 0
     batch = Batch(
+        row=torch.arange(len(ids)),
         prompts=padded,
         attended=torch.arange(width) >= (width - lengths).unsqueeze(-1),
         group=torch.tensor(np.repeat(np.arange(len(tables)), [len(t) for t in tables])),

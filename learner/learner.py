@@ -15,7 +15,7 @@ One `step`: advantages -> (proximal scores) -> `inner_updates` times {surrogate,
 import copy
 import math
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ from learner.objective import (
     token_mean,
 )
 from learner.ranks import Ranks, cloned
+from learner.record_rows import Observed
 from learner.step_metrics import StepSums, batch_metrics, step_buckets, update_metrics
 from learner.surrogate import draw_latents, mean_field, most_rows, surrogate_gap, surrogate_log_probs
 from learner.trainer import BatchRefused
@@ -115,6 +116,7 @@ class Learner:
         self._ranks = ranks or Ranks()
         self.steps_done = 0
         self.updates_done = 0
+        self._seen: tuple[Tensor, ...] | None = None
         self._learns_model = config.train in ("model", "joint")
         self._learns_threshold = config.train in ("threshold", "joint")
         self._remedy = DriftRemedy(policy, config.drift_remedy)
@@ -162,7 +164,9 @@ class Learner:
         if not batch.reward.isfinite().all():
             raise BatchRefused(f"rewards of the batch at version {version} are not finite; look at the reward function")
         costed, advantage = self._earned(batch)
+        batch = replace(batch, row=torch.arange(len(advantage), device=advantage.device))
         metrics = batch_metrics(batch, costed, advantage, version)
+        self._seen = costed, advantage, torch.full_like(batch.behaviour_logprob, torch.nan)
         self.policy.eval()
         if config.diagnostics_every and self.steps_done % config.diagnostics_every == 0:
             metrics |= self._surrogate_kl(batch)
@@ -191,6 +195,11 @@ class Learner:
             raise
         self.steps_done += 1
         return metrics | self._remedy.update(batch) | {"learner_scored_completions": float(len(kept))}
+
+    def observed(self) -> Observed:
+        """Of the batch of the last `step`; weights of the completions that this rank scored."""
+        assert self._seen is not None
+        return Observed(*(tensor.float().cpu().numpy() for tensor in self._seen))
 
     @torch.no_grad()
     def terms(self, batch: Batch) -> Terms:
@@ -318,6 +327,8 @@ class Learner:
     ) -> Tensor:
         config = self.config
         terms = self._terms(part, advantage, proximal, scores)
+        if proximal.update == 0 and terms.weight is not None and self._seen is not None:
+            self._seen[-1][part.row] = terms.weight.detach().where(part.scored, torch.nan).to(self._seen[-1].dtype)
         objective = terms.logprob.new_zeros(())
         if terms.objective is not None:
             objective = objective + token_mean(terms.objective, part.scored, kind=config.loss_mean, **totals)

@@ -25,6 +25,7 @@ from common.segment_folder import SegmentFolder
 from learner.buffer_link import BufferLink
 from learner.checkpoint_writer import CheckpointWriter
 from learner.run_directory import WHY, RunDirectory
+from learner.run_record import RunRecord
 from learner.trainer import BatchRefused, Trainer
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ class LearnerActor:
         self._checkpoints = self._directory.checkpoint_store(config)
         self._start = self._directory.warm_start_here()
         self._trainer = make(config, self._start)
+        warn = self._controller.warn.remote
+        self._record = RunRecord(self._directory.place, groups=config.run.record_groups, warn=warn)
         self._skipped = self._skipped_in_row = 0
         self._blocked = 0.0
         self._doing, self._since = "starts", time.monotonic()
@@ -88,6 +91,8 @@ class LearnerActor:
                 continue
             self._skipped_in_row = 0
             version = sampled.version + 1
+            if (rows := trainer.recorded(sampled)) is not None:
+                self._record.add(rows)
             flat = trainer.weights()
             link.publish(version, flat, sampled.numbers)
             metrics["weights_bytes"] = float(flat.nbytes)
@@ -124,6 +129,7 @@ class LearnerActor:
             with self._checkpoints.fetch(found.checkpoint) as folder:
                 self._trainer.restore(folder)
             version = link.rewind(found.checkpoint.journal_index, self._trainer.steps)
+            self._record.rewind(self._trainer.steps)
             writer.newest = found.checkpoint.step
         link.publish(version, self._trainer.weights(), [], self._trainer.base())
         begun = {"learner_steps": float(self._trainer.steps), "weights_version": float(version)}
@@ -133,6 +139,7 @@ class LearnerActor:
     def _checkpoint(self, link: BufferLink, writer: CheckpointWriter, version: int) -> None:
         started = time.monotonic()
         self._settle(link, writer, wait=True)
+        self._record.write()
         save, described = self._trainer.saved(), dump_config(self.config)
 
         def save_all(folder: Path) -> None:

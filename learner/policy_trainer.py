@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from actors.evaluation import Evaluator, Setting
 from common.adapter import Base, adapt, adapted, learned_state
 from common.config import Config
 from common.errors import RunError, one_line
+from common.lease import Batch
 from common.policy import THRESHOLD_CONFIG, Policy
 from common.policy_loading import load_policy, on_cpu, open_empty_policy, open_policy, read_learned
 from common.tasks import build_task
@@ -23,6 +25,7 @@ from common.weights import adopt_base, base_arrays, load_flat, not_finite, to_fl
 from learner.batch import build_batch
 from learner.learner import Learner
 from learner.ranks import Ranks
+from learner.record_rows import record_rows
 from learner.trainer import Report
 from learner.warm_start import save_start, supervised
 
@@ -45,6 +48,7 @@ class PolicyTrainer:
         self._newest = np.empty(0, np.float32)
         self._base: list[np.ndarray] = []
         self._drift: Evaluator | None = None
+        self._tables: list[pa.Table] = []
 
     @property
     def steps(self) -> int:
@@ -108,10 +112,22 @@ class PolicyTrainer:
     def train(self, payloads: Sequence[bytes], version: int) -> dict[str, float]:
         config = self.config
         width = config.sampler.max_prompt_tokens if config.deterministic else None
-        tables = [decode_group(payload) for payload in payloads]
-        batch = build_batch(tables, self._policy.vocabulary, width=width, device=self._policy.device)
+        self._tables = [decode_group(payload) for payload in payloads]
+        batch = build_batch(self._tables, self._policy.vocabulary, width=width, device=self._policy.device)
         metrics = self._learner.step(batch, version=version)
         return metrics | {"learner_learning_rate": float(self._learner.scheduler.get_last_lr()[0])}
+
+    def recorded(self, batch: Batch) -> pa.Table | None:
+        return record_rows(
+            self._tables,
+            self._learner.observed(),
+            self._policy.tokenizer,
+            step=self.steps,
+            version=batch.version,
+            numbers=batch.numbers,
+            staleness=batch.staleness,
+            seconds=batch.seconds,
+        )
 
     def weights(self) -> np.ndarray:
         how = {"narrow": self._narrow, "keep": self._ranks.leads}

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 from ray.exceptions import RayError
 
 from common.config import Config
+from common.lease import Batch
 from learner.policy_trainer import PolicyTrainer
 from learner.rank_actor import ENDING
 from learner.ranks import Ranks
@@ -54,6 +56,9 @@ class RankedTrainer:
     def train(self, payloads: Sequence[bytes], version: int) -> dict[str, float]:
         self._order("train", list(payloads), version)
         return self._trainer.train(payloads, version)
+
+    def recorded(self, batch: Batch) -> pa.Table | None:
+        return self._trainer.recorded(batch)
 
     def weights(self) -> np.ndarray:
         self._order("weights")

@@ -18,6 +18,7 @@ SAFE = (
         "run.name",
         "run.checkpoint_every",
         "run.keep_checkpoints",
+        "run.record_groups",
         "run.stall_timeout",
         "run.capacity_timeout",
         "run.ray_address",

@@ -6,6 +6,7 @@
     warm_start/            the policy RL started from
     segments/              finished groups, and the journal, until a durable checkpoint contains them
     checkpoints/step-N/    the whole run at one version, newest `keep_checkpoints` (`common.checkpoint_store`)
+    record/                the completions that it was trained on (`learner.run_record`)
     set_aside/             batches that could not be trained on, with the weights that they met
     quarantine.json        prompts that failed twice, with tracebacks
     shards/                what a final evaluation that is going on has finished

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import pyarrow as pa
 
 from common.errors import RunError
+from common.lease import Batch
 
 Report = Callable[[str, dict[str, float]], None]
 
@@ -36,6 +38,10 @@ class Trainer(Protocol):
 
     def train(self, payloads: Sequence[bytes], version: int) -> dict[str, float]:
         """One step on a batch at a version; its metrics. Raises `BatchRefused` when the batch is at fault."""
+        ...
+
+    def recorded(self, batch: Batch) -> pa.Table | None:
+        """What the run's record keeps of the batch that was trained last (`learner.record_rows`); None is nothing."""
         ...
 
     def weights(self) -> np.ndarray:

@@ -15,7 +15,7 @@ from common.weight_store import UNPUBLISHED
 from learner import buffer_link
 from learner.buffer_link import BufferLink
 
-BATCH = Batch([4, 5], [b"", b""], 2, [0, 0], 0.0, {})
+BATCH = Batch([4, 5], [b"", b""], 2, [0, 0], [1.0, 1.0], 0.0, {})
 REPLIES: dict[str, Any] = {
     "sample": BATCH,
     "publish": False,

@@ -25,7 +25,7 @@ from common.checkpoint_store import CheckpointStore
 from common.config import Config
 from common.config_file import load_config
 from common.errors import RunError
-from common.lease import FinishedGroup
+from common.lease import Batch, FinishedGroup
 from common.place import Place
 from common.replay_buffer import ReplayBuffer
 from common.segment_store import SegmentStore
@@ -73,6 +73,9 @@ class ListTrainer:
             self._world.dies_at.remove(self.steps)
             raise Killed
         return {"learner_loss": float(version)}
+
+    def recorded(self, batch: Batch) -> None:
+        return None
 
     def weights(self) -> np.ndarray:
         return np.array([0, *self.trained], np.float32)

@@ -73,6 +73,7 @@ def drawn_batch(vocabulary: int) -> Batch:
     return Batch(
         prompts=torch.randint(10, vocabulary, (GROUPS, PROMPT), generator=generator),
         attended=torch.ones(GROUPS, PROMPT, dtype=torch.bool),
+        row=torch.arange(count),
         group=torch.arange(GROUPS).repeat_interleave(GROUP),
         completion_ids=torch.randint(10, vocabulary, shape, generator=generator),
         reveal_step=order * STEPS // LENGTH + 1,
