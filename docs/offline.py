@@ -23,7 +23,7 @@ def on_page_content(content: str, page: Any, **_: Any) -> str:
         formula = convert(latex, display="block" if found[2] == "[" else "inline")
         if "\\" in re.sub("<[^>]*>", "", formula):  # a command that the converter does not know stays as it is
             raise PluginError(f"{page.file.src_path}: {latex!r} has a command that latex2mathml lacks; reword it")
-        return f"<{found[1]}>{formula}</{found[1]}>"
+        return f'<{found[1]} class="formula">{formula}</{found[1]}>'
 
     return FORMULA.sub(drawn, content)
 
