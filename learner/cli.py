@@ -453,6 +453,14 @@ def metrics() -> None:
     typer.echo(markdown_table(), nl=False)
 
 
+@app.command("config")
+def keys() -> None:
+    """Every key of the configuration as the Markdown tables of docs/configuration.md."""
+    from common.config_reference import markdown_tables
+
+    typer.echo(markdown_tables(), nl=False)
+
+
 def main() -> None:
     """Entry point; mistakes and failures are one line on standard error."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")

@@ -524,6 +524,7 @@ def inputs() -> Iterator[Case]:
     yield Case("bench: engine configured", ["bench", "engine", "-c", "good.yaml"], ["takes no configuration"])
     yield Case("bench: seeds", ["bench", "main", "--seeds", "0"], ["seeds"])
     yield Case("metrics: argument", ["metrics", "x"], ["unexpected extra argument"])
+    yield Case("config: argument", ["config", "x"], ["unexpected extra argument"])
     yield Case("no such command", ["trian"], ["trian"])
     yield Case("no such option", ["train", "--confg", "x"], ["--confg"])
 
@@ -537,7 +538,7 @@ def test_there_are_enough_and_each_once() -> None:
     assert len(names) > 500
     assert sorted(set(names)) == sorted(names)
     covered = {case.arguments[0] for case in CASES}
-    assert covered >= {"train", "sft", "eval", "generate", "bench", "scale", "study", "replay", "metrics"}
+    assert covered >= {"train", "sft", "eval", "generate", "bench", "scale", "study", "replay", "metrics", "config"}
 
 
 def check(case: Case, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
