@@ -15,7 +15,7 @@ import typer
 
 from common.config import IN_RAY_JOB
 from common.errors import RunError, Stopped, UserError, shown
-from learner import control_cli
+from learner import control_cli, report_cli
 
 app = typer.Typer(
     name="diffpo",
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 
 app.add_typer(control_cli.app)
+app.add_typer(report_cli.app)
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file, e.g. deploy/configs/sudoku.yaml.")]
 POLICY = "Policy: a checkpoint, RUN/warm_start, or any folder in Hugging Face layout; or its URI."
@@ -379,7 +380,7 @@ def replay(
 @app.command()
 def bench(
     name: Annotated[
-        str, typer.Argument(help="Which measurement: async, chaos, engine, exporter, learner, main, scaling.")
+        str, typer.Argument(help="Which measurement: async, chaos, engine, exporter, learner, main, report, scaling.")
     ],
     quick: Annotated[bool, typer.Option("--quick", help="A small version of the measurement.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on the last line.")] = False,

@@ -50,7 +50,7 @@ class ShardFolder:
     def read(self, number: int, shard: Shard) -> Point | None:
         """The point of a shard that is finished; one that cannot be read is not."""
         try:
-            return _point(pq.read_table(pa.BufferReader(self.place.read(f"{number}.parquet"))), shard)
+            return _point(self.place.read_parquet(f"{number}.parquet"), shard)
         except (*FAILURES, KeyError, ValueError):
             return None
 

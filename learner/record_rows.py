@@ -24,11 +24,13 @@ and for some groups (`run.record_groups`), position by position, else null:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:  # whoever reads a record needs no tokenizer
+    from transformers import PreTrainedTokenizerBase
 
 PER_TOKEN = pa.list_(pa.float32())
 SCHEMA = pa.schema(
@@ -78,7 +80,7 @@ class Observed:
 def record_rows(
     groups: Sequence[pa.Table],
     observed: Observed,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     *,
     step: int,
     version: int,

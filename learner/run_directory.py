@@ -137,7 +137,7 @@ class RunDirectory:
         except FAILURES as error:
             directory.place.remove_all()  # without its configuration it could neither be resumed nor begun anew
             raise UserError(
-                f"run directory {where} cannot be made: {cause(error)}; make room there, or choose another run.root"
+                f"run directory {where} cannot be made: {error}; make room there, or choose another run.root"
             ) from error
         return directory
 

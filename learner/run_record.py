@@ -111,7 +111,7 @@ def _files(place: Place) -> list[tuple[str, int, int]]:
 
 
 def _read(place: Place, name: str, columns: list[str] | None = None) -> pa.Table:
-    table = pq.read_table(pa.BufferReader(place.read(name)), columns=columns)
+    table = place.read_parquet(name, columns)
     return table.cast(pa.schema([SCHEMA.field(column) for column in table.column_names]))
 
 

@@ -20,9 +20,10 @@ BENCHMARKS = {
     "exporter": "learner.benchmarks.exporter",
     "learner": "learner.benchmarks.learner",
     "main": "learner.benchmarks.main_job",
+    "report": "learner.benchmarks.report",
     "scaling": "learner.benchmarks.scaling",
 }
-UNCONFIGURED = ("async", "engine", "exporter")
+UNCONFIGURED = ("async", "engine", "exporter", "report", "scaling")
 
 
 @dataclass(frozen=True)

@@ -63,11 +63,8 @@ def shown_groups(run: RunData, wanted: list[int]) -> list[dict[str, Any]]:
         return []
     table = rows.filter(compute.is_valid(rows["tokens"]))
     steps = np.unique(table["step"].to_numpy())
-    spread = (
-        [steps[at] for at in np.unique(np.linspace(0, len(steps) - 1, STEPS_SHOWN).round().astype(int))]
-        if len(steps)
-        else []
-    )
+    places = np.unique(np.linspace(0, max(len(steps) - 1, 0), STEPS_SHOWN).round().astype(int))
+    spread = {int(steps[at]) for at in places if at < len(steps)}
     first = {}
     for group, step in zip(table["group"].to_pylist(), table["step"].to_pylist(), strict=True):
         if step in spread:

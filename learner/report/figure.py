@@ -18,7 +18,7 @@ from matplotlib.figure import Figure as Drawing
 COLOURS = ("#0f8f83", "#d9640b", "#7a5cd0", "#c2357a", "#3f7fd1", "#8a8f00", "#a1543b", "#5b7083")
 INK = "#010203"  # becomes currentColor
 POINTS = 240  # most of a line; more are means of neighbours
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "diffpo",
     "font.family": "sans-serif",
@@ -94,10 +94,8 @@ def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndar
 
 
 def _inline(svg: str) -> str:
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(
-        r'(<svg[^>]*?) width="[^"]*" height="[^"]*"|(<svg[^>]*?) height="[^"]*" width="[^"]*"', r"\1\2", svg, count=1
-    )
-    svg = re.sub(r"<svg ", '<svg aria-hidden="true" focusable="false" ', svg, count=1)
-    return svg.replace(INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    opening, rest = svg.split(">", 1)
+    opening = re.sub(r' (?:width|height)="[^"]*"', "", opening)  # the page's width, the view box's shape
+    opening = opening.replace("<svg", '<svg aria-hidden="true" focusable="false"', 1)
+    return f"{opening}>{rest}".replace(INK, "currentColor")
