@@ -1,7 +1,7 @@
 """Command line: `diffpo` and `python -m learner`.
 
 - `diffpo --help` imports neither torch nor ray; each command imports what it needs.
-- Exit codes: 0 done; 1 the run failed; 2 something given was wrong; 130 and 143 stopped by SIGINT and SIGTERM.
+- How it ended is the exit code (`EXIT_CODES`, which `--help` shows).
 """
 
 import logging
@@ -13,9 +13,15 @@ from typing import Annotated, Any
 
 import typer
 
-from common.config import IN_RAY_JOB
 from common.errors import RunError, Stopped, UserError, shown
-from learner import control_cli
+from learner import control_cli, doctor_cli
+
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 the run failed, or something that was checked is not as it should be: the last line names "
+    "the cause; 2 something given was wrong, nothing was started; 130 and 143 stopped by Ctrl-C and SIGTERM, --resume "
+    "goes on.\n\nEvery command has help of its own, with examples: diffpo COMMAND --help. Completion by Tab: diffpo "
+    "--install-completion."
+)
 
 app = typer.Typer(
     name="diffpo",
@@ -23,9 +29,11 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
     help="Train masked diffusion language models by asynchronous reinforcement learning.",
+    epilog=EXIT_CODES,
 )
 
 app.add_typer(control_cli.app)
+app.add_typer(doctor_cli.app)
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file, e.g. deploy/configs/sudoku.yaml.")]
 POLICY = "Policy: a checkpoint, RUN/warm_start, or any folder in Hugging Face layout; or its URI."
@@ -33,6 +41,22 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, e
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and end.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings, errors and the results.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object per event, the summary last.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"diffpo {version('diffpo')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _every_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None: ...
 
 
 def _load(config: Path | None, overrides: list[str] | None, dry_run: bool) -> Any:
@@ -77,6 +101,7 @@ def train(
         raise UserError("--resume is empty; give a run: its folder, or its name below runs/")
     loaded = None if resume else _load(config, overrides, dry_run)
     # a job that Ray runs again finds its run there, and goes on with it
+    from common.config import IN_RAY_JOB
     from learner.run_directory import RunDirectory
 
     again = loaded is not None and IN_RAY_JOB in os.environ and RunDirectory(loaded.run_directory).exists()
@@ -440,7 +465,10 @@ def study(
 
 @app.command()
 def metrics() -> None:
-    """The metric catalogue as the Markdown table of docs/metrics.md."""
+    """The metric catalogue as the Markdown table of docs/metrics.md.
+
+    Example: diffpo metrics
+    """
     from common.metrics import markdown_table
 
     typer.echo(markdown_table(), nl=False)

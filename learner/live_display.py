@@ -4,8 +4,10 @@ Events that are told once stay as lines above; below them are progress, the newe
 Nothing is drawn before the first event, so a command that is refused leaves one line.
 """
 
+import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
@@ -22,6 +24,7 @@ NAMES = {"warm_start": "warm start", "step": "step"}
 STEPS = {"warm_start": "warm_start_steps", "step": "learner_steps"}
 BARS = "▁▂▃▄▅▆▇█"
 POINTS = 24  # of a sparkline: one for each of the last steps
+WIDE, NARROW = 104, 76  # columns of a terminal with room for all points; below which values stand one to a line
 SPEED_SECONDS = 3600.0  # over which the remaining time is judged: steps may take minutes
 REFRESHES = 4  # a second
 
@@ -114,15 +117,16 @@ class LiveDisplay:
         return warm_start_note(self._values) + (f"  {rate:,.0f} tokens/s" if rate is not None else "")
 
     def _training(self) -> Table:
-        """Pairs of name and value, as many beside each other as a terminal of 80 columns has room for."""
-        values, plain = self._values, self._console.options.ascii_only
-        rewards, passes = ("", "") if plain else (sparkline(self._rewards), sparkline(self._passes))
+        """Pairs of name and value, as the terminal has room for."""
+        values, width = self._values, self._console.width
+        points = 0 if self._console.options.ascii_only else POINTS if width >= WIDE else POINTS // 2
+        rewards, passes = sparkline(self._rewards, points), sparkline(self._passes, points)
         actors, wanted = values.get("rollout_actors"), values.get("rollout_actors_wanted")
         accuracy = values.get("drift_accuracy")
         cells = (
             ("reward", f"{self._rewards[-1]:.3f} {rewards}"),
             ("NFE", f"{self._passes[-1]:.2f} {passes}"),
-            ("accuracy", "-" if accuracy is None else f"{accuracy:.3f} (validation, step {self._measured:.0f})"),
+            ("accuracy", "-" if accuracy is None else f"{accuracy:.3f} (step {self._measured:.0f})"),
             ("TPF", self._shown("rollout_tokens_per_forward", "{:.2f}")),
             ("gamma", self._shown("threshold_gamma", "{:.3g}")),
             ("ESS", self._shown("learner_weight_ess", "{:.2f}")),
@@ -134,11 +138,12 @@ class LiveDisplay:
             ("step takes", self._shown("learner_step_seconds", "{:.2f} s")),
         )
         table = Table.grid(padding=(0, 2, 0, 0))
-        for _ in range(2):
+        beside = 2 if width >= NARROW else 1
+        for _ in range(beside):
             table.add_column(style="dim", no_wrap=True)
             table.add_column(no_wrap=True)
-        for left, right in zip(cells[::2], cells[1::2], strict=True):
-            table.add_row(*left, *right)
+        for first in range(0, len(cells), beside):
+            table.add_row(*chain.from_iterable(cells[first : first + beside]))
         return table
 
     def _shown(self, key: str, form: str) -> str:
@@ -146,9 +151,9 @@ class LiveDisplay:
         return "-" if value is None else form.format(value)
 
 
-def sparkline(values: Sequence[float] | deque[float]) -> str:
-    """A bar for each value, the lowest of them lowest and the highest highest; level where all are equal."""
-    finite = [value for value in values if value - value == 0]
+def sparkline(values: Iterable[float], points: int = POINTS) -> str:
+    """A bar for each of the last values that are finite; the lowest of them and the highest span its height."""
+    finite = [value for value in values if math.isfinite(value)][-points:] if points else []
     if not finite:
         return ""
     low, span = min(finite), max(finite) - min(finite)
