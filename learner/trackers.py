@@ -9,16 +9,19 @@
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from queue import SimpleQueue
 from typing import Protocol
 
 from common.config import Config
 from common.errors import UserError, one_line
+from common.place import FAILURES
 from learner.run_directory import RunDirectory
 
 PENDING_ROWS = 10_000  # that a tracker may be behind by; what comes then is left out
 CLOSE_SECONDS = 20.0
+WANDB_FILE = "wandb.json"  # has the id of the run there
 STEP_KEYS = {"warm_start": "warm_start_steps", "step": "learner_steps"}
 """Which rows are tracked, and the key that counts their steps. Each kind has an axis of its own."""
 
@@ -117,17 +120,32 @@ def tag(key: str) -> str:
 
 def open_trackers(config: Config, directory: RunDirectory, warn: Callable[[str], None]) -> Trackers:
     """Those of the configuration; called before the first row of this process is appended to `metrics.jsonl`."""
-    opens: dict[str, Callable[[], Tracker]] = {}
-    if "tensorboard" in config.metrics.trackers:
+    before = _told_before(directory) if "wandb" in config.metrics.trackers else {}
+
+    def tensorboard() -> Tracker:
         from learner.tensorboard_tracker import TensorboardTracker
 
-        opens["tensorboard"] = lambda: TensorboardTracker(directory.path / "tensorboard")
-    if "wandb" in config.metrics.trackers:
-        from learner.wandb_tracker import WandbTracker, told_before
+        return TensorboardTracker(directory.path / "tensorboard")
 
-        before = told_before(directory)
-        opens["wandb"] = lambda: WandbTracker(config, directory, before)
-    return Trackers(opens, warn)
+    def wandb() -> Tracker:
+        from learner.wandb_tracker import WandbTracker
+
+        return WandbTracker(config, directory, before)
+
+    known = {"tensorboard": tensorboard, "wandb": wandb}
+    return Trackers({name: known[name] for name in config.metrics.trackers}, warn)
+
+
+def _told_before(directory: RunDirectory) -> dict[str, int]:
+    """The last step of each kind of a run that W&B knows; nothing of one that it does not."""
+    last: dict[str, int] = {}
+    with suppress(*FAILURES):
+        if directory.place.holds(WANDB_FILE):
+            for row in directory.read_metrics():
+                key = STEP_KEYS.get(row.get("kind", ""))
+                if key is not None and key in row:
+                    last[row["kind"]] = max(last.get(row["kind"], 0), int(row[key]))
+    return last
 
 
 def check_trackers(config: Config) -> None:

@@ -8,18 +8,15 @@
 
 import uuid
 from collections.abc import Mapping
-from contextlib import suppress
 
 import wandb
 
 from common.config import Config
 from common.local_copy import cache_folder
 from common.metrics import CATALOGUE
-from common.place import FAILURES
 from learner.run_directory import RunDirectory
-from learner.trackers import CLOSE_SECONDS, STEP_KEYS, tag
+from learner.trackers import CLOSE_SECONDS, STEP_KEYS, WANDB_FILE, tag
 
-ID_FILE = "wandb.json"
 LOGIN_SECONDS = 1  # that W&B waits for someone to type a key
 
 
@@ -31,7 +28,7 @@ class WandbTracker:
         Args:
             config: what W&B shows as the run's configuration.
             directory: of the run.
-            before: last step by kind that was told before this process, from `told_before`.
+            before: last step by kind that it was told before this process.
 
         Raises:
             Exception: of W&B, e.g. when nobody is logged in.
@@ -67,21 +64,9 @@ class WandbTracker:
         self._run.finish()
 
 
-def told_before(directory: RunDirectory) -> dict[str, int]:
-    """The last step of each kind of a run that W&B knows; nothing of one that it does not."""
-    last: dict[str, int] = {}
-    with suppress(*FAILURES):
-        if directory.place.holds(ID_FILE):
-            for row in directory.read_metrics():
-                key = STEP_KEYS.get(row.get("kind", ""))
-                if key is not None and key in row:
-                    last[row["kind"]] = max(last.get(row["kind"], 0), int(row[key]))
-    return last
-
-
 def _id_of(directory: RunDirectory) -> str:
-    if directory.place.holds(ID_FILE):
-        return directory.read_json(ID_FILE)["id"]
+    if directory.place.holds(WANDB_FILE):
+        return directory.read_json(WANDB_FILE)["id"]
     made = uuid.uuid4().hex[:12]
-    directory.write_json(ID_FILE, {"id": made})
+    directory.write_json(WANDB_FILE, {"id": made})
     return made

@@ -312,6 +312,17 @@ def test_trackers_import_nothing_that_is_not_asked_for(tmp_path: Path, monkeypat
     trackers.close()
 
 
+def test_a_package_that_cannot_be_imported_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("learner.tensorboard_tracker", "learner.wandb_tracker"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    for name in ("torch.utils.tensorboard", "wandb"):
+        monkeypatch.setitem(sys.modules, name, None)
+    made = config(tmp_path, "tensorboard", "wandb")
+    warnings = tell(made, RunDirectory.create(made), [1, 2], 0.5)
+    assert len(warnings) == 2
+    assert all("is off from here on" in warning for warning in warnings)
+
+
 def test_sft_feeds_trackers_too(diffpo: Diffpo, tmp_path: Path) -> None:  # noqa: F811
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
