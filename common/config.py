@@ -442,12 +442,26 @@ class EvaluationConfig(Section):
 
 
 class MetricsConfig(Section):
-    """The Prometheus endpoint in the controller."""
+    """Where metrics go besides `RUN/metrics.jsonl`: the Prometheus endpoint in the controller, and trackers."""
 
     host: str = "127.0.0.1"
     """Address the endpoint binds; loopback unless you say otherwise."""
     port: int = Field(default=0, ge=-1, le=65535)
     """Port; 0 takes a free one (printed, and written to RUN/metrics_target.json), -1 switches the endpoint off."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Trackers that get the rows of metrics.jsonl too, e.g. [tensorboard, wandb]; docs/operations.md."""
+    wandb_project: str = Field(default="diffpo", min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$")
+    """Project of Weights & Biases that the run is shown in."""
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, given: Any) -> Any:
+        return (given,) if isinstance(given, str) else given
+
+    @field_validator("trackers")
+    @classmethod
+    def _each_once(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(given))
 
 
 class RunConfig(Section):

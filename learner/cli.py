@@ -1,7 +1,7 @@
 """Command line: `diffpo` and `python -m learner`.
 
 - `diffpo --help` imports neither torch nor ray; each command imports what it needs.
-- Exit codes: 0 done; 1 the run failed; 2 something given was wrong; 130 and 143 stopped by SIGINT and SIGTERM.
+- How it ended is the exit code (`EXIT_CODES`, which `--help` shows).
 """
 
 import logging
@@ -13,9 +13,15 @@ from typing import Annotated, Any
 
 import typer
 
-from common.config import IN_RAY_JOB
 from common.errors import RunError, Stopped, UserError, shown
-from learner import control_cli, report_cli
+from learner import control_cli, doctor_cli, report_cli
+
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 the run failed, or something that was checked is not as it should be: the last line names "
+    "the cause; 2 something given was wrong, nothing was started; 130 and 143 stopped by Ctrl-C and SIGTERM, --resume "
+    "goes on.\n\nEvery command has help of its own, with examples: diffpo COMMAND --help. Completion by Tab: diffpo "
+    "--install-completion."
+)
 
 app = typer.Typer(
     name="diffpo",
@@ -23,15 +29,35 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
     help="Train masked diffusion language models by asynchronous reinforcement learning.",
+    epilog=EXIT_CODES,
 )
 
 app.add_typer(control_cli.app)
 app.add_typer(report_cli.app)
+app.add_typer(doctor_cli.app)
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file, e.g. deploy/configs/sudoku.yaml.")]
 POLICY = "Policy: a checkpoint, RUN/warm_start, or any folder in Hugging Face layout; or its URI."
 Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, e.g. learner.steps=20 run.name=try.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and end.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings, errors and the results.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object per event, the summary last.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"diffpo {version('diffpo')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _every_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None: ...
 
 
 def _load(config: Path | None, overrides: list[str] | None, dry_run: bool) -> Any:
@@ -60,16 +86,23 @@ def train(
     resume: Annotated[
         str | None, typer.Option(help="Go on with this run: its folder, or its name below runs/.")
     ] = None,
+    quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """Warm start, reinforcement learning, evaluation and the Pareto plot.
 
     Example: diffpo train --config deploy/configs/sudoku.yaml run.name=first
     Example: diffpo train --resume runs/first
+    Example: diffpo train -c deploy/configs/sudoku.yaml metrics.trackers=[tensorboard,wandb] --json
     """
+    from learner.display import check_mode, open_display
+
+    check_mode(quiet=quiet, json=json, dry_run=dry_run)
     if resume == "":
         raise UserError("--resume is empty; give a run: its folder, or its name below runs/")
     loaded = None if resume else _load(config, overrides, dry_run)
     # a job that Ray runs again finds its run there, and goes on with it
+    from common.config import IN_RAY_JOB
     from learner.run_directory import RunDirectory
 
     again = loaded is not None and IN_RAY_JOB in os.environ and RunDirectory(loaded.run_directory).exists()
@@ -79,18 +112,13 @@ def train(
         found = RunDirectory(loaded.run_directory) if loaded is not None else RunDirectory.find(str(resume))
         loaded = resumed_config(found, file=config, overrides=overrides or [])
         _end_dry_run(loaded, dry_run)
-    from learner.display import Display
-    from learner.driver import train as run
+    with open_display(loaded, quiet=quiet, json=json) as display:
+        from learner.driver import train as run
 
-    with Display(warm_start_steps=loaded.warm_start.steps, learner_steps=loaded.learner.steps) as display:
         summary = run(loaded, display.show, resume=resume is not None or again)
+        display.finish({**summary, "run_directory": loaded.run_directory})
     if "stopped" in summary:
-        display.console.print(
-            f"stopped by {summary['stopped']} after {summary['steps']:.0f} steps; run directory {loaded.run_directory}"
-        )
         raise Stopped(summary["stopped"])
-    display.results(summary["evaluation"])
-    display.console.print(f"plot: {summary['pareto']}\nrun directory: {loaded.run_directory}")
 
 
 @app.command()
@@ -101,12 +129,17 @@ def sft(
     resume: Annotated[
         str | None, typer.Option(help="Go on with this run that was stopped or killed: its folder, or its name.")
     ] = None,
+    quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """Supervised training alone; writes RUN/warm_start, which `model.path` takes.
 
     Example: diffpo sft --config deploy/configs/sudoku.yaml run.name=start warm_start.steps=300
     Example: diffpo sft --resume runs/start
     """
+    from learner.display import check_mode, open_display
+
+    check_mode(quiet=quiet, json=json, dry_run=dry_run)
     if resume == "":
         raise UserError("--resume is empty; give a run: its folder, or its name below runs/")
     from learner.run_directory import RunDirectory
@@ -122,27 +155,10 @@ def sft(
         _end_dry_run(loaded, dry_run)
         if found.has_warm_start():
             raise UserError(f"run {found.name} has finished; start another from it with model.path={found.warm_start}")
-    from learner.preflight import preflight
+    with open_display(loaded, quiet=quiet, json=json) as display:
+        from learner.supervised_run import supervised_run
 
-    task = preflight(loaded, trains=loaded.warm_start.file is None, evaluates=False)
-    from learner.display import Display
-    from learner.warm_start import supervised
-
-    directory = RunDirectory.create(loaded) if resume is None else RunDirectory(loaded.run_directory)
-    with (
-        directory.lock(),
-        Display(warm_start_steps=loaded.warm_start.steps, learner_steps=loaded.learner.steps) as display,
-    ):
-
-        def report(values: dict[str, float]) -> None:
-            directory.append_metrics({"kind": "warm_start", **values})
-            display.show("warm_start", values)
-
-        folder = directory.warm_start_here()
-        supervised(loaded, task, folder, report, directory.supervised_checkpoints)
-        directory.keep_warm_start(folder)
-        directory.flush_metrics()
-    display.console.print(f"model: {directory.warm_start}")
+        display.finish(supervised_run(loaded, display.show, resume=resume is not None))
 
 
 @app.command("eval")
@@ -181,24 +197,26 @@ def evaluate(
     from learner.preflight import preflight
 
     task = preflight(loaded, trains=False)
-    from learner.display import Display
+    from rich.console import Console
+
     from learner.evaluation_record import ShardFolder, write_answers
     from learner.final_evaluation import Evaluation, summarise
     from learner.pareto import draw_pareto
     from learner.run_directory import RunDirectory
+    from learner.summary_display import show_evaluation
 
     folders = {"before": against, "after": folder} if against else {"policy": folder}
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out} cannot be made ({error.strerror}); choose another folder") from error
-    display = Display(warm_start_steps=0, learner_steps=0)
+    console = Console(soft_wrap=True, highlight=False)
     kept = ShardFolder(Place(out), loaded, folders)
     evaluation = Evaluation(
         loaded,
         folders,
         kept,
-        lambda name, point: display.console.print(
+        lambda name, point: console.print(
             f"{name}: {point.setting.name}: accuracy {point.accuracy:.3f} NFE {point.mean_nfe:.2f}"
         ),
     )
@@ -208,9 +226,9 @@ def evaluate(
     (out / "pareto.png").write_bytes(draw_pareto(points, title=f"{loaded.task.name}: {folder}"))
     written = write_answers(out, loaded, task, points)
     kept.remove()
-    display.results(results)
-    display.console.print(f"plot: {out / 'pareto.png'}")
-    display.console.print(f"answers: {', '.join(map(str, written))}")
+    show_evaluation(results, console)
+    console.print(f"plot: {out / 'pareto.png'}")
+    console.print(f"answers: {', '.join(map(str, written))}")
 
 
 @app.command("score")
@@ -448,7 +466,10 @@ def study(
 
 @app.command()
 def metrics() -> None:
-    """The metric catalogue as the Markdown table of docs/metrics.md."""
+    """The metric catalogue as the Markdown table of docs/metrics.md.
+
+    Example: diffpo metrics
+    """
     from common.metrics import markdown_table
 
     typer.echo(markdown_table(), nl=False)

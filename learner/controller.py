@@ -20,7 +20,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
@@ -42,8 +42,10 @@ from common.tasks import Task, build_task
 from learner.capacity import Capacity
 from learner.exporter import Exporter
 from learner.learner_ranks import LearnerRanks
+from learner.pace import Pace
 from learner.parts import POLICY, Parts
 from learner.run_directory import EVALUATION, PARETO, RunDirectory
+from learner.trackers import Trackers, open_trackers
 
 T = TypeVar("T")
 
@@ -105,6 +107,8 @@ class Controller:
         self._buffer: Any = None
         self._fleet: Fleet | None = None
         self._exporter: Exporter | None = None
+        self._trackers: Trackers | None = None
+        self._pace = Pace()
         self._progress_mark: tuple[float, ...] = ()
         self._quarantined = self._quarantined_before = 0.0
         self._untrainable = ""
@@ -124,6 +128,7 @@ class Controller:
         Raises:
             UserError, RunError: with the cause, when it did not.
         """
+        self._trackers = await asyncio.to_thread(open_trackers, self.config, self._directory, self._warner())
         watchdog = asyncio.create_task(self._watch())
         looks = asyncio.create_task(self._look_for_nodes())
         work = asyncio.create_task(self._work())
@@ -134,6 +139,7 @@ class Controller:
                 await asyncio.gather(work, return_exceptions=True)
                 watchdog.result()  # raises
             summary = work.result()
+            await asyncio.to_thread(self._trackers.close)
             await self._tell("summary", summary)
             return summary
         except BaseException:
@@ -142,6 +148,7 @@ class Controller:
         finally:
             watchdog.cancel()
             looks.cancel()
+            await asyncio.to_thread(self._trackers.close)
             if self._exporter is not None:
                 self._exporter.close()
             if self._phase in ("finished", "stopped"):
@@ -158,6 +165,9 @@ class Controller:
         self._progressed = time.monotonic()
         if self._exporter is not None:
             self._exporter.update(values)
+        values = values | self._pace.beside(kind, values, self._progressed)
+        if self._trackers is not None:
+            self._trackers.put(kind, values)
         row = {"kind": kind, "seconds": round(self._progressed - self._started, 3), **values}
         try:
             self._directory.append_metrics(row)
@@ -182,6 +192,16 @@ class Controller:
     async def warn(self, text: str) -> None:
         """Called by the learner when something was wrong that did not end the run."""
         await self._tell("warning", {"text": text})
+
+    def _warner(self) -> Callable[[str], None]:
+        """`warn` for other threads."""
+        loop = asyncio.get_running_loop()
+
+        def warn(text: str) -> None:
+            with suppress(RuntimeError):  # the run is over, and nobody listens
+                asyncio.run_coroutine_threadsafe(self.warn(text), loop)
+
+        return warn
 
     async def evaluating(self, worker: int, doing: str) -> None:
         """Called by evaluation workers, now and then, as long as they get on."""
@@ -585,9 +605,11 @@ class Controller:
             await self._scaled(*proposal)
         fleet |= capacity.gauges(self._fleet.wanted)
         fleet["learner_restarts"] = float(self._learner_deaths)
+        buffer = {BUFFER_METRICS[key]: value for key, value in gauges.items() if key in BUFFER_METRICS}
+        self._pace.see(now, buffer | fleet)
         if self._exporter is None:
             return
-        self._exporter.update({BUFFER_METRICS[key]: value for key, value in gauges.items() if key in BUFFER_METRICS})
+        self._exporter.update(buffer)
         self._exporter.update({key: gauges[key] for key in STALENESS_KEYS if key in gauges} | fleet)
         states = {key.removeprefix("groups_"): gauges[key] for key in gauges if key.startswith("groups_")}
         self._exporter.replace("replay_groups", states)

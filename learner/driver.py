@@ -25,6 +25,7 @@ from learner.exporter import check_port
 from learner.parts import POLICY, Parts
 from learner.ray_connection import LOCAL, chosen_address, connect, dead_daemons
 from learner.run_directory import RunDirectory
+from learner.trackers import check_trackers
 
 CONTROLLER = "controller"
 ENDING_SECONDS = 30.0
@@ -64,6 +65,7 @@ def train(
 
 def _check(config: Config, parts: Parts) -> None:
     check_port(config.metrics.host, config.metrics.port)
+    check_trackers(config)
     RunDirectory(config.run_directory).checkpoint_store(config)  # refuses a URI that is not understood
     if parts is POLICY:
         from learner.preflight import preflight

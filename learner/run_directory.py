@@ -12,6 +12,8 @@
     shards/                what a final evaluation that is going on has finished
     evaluation.json        before and after, every setting
     pareto.png             the accuracy-NFE frontier before and after
+    tensorboard/           event files, where `metrics.trackers` asks for them
+    wandb.json             id of the run in Weights & Biases, likewise (`wandb/`: its own files)
     metrics_target.json    Prometheus `file_sd` target
     ../_targets/RUN.json   the same, while the run is going on or has failed: Prometheus wants them in one folder
     controller.json        where `diffpo status`, `scale` and `stop` find the run

@@ -20,8 +20,9 @@ from typing import Any
 from common.config_file import load_config
 from common.errors import Stopped
 from learner.benchmarks import Options
-from learner.display import Display
+from learner.display import open_display
 from learner.driver import train
+from learner.summary_display import show_evaluation
 
 CONFIG = Path("deploy/configs/sudoku.yaml")
 QUICK = ["learner.steps=10", "warm_start.steps=100", "evaluation.prompts=64"]
@@ -36,12 +37,12 @@ def run(options: Options) -> dict[str, Any]:
         overrides += [f"run.seed={seed}", f"run.name=bench-main-{stamp}-seed{seed}"]
         config = load_config(options.config or CONFIG, overrides)
         started = time.monotonic()
-        with Display(warm_start_steps=config.warm_start.steps, learner_steps=config.learner.steps) as display:
+        with open_display(config) as display:
             summary = train(config, display.show)
         minutes = (time.monotonic() - started) / 60
         if "stopped" in summary:
             raise Stopped(summary["stopped"])
-        display.results(summary["evaluation"])
+        show_evaluation(summary["evaluation"], options.console)
         runs.append({"seed": seed, "minutes_to_plot": minutes, **measures(summary["evaluation"])})
         options.console.print(runs[-1])
     result: dict[str, Any] = {"seeds": options.seeds}

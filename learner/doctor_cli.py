@@ -1,0 +1,37 @@
+"""The command `diffpo doctor`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+
+
+@app.command()
+def doctor(
+    start_ray: Annotated[bool, typer.Option("--start-ray", help="Start a local Ray too, or join RAY_ADDRESS.")] = False,
+    root: Annotated[Path, typer.Option(help="Where runs shall lie.")] = Path("runs"),
+    json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """What of this machine and its packages a run needs; 1 when something is missing. Put it into bug reports.
+
+    Example: diffpo doctor
+    Example: diffpo doctor --start-ray --json
+    """
+    from json import dumps
+
+    from rich.console import Console
+
+    from learner.doctor import checks, examine
+    from learner.doctor_display import as_dict, show
+
+    findings = examine(checks(root=root, starts_ray=start_ray))
+    found = as_dict(findings)
+    if json:
+        typer.echo(dumps(found))
+    else:
+        show(findings, Console(highlight=False, width=None if sys.stdout.isatty() else 120))
+    if not found["ok"]:
+        raise typer.Exit(1)
