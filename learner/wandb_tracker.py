@@ -9,7 +9,7 @@
 import uuid
 from collections.abc import Mapping
 
-import wandb
+import wandb  # pyright: ignore[reportMissingImports]  # an extra
 
 from common.config import Config
 from common.local_copy import cache_folder

@@ -59,8 +59,9 @@ def first_paints(page: Path, repeats: int) -> list[float]:
         for _ in range(repeats):
             tab = chromium.new_page()
             tab.goto(page.as_uri())
-            tab.wait_for_function(f"() => {PAINTED}")
-            found.append(float(tab.evaluate(PAINTED)))
+            while (painted := tab.evaluate(PAINTED)) is None:
+                tab.wait_for_timeout(20)
+            found.append(float(painted))
             tab.close()
         chromium.close()
     return found
