@@ -39,7 +39,9 @@ def report(
 @app.command()
 def view(
     run: Annotated[str, typer.Argument(help="A run: its folder, URI, or name below runs/.")],
-    group: Annotated[int, typer.Option(help="Number of a group that the run has recorded.")],
+    group: Annotated[
+        int | None, typer.Option(help="Number of a group that the run has recorded; else the newest of them.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help=f"{OUT}; else RUN/view-GROUP.html.")] = None,
 ) -> None:
     """The completions of a group as they appeared, step by step, with what is known of every token.
@@ -51,7 +53,8 @@ def view(
     from learner.report.run_data import RunData
 
     found = RunData.read(run)
-    _write(view_page(recorded_group(found, group)), found.directory.place, f"view-{group}.html", out)
+    shown = recorded_group(found, group)
+    _write(view_page(shown), found.directory.place, f"view-{shown['group']}.html", out)
 
 
 def _write(page: str, beside: Place, name: str, out: Path | None) -> None:

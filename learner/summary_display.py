@@ -18,7 +18,7 @@ def show_summary(summary: dict[str, Any], console: Console) -> None:
         return
     if "evaluation" in summary:
         show_evaluation(summary["evaluation"], console)
-        console.print(f"plot: {summary['pareto']}\nrun directory: {where}")
+        console.print(f"plot: {summary['pareto']}\nrun directory: {where}\nlook at it: diffpo report {where}")
     if "model" in summary:
         console.print(f"model: {summary['model']}")
 

@@ -84,8 +84,8 @@ def shown_groups(run: RunData, wanted: list[int]) -> list[dict[str, Any]]:
     return found
 
 
-def recorded_group(run: RunData, group: int) -> dict[str, Any]:
-    """One group for the viewer.
+def recorded_group(run: RunData, group: int | None = None) -> dict[str, Any]:
+    """One group for the viewer; the newest, if none is named.
 
     Raises:
         UserError: when it is not recorded position by position; says which are.
@@ -95,12 +95,16 @@ def recorded_group(run: RunData, group: int) -> dict[str, Any]:
     except (*FAILURES, ValueError) as error:
         raise UserError(f"{run.directory.name}/record cannot be read: {error}; restore it from a copy") from error
     table = rows.filter(compute.is_valid(rows["tokens"]))
-    mine = table.filter(compute.equal(table["group"], group))
+    if group is None and len(table):
+        group = table["group"][-1].as_py()
+    mine = table.filter(compute.equal(table["group"], group)) if group is not None else table.slice(0, 0)
     if len(mine):
         last = compute.max(mine["step"]).as_py()
         return group_view(run, mine.filter(compute.equal(mine["step"], last)))
     numbers = sorted(set(table["group"].to_pylist()))
     some = ", ".join(map(str, numbers[-10:])) or "none yet: they are written with each checkpoint"
+    if group is None:
+        raise UserError(f"run {run.name} has recorded no group yet: they are written with each checkpoint; wait for one")
     trained = group in set(rows["group"].to_pylist())
     why = "was trained on, but not kept position by position (run.record_groups)" if trained else "is not in the record"
     raise UserError(
