@@ -299,6 +299,7 @@ class Controller:
             await self._enter("train")
             reached = await self._train()
         self._learner.kill()
+        self._learner = None
         evaluation = None
         if not self._stopping.is_set():
             if reached["steps"] < config.learner.steps:
@@ -521,7 +522,7 @@ class Controller:
 
     async def _who_waits(self) -> dict[str, Any]:
         """What every part is doing; one that does not answer is named as that."""
-        found: dict[str, Any] = {"phase": self._phase, "learner": "has not started"}
+        found: dict[str, Any] = {"phase": self._phase, "learner": "is not there"}
         if self._learner is not None:
             found |= {name: await _answer(call) for name, call in self._learner.doing().items()}
         if self._buffer is not None:

@@ -104,7 +104,7 @@ def recorded_group(run: RunData, group: int | None = None) -> dict[str, Any]:
     numbers = sorted(set(table["group"].to_pylist()))
     some = ", ".join(map(str, numbers[-10:])) or "none yet: they are written with each checkpoint"
     if group is None:
-        raise UserError(f"run {run.name} has recorded no group yet: they are written with each checkpoint; wait for one")
+        raise UserError(f"run {run.name} has recorded no group yet: they come with each checkpoint; wait for one")
     trained = group in set(rows["group"].to_pylist())
     why = "was trained on, but not kept position by position (run.record_groups)" if trained else "is not in the record"
     raise UserError(
