@@ -8,9 +8,9 @@ their time (`chaos_parts`).
   learner steps, within `SETTLE` s after a command, of more than `PAUSE` times the longest one in stretches of the same
   length before the commands: a machine that is shared pauses by itself. `longest_s`, `longest_without_s`: the longest
   of each; `step_s`: the median.
-- `by_itself`: a run with `rollout.max_actors` begins with one actor. `actors`: how many it has at the end; `changes`:
-  after each change; `idle_first`, `idle_last`: the share of its time that the learner does not train, over the first
-  and the last windows; `needed`: how many of the first actor's speed would feed it, 1 / (1 - `idle_first`).
+- `by_itself`: a run with `rollout.max_actors` begins with one actor. `changes`: how many it has after each change;
+  `actors`: at the end. `step_s_first`, `step_s_last`: mean seconds of a step over its first and its last windows;
+  `step_s_of_most`: with `most` actors from the beginning; `speed_vs_most`: how near to that it comes.
 """
 
 import json
@@ -52,7 +52,9 @@ def run(options: Options) -> dict[str, Any]:
 def _commanded(folder: Path, options: Options) -> dict[str, Any]:
     rounds = 1 if options.quick else 4
     steps = round((4 * SETTLE * rounds + 5) / TRAIN_SECONDS)
-    run = ChaosRun(folder, "commanded", "simulated", simulated(steps, actors=1, slots=128))
+    tree = simulated(steps, actors=1, slots=128)
+    tree["replay"]["max_staleness"] = STALENESS
+    run = ChaosRun(folder, "commanded", "simulated", tree)
     run.wait_for("some steps", lambda: run.steps() > 20)
     stretches: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
     for actors in (4, 1) * rounds:
@@ -95,25 +97,35 @@ def step_ends(run: ChaosRun) -> list[float]:
 
 
 def _by_itself(folder: Path, options: Options) -> dict[str, Any]:
-    steps = 500 if options.quick else 1500
-    tree = simulated(steps, actors=1, slots=16, scaling_seconds=WINDOW, max_actors=MOST)
-    tree["replay"]["max_staleness"] = STALENESS
-    run = ChaosRun(folder, "by-itself", "simulated", tree)
-    if run.end() != 0:
-        raise RunError(f"bench scaling: the run did not end well; its log: {run.log.read_text()[-1500:]}")
-    changes = [int(after) for after in re.findall(r"\nscale .*'actors': (\d+)", run.log.read_text())]
-    ends = step_ends(run)
-
-    def idle(inside: list[float]) -> float:
-        return 1 - TRAIN_SECONDS * (len(inside) - 1) / (inside[-1] - inside[0])
-
+    steps = 300 if options.quick else 1500
+    found = _finished(folder, "by-itself", steps, actors=1, scaling_seconds=WINDOW, max_actors=MOST)
+    most = _finished(folder, "most", 150, actors=MOST)
+    changes = [int(after) for after in re.findall(r"\nscale .*'actors': (\d+)", found.log.read_text())]
+    ends, of_most = step_ends(found), step_ends(most)
     span = 3 * WINDOW
-    first = idle([one for one in ends if one <= ends[0] + span])
+    first = _step([one for one in ends if one <= ends[0] + span])
+    last = _step([one for one in ends if one >= ends[-1] - span])
+    best = _step(of_most[len(of_most) // 3 :])
     return {
-        "needed": 1 / (1 - first),
         "most": MOST,
         "actors": changes[-1] if changes else 1,
         "changes": changes,
-        "idle_first": first,
-        "idle_last": idle([one for one in ends if one >= ends[-1] - span]),
+        "step_s_first": first,
+        "step_s_last": last,
+        "step_s_of_most": best,
+        "speed_vs_most": best / last,
     }
+
+
+def _finished(folder: Path, name: str, steps: int, **rollout: Any) -> ChaosRun:
+    tree = simulated(steps, slots=16, **rollout)
+    tree["replay"]["max_staleness"] = STALENESS
+    run = ChaosRun(folder, name, "simulated", tree)
+    if run.end() != 0:
+        raise RunError(f"bench scaling: the run did not end well; its log: {run.log.read_text()[-1500:]}")
+    return run
+
+
+def _step(ends: list[float]) -> float:
+    """Mean seconds of a step."""
+    return (ends[-1] - ends[0]) / (len(ends) - 1)
