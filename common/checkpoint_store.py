@@ -27,8 +27,9 @@ from typing import Any
 from pyarrow import fs
 
 from common.errors import RunError, UserError, cause
+from common.location import below
 from common.new_folder import sync
-from common.place import FAILURES, Place, below
+from common.place import FAILURES, Place
 
 SCHEMA_VERSION = "1"
 MANIFEST = "manifest.json"

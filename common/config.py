@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from common.place import below, is_uri
+from common.location import below, is_uri
 from common.section import Section
 from common.tasks import TaskConfig
 from common.version import LINEAGE

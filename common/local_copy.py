@@ -17,8 +17,9 @@ from filelock import FileLock
 
 from common.checkpoint_store import CheckpointStore
 from common.errors import RunError, UserError, cause
+from common.location import is_uri
 from common.new_folder import new_folder
-from common.place import FAILURES, Place, is_uri
+from common.place import FAILURES, Place
 
 KEEP_SECONDS = 24 * 3600.0
 

@@ -15,6 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from common.location import above, below, is_uri
+
 CHUNK = 2**20
 FAILURES = (pa.ArrowException, OSError)
 
@@ -145,23 +147,6 @@ class Place:
 
     def _inside(self, *, recursive: bool = False) -> list[fs.FileInfo]:
         return self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True, recursive=recursive))
-
-
-def is_uri(where: str) -> bool:
-    return "://" in where
-
-
-def below(where: str, name: str) -> str:
-    """Path or URI of what lies in a folder; a URI's options stay at its end."""
-    base, mark, options = where.partition("?") if is_uri(where) else (where, "", "")
-    return f"{base.rstrip('/')}/{name}{mark}{options}"
-
-
-def above(where: str) -> tuple[str, str]:
-    """Path or URI of the folder that something lies in, and its name there."""
-    base, mark, options = where.partition("?") if is_uri(where) else (where, "", "")
-    parent, _, name = base.rstrip("/").rpartition("/")
-    return f"{parent}{mark}{options}", name
 
 
 def write_whole(path: Path, content: bytes) -> Path:

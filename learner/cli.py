@@ -477,7 +477,10 @@ def metrics() -> None:
 
 @app.command("config")
 def keys() -> None:
-    """Every key of the configuration as the Markdown tables of docs/configuration.md."""
+    """Every key of the configuration as the Markdown tables of docs/configuration.md.
+
+    Example: diffpo config
+    """
     from common.config_reference import markdown_tables
 
     typer.echo(markdown_tables(), nl=False)

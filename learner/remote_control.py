@@ -17,7 +17,8 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from common.config import IN_RAY_JOB
 from common.errors import RunError, UserError, one_line
-from common.place import FAILURES, above
+from common.location import above
+from common.place import FAILURES
 from learner.driver import CONTROLLER, CONTROLLER_FILE
 from learner.ray_connection import LOOPBACK, connect, probe
 from learner.run_directory import RunDirectory

@@ -1,12 +1,11 @@
 """Commands that draw what a run did: `report`, `view`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from common.errors import RunError, UserError, cause
-from common.place import FAILURES, Place
 
 app = typer.Typer()
 
@@ -27,6 +26,7 @@ def report(
     Example: diffpo report runs/first
     Example: diffpo report runs/seed0 runs/seed1 runs/other --out compared.html
     """
+    from common.place import Place
     from learner.report.page import report_page
     from learner.report.run_data import RunData
 
@@ -57,7 +57,10 @@ def view(
     _write(view_page(shown), found.directory.place, f"view-{shown['group']}.html", out)
 
 
-def _write(page: str, beside: Place, name: str, out: Path | None) -> None:
+def _write(page: str, beside: Any, name: str, out: Path | None) -> None:
+    """Beside the run, a `Place`, or where the user wants it."""
+    from common.place import FAILURES, Place
+
     place, name = (beside, name) if out is None else (Place(out.absolute().parent), out.name)
     if out is not None and not out.absolute().parent.is_dir():
         raise UserError(f"--out {out} cannot be written: there is no folder {out.parent}; make it, or choose another")

@@ -45,8 +45,9 @@ from common.config import IN_RAY_JOB, Config
 from common.config_file import dump_config, load_config
 from common.errors import RunError, UserError, cause
 from common.local_copy import cache_folder, local_copy
+from common.location import above, below, is_uri
 from common.new_folder import writing
-from common.place import FAILURES, Place, above, below, is_uri, write_whole
+from common.place import FAILURES, Place, write_whole
 from learner.run_lock import RunLock
 
 CONFIG_FILE = "config.yaml"

@@ -20,7 +20,8 @@ import pyarrow as pa
 from common.checkpoint_store import MANIFEST
 from common.errors import RunError, UserError
 from common.lease import FinishedGroup
-from common.place import FAILURES, Place, is_uri
+from common.location import is_uri
+from common.place import FAILURES, Place
 from common.segment_folder import SegmentFolder
 from common.trajectory import NOT_DRAWN
 from learner.run_directory import WHY, RunDirectory

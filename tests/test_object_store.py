@@ -22,7 +22,8 @@ from common.config import IN_RAY_JOB, Config
 from common.config_file import load_config
 from common.errors import RunError, UserError
 from common.local_copy import KEEP_SECONDS, cache_folder, local_copy
-from common.place import Place, above, below
+from common.location import above, below
+from common.place import Place
 from learner import run_directory, run_lock
 from learner.cli import main
 from learner.resumption import resumed_config
