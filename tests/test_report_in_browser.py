@@ -154,6 +154,7 @@ def test_the_keyboard_is_enough(opened: Any) -> None:
     assert f"revealed in step {one['reveal'][0]} of {one['nfe']}" in told.inner_text()
     weight = float(f"{one['weight'][0]:.3g}")
     assert f"importance weight {weight:g}" in told.inner_text()
+    assert tokens.first.get_attribute("title") == told.inner_text(), "the pointer's tooltip says the same"
 
 
 def test_play_goes_to_the_end_and_can_be_paused(opened: Any) -> None:

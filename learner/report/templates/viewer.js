@@ -132,6 +132,7 @@
         token.classList.toggle("now", !masked && !undrawn(c, i) && c.reveal[i] === step);
         token.textContent = masked ? "·" : shown(c.tokens[i]);
         token.setAttribute("aria-label", masked ? "masked, position " + (i + 1) : shown(c.tokens[i]) + ", position " + (i + 1));
+        token.title = masked ? "" : description(c, i).map((one) => one.textContent ?? one).join("");
         token.style.setProperty("--hue", there === null ? 0 : hue(there, least, most));
         token.style.setProperty("--sat", there === null ? "0%" : "65%");
       });
