@@ -182,6 +182,8 @@ def _follow(
         alarm.start()
 
     def late() -> None:
+        if signals and signals[0] == signal.SIGINT:  # nothing kills this process soon
+            return
         if phase != "train":
             text = f"still ending {STOP_WINDOW:g} s after the signal; --resume goes on with phase {phase}"
             show("warning", {"text": text})

@@ -107,6 +107,8 @@ class LiveDisplay:
             parts.append(self._training())
         elif "warm_start" in self._tasks:
             parts.append(Text(self._warm_start()))
+        if not parts:
+            parts.append(Text("nothing is reported yet", style="dim"))
         if self._warning:
             parts.append(Text(self._warning, style="yellow"))
         title = f"{self._title}: {self._phase.replace('_', ' ')}" if self._phase else self._title

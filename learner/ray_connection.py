@@ -23,6 +23,12 @@ PROBE_SECONDS = 5.0
 LOCAL_TRIES = 2  # to start one: on a busy machine its parts may miss each other's deadlines
 
 
+# it says at every start, to people who did nothing about it, that all is well
+logging.getLogger("ray._private.authentication.authentication_token_setup").addFilter(
+    lambda record: "authentication is enabled" not in record.getMessage()
+)
+
+
 def chosen_address(address: str | None = None) -> str:
     """The address given, else that of `RAY_ADDRESS`, else `local`: a Ray of this process alone."""
     return address or os.environ.get("RAY_ADDRESS") or LOCAL

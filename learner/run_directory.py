@@ -181,7 +181,10 @@ class RunDirectory:
             if folder.is_dir():
                 return cls(folder)
         known = sorted(path.parent.name for path in ROOT.glob("*/config.yaml"))
-        raise UserError(f"run {run!r}: no folder of that name, nor {ROOT / run}; runs: {', '.join(known) or 'none'}")
+        raise UserError(
+            f"run {run!r}: no folder of that name, nor {ROOT / run}; runs: {', '.join(known) or 'none'} "
+            "(one that is just starting has its folder once Ray is there)"
+        )
 
     @property
     def warm_start(self) -> Place:

@@ -61,10 +61,11 @@ def ended(directory: RunDirectory) -> dict[str, Any]:
 
 def show_ended(status: dict[str, Any], console: Console) -> None:
     """Of a run that is not going; `status` is that of `ended`."""
-    console.print(f"run {status['run']}: {status['phase']}, {status['steps']} steps wanted")
+    done = max(status["checkpoint_step"], 0)
+    console.print(
+        f"run {status['run']}: {status['phase']}, {done} of {status['steps']} steps are in its newest checkpoint"
+    )
     console.print(f"directory: {status['directory']}")
     if status["phase"] == "finished":
         return
-    step = status["checkpoint_step"]
-    console.print(f"newest checkpoint: {f'step {step}' if step >= 0 else 'none'}")
     console.print(f"go on with: diffpo train --resume {status['directory']}")

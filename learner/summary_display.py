@@ -15,6 +15,7 @@ def show_summary(summary: dict[str, Any], console: Console) -> None:
     where = summary.get("run_directory", "")
     if "stopped" in summary:
         console.print(f"stopped by {summary['stopped']} after {summary['steps']:.0f} steps; run directory {where}")
+        console.print(f"go on with: diffpo train --resume {where}")
         return
     if "evaluation" in summary:
         show_evaluation(summary["evaluation"], console)

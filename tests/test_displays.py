@@ -214,6 +214,7 @@ def test_plain_lines_tell_every_event_and_some_steps() -> None:
         "group 7 quarantined, it failed twice: ValueError: [/x]; 2 groups so far, RUN/quarantine.json",
         "SIGTERM: stopping, after the step in hand and a checkpoint",
         "stopped by SIGTERM after 3 steps; run directory runs/first",
+        "go on with: diffpo train --resume runs/first",
     ]
 
 
@@ -224,6 +225,7 @@ def test_quiet_tells_what_is_wrong_and_the_end() -> None:
         "group 7 quarantined, it failed twice: ValueError: [/x]; 2 groups so far, RUN/quarantine.json",
         "SIGTERM: stopping, after the step in hand and a checkpoint",
         "stopped by SIGTERM after 3 steps; run directory runs/first",
+        "go on with: diffpo train --resume runs/first",
     ]
 
 

@@ -56,8 +56,7 @@ def run(tmp_path: Path) -> RunDirectory:
 def test_a_run_that_is_not_going_says_how_to_go_on(run: RunDirectory) -> None:
     answer = CliRunner().invoke(app, ["status", str(run.path)])
     assert answer.exit_code == 0, answer.output
-    assert "run first: not going, 40 steps wanted" in answer.output
-    assert "newest checkpoint: none" in answer.output
+    assert "run first: not going, 0 of 40 steps are in its newest checkpoint" in answer.output
     assert f"go on with: diffpo train --resume {run.path}" in answer.output
     store = run.checkpoint_store(load_config(run.path / "config.yaml"))
     store.begin(20).commit(version=20, journal_index=0)

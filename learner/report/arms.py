@@ -20,6 +20,8 @@ class Estimate:
 
     mean: float
     half: float
+    count: int = 1
+    """Of the seeds."""
 
     def __str__(self) -> str:
         return f"{self.mean:.4g}" + (f" ± {self.half:.2g}" if self.half == self.half else "")
@@ -49,9 +51,9 @@ def estimate(values: Sequence[float]) -> Estimate:
     """Mean and half of Student's interval."""
     mean = float(np.mean(values))
     if len(values) < 2:
-        return Estimate(mean, float("nan"))
+        return Estimate(mean, float("nan"), len(values))
     error = float(np.std(values, ddof=1)) / len(values) ** 0.5
-    return Estimate(mean, float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * error)
+    return Estimate(mean, float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * error, len(values))
 
 
 def arms(runs: Sequence[RunData]) -> list[Arm]:
@@ -67,7 +69,7 @@ def arms(runs: Sequence[RunData]) -> list[Arm]:
     for numbers in groups.values():
         members = [runs[number] for number in numbers]
         said = ", ".join(f"{key}={computes[numbers[0]].get(key)}" for key in different)
-        label = members[0].name if len(members) == 1 else said or f"{members[0].name} and {len(members) - 1} more"
+        label = members[0].name if len(members) == 1 else said or ", ".join(one.name for one in members)
         found.append(Arm(label if len(label) <= LONGEST_LABEL else f"{label[: LONGEST_LABEL - 1]}…", members))
     return found
 

@@ -108,7 +108,7 @@ def recorded_group(run: RunData, group: int | None = None) -> dict[str, Any]:
     trained = group in set(rows["group"].to_pylist())
     why = "was trained on, but not kept position by position (run.record_groups)" if trained else "is not in the record"
     raise UserError(
-        f"group {group} of run {run.name} {why}; give one of the {len(numbers)} that are, the newest: {some}"
+        f"group {group} of run {run.name} {why}; give one of the {len(numbers)} that are, the newest last: {some}"
     )
 
 
@@ -151,9 +151,8 @@ def _completion(row: dict[str, Any]) -> dict[str, Any]:
 def _side(row: dict[str, Any]) -> int:
     """Side of the sudoku that the first tokens fill; 0 of what is none."""
     side = SIDES.get(len(row["prompt"]), 0)
-    cells = row["tokens"][: side * side]
-    whole = row["prompt"].isascii() and row["prompt"].isdigit() and len(cells) == side * side
-    return side if side and whole and all(len(cell) <= 1 for cell in cells) else 0
+    digits = row["prompt"].isascii() and row["prompt"].isdigit()
+    return side if side and digits and len(row["tokens"]) >= side * side else 0
 
 
 def _number(value: float | None) -> float | None:

@@ -88,13 +88,20 @@ def curves(arms: Sequence[Arm]) -> list[Figure]:
     return [_own_ids(figure, f"f{number}") for number, figure in enumerate(found) if figure.said]
 
 
+def _alone(arms: Sequence[Arm], lines: list[Curve]) -> str:
+    """What a caption says besides where there are several runs."""
+    which = f"; of several runs the first of these alone: {lines[0].label}" if len(lines) > 1 else ""
+    seeds = "; bands are 95 % intervals over seeds" if any(len(arm.runs) > 1 for arm in arms) else ""
+    return which + seeds
+
+
 def _only(arms: Sequence[Arm]) -> RunData | None:
     """The run, where there is one."""
     return arms[0].runs[0] if len(arms) == len(arms[0].runs) == 1 else None
 
 
 def _plain(arms: Sequence[Arm], title: str, about: str, unit: str, lines: list[Curve]) -> Figure:
-    figure = Figure(title, about)
+    figure = Figure(title, about if _only(arms) is not None else f"{about}{_alone(arms, lines)}")
     with drawn(figure, y=unit) as axes:
         if (run := _only(arms)) is not None:
             for curve, colour in zip(lines, COLOURS, strict=False):
@@ -104,9 +111,11 @@ def _plain(arms: Sequence[Arm], title: str, about: str, unit: str, lines: list[C
                 colour = COLOURS[number % len(COLOURS)]
                 steps, found = arm.series(lines[0].key)
                 line(axes, figure, steps, [one.mean for one in found], arm.label, colour)
+            for number, arm in enumerate(arms):
+                steps, found = arm.series(lines[0].key)
                 if len(arm.runs) > 1:
                     low, high = [one.mean - one.half for one in found], [one.mean + one.half for one in found]
-                    band(axes, steps, low, high, colour)
+                    band(axes, steps, low, high, COLOURS[number % len(COLOURS)])
     return figure
 
 
@@ -123,8 +132,8 @@ def _gamma(arms: Sequence[Arm]) -> Figure:
             found = [(one, *np.nanquantile(gamma[step == one], (0.1, 0.5, 0.9))) for one in np.unique(step)]
             if found:
                 steps, low, middle, high = (list(column) for column in zip(*found, strict=True))
-                band(axes, steps, low, high, colour)
                 line(axes, figure, steps, middle, name, colour)
+                axes.fill_between(steps, low, high, color=colour, alpha=0.2, lw=0)
             else:
                 line(axes, figure, *arm.runs[0].series("threshold_gamma"), name, colour)
     return figure
@@ -154,6 +163,7 @@ def frontier_figure(runs: Sequence[RunData]) -> Figure | None:
     )
     figure = Figure("Accuracy and forward passes", about)
     with drawn(figure, x="NFE (mean forward passes per completion)", y="accuracy", height=3.8) as axes:
+        axes.set_ylim(0, None)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
         number = 0

@@ -14,9 +14,12 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure as Drawing
+from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#0f8f83", "#d9640b", "#7a5cd0", "#c2357a", "#3f7fd1", "#8a8f00", "#a1543b", "#5b7083")
 INK = "#010203"  # becomes currentColor
+STEPS = "learner step"
+LEAST_TOP = 0.1  # of an axis that begins at 0
 POINTS = 240  # most of a line; more are means of neighbours
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -55,7 +58,7 @@ class Figure:
 
 
 @contextmanager
-def drawn(figure: Figure, *, x: str = "learner step", y: str = "", height: float = 3.0) -> Iterator[Any]:
+def drawn(figure: Figure, *, x: str = STEPS, y: str = "", height: float = 3.0) -> Iterator[Any]:
     """Axes to draw on; at the end they become the figure's SVG."""
     with mpl.rc_context(STYLE):
         drawing = Drawing(figsize=(5.4, height), layout="constrained")
@@ -63,7 +66,12 @@ def drawn(figure: Figure, *, x: str = "learner step", y: str = "", height: float
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.grid(True)
+        axes.ticklabel_format(useOffset=False)
+        if x == STEPS:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         yield axes
+        if axes.get_ylim()[0] == 0 and axes.get_ylim()[1] < LEAST_TOP:
+            axes.set_ylim(0, LEAST_TOP)
         if len(axes.get_legend_handles_labels()[1]) > 1:
             axes.legend()
         made = io.StringIO()
@@ -80,8 +88,9 @@ def line(axes: Any, figure: Figure, x: Sequence[float], y: Sequence[float], labe
 
 
 def band(axes: Any, x: Sequence[float], low: Sequence[float], high: Sequence[float], colour: str) -> None:
-    """What lies between two lines."""
+    """What lies between two lines; the axes are those of the lines, wherever it ends."""
     if len(x):
+        axes.set_autoscale_on(False)
         axes.fill_between(thinned(x, low)[0], thinned(x, low)[1], thinned(x, high)[1], color=colour, alpha=0.2, lw=0)
 
 

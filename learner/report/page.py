@@ -17,7 +17,7 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from learner.report.arms import Arm, arms, differences
+from learner.report.arms import Arm, Estimate, arms, differences
 from learner.report.completions import shown_groups, slowest, standouts
 from learner.report.curves import curves, frontier_figure
 from learner.report.figure import Figure
@@ -26,7 +26,7 @@ from learner.report.run_data import RunData
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_FAILURES = 20
 LEARNED = "learned, greedy"
-COLUMNS = ("reward", "NFE", "accuracy after", "NFE after", "frontier gain")
+COLUMNS = ("reward", "NFE", "accuracy before", "accuracy after", "NFE before", "NFE after", "frontier gain")
 
 
 def report_page(runs: Sequence[RunData]) -> str:
@@ -145,17 +145,22 @@ def _compared(arm: Arm) -> dict[str, Any]:
     def gain(run: RunData) -> float | None:
         return (run.evaluation or {}).get("frontier_gain", {}).get("gain")
 
-    def learned(key: str) -> Any:
-        return lambda run: (run.setting("after", LEARNED) or {}).get(key)
+    def learned(policy: str, key: str) -> Any:
+        return lambda run: (run.setting(policy, LEARNED) or {}).get(key)
+
+    def said(one: Estimate | None) -> str:
+        if one is None:
+            return "-"
+        return f"{one}" if one.count == len(arm.runs) else f"{one} ({one.count} of {len(arm.runs)})"
 
     estimates = [
         arm.estimate(lambda run: run.ending("rollout_generated_reward")),
         arm.estimate(lambda run: run.ending("rollout_generated_nfe")),
-        arm.estimate(learned("accuracy")),
-        arm.estimate(learned("nfe")),
+        *(arm.estimate(learned(policy, "accuracy")) for policy in ("before", "after")),
+        *(arm.estimate(learned(policy, "nfe")) for policy in ("before", "after")),
         arm.estimate(gain),
     ]
-    return {"label": arm.label, "seeds": len(arm.runs), "values": [str(one) if one else "-" for one in estimates]}
+    return {"label": arm.label, "seeds": len(arm.runs), "values": [said(one) for one in estimates]}
 
 
 def _settings(run: RunData) -> dict[str, Any]:

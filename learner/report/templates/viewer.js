@@ -129,7 +129,8 @@
         const masked = c.reveal[i] > step && !(undrawn(c, i) && step >= c.nfe), there = value(c, i);
         token.classList.toggle("masked", masked);
         token.classList.toggle("undrawn", !masked && undrawn(c, i));
-        token.classList.toggle("now", !masked && !undrawn(c, i) && c.reveal[i] === step);
+        token.classList.toggle("now", !masked && !undrawn(c, i) && c.reveal[i] === step && step < Number(slider.max));
+        token.classList.toggle("long", !masked && c.tokens[i].length > 1);
         token.textContent = masked ? "·" : shown(c.tokens[i]);
         token.setAttribute("aria-label", masked ? "masked, position " + (i + 1) : shown(c.tokens[i]) + ", position " + (i + 1));
         token.title = masked ? "" : description(c, i).map((one) => one.textContent ?? one).join("");
