@@ -155,6 +155,20 @@ def test_a_run_that_has_just_begun_has_a_report(run: Path) -> None:
     [
         ("evaluation.json", b'{"steps": 6}', "evaluation.json cannot be read ('settings'): no frontier"),
         ("evaluation.json", b"{", "evaluation.json cannot be read"),
+        (
+            "evaluation.json",
+            b'{"steps": NaN, "settings": {"before": [{"setting": "eb", "accuracy": 0, "nfe": 1}], '
+            b'"after": [{"setting": "eb", "accuracy": 0, "nfe": 1}]}}',
+            "cannot be read (nan is in a place of a number",
+        ),
+        (
+            "metrics.jsonl",
+            b'[1]\n3\n{"kind": "step", "learner_steps": null}\n{"kind": "step", "learner_steps": Infinity}\n'
+            b'{"kind": "step", "learner_steps": 2, "seconds": null}\n'
+            b'{"kind": "step", "learner_steps": 3, "seconds": "x"}\n',
+            "finished, 3 steps",
+        ),
+        ("config.yaml", b"learner: {steps: .inf}\ntask: [sudoku]", "finished, 6 steps"),
         ("record/steps-000001-000006.parquet", b"PAR1 of another version", "record/ cannot be read"),
         ("metrics.jsonl", b"\xff\xfe", "No learner step is in metrics.jsonl yet"),
         ("config.yaml", b"learner: {steps: 6, of_an_older_version: 3}\ntask: {name: go}", "go"),
