@@ -24,7 +24,8 @@ class Place:
 
     def __init__(self, where: "str | Path | Place") -> None:
         """Raises pa.ArrowException, OSError: when a URI is not understood."""
-        self.name = str(where).rstrip("/")
+        base, mark, options = _parts(str(where))
+        self.name = f"{base}{mark}{options}"
         """Absolute path or URI."""
         self.folder: Path | None = None
         """Where it is on this machine; None of an object store."""
@@ -153,15 +154,21 @@ def is_uri(where: str) -> bool:
 
 def below(where: str, name: str) -> str:
     """Path or URI of what lies in a folder; a URI's options stay at its end."""
-    base, mark, options = where.partition("?") if is_uri(where) else (where, "", "")
-    return f"{base.rstrip('/')}/{name}{mark}{options}"
+    base, mark, options = _parts(where)
+    return f"{base}/{name}{mark}{options}"
 
 
 def above(where: str) -> tuple[str, str]:
     """Path or URI of the folder that something lies in, and its name there."""
-    base, mark, options = where.partition("?") if is_uri(where) else (where, "", "")
-    parent, _, name = base.rstrip("/").rpartition("/")
+    base, mark, options = _parts(where)
+    parent, _, name = base.rpartition("/")
     return f"{parent}{mark}{options}", name
+
+
+def _parts(where: str) -> tuple[str, str, str]:
+    """What comes before a URI's options, without slashes at its end, the question mark, and the options."""
+    base, mark, options = where.partition("?") if is_uri(where) else (where, "", "")
+    return base.rstrip("/"), mark, options
 
 
 def write_whole(path: Path, content: bytes) -> Path:

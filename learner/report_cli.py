@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from common.errors import RunError, UserError, cause
-from common.place import FAILURES, Place
+from common.place import FAILURES, Place, below
 
 app = typer.Typer()
 
@@ -61,8 +61,9 @@ def _write(page: str, beside: Place, name: str, out: Path | None) -> None:
     place, name = (beside, name) if out is None else (Place(out.absolute().parent), out.name)
     if out is not None and not out.absolute().parent.is_dir():
         raise UserError(f"--out {out} cannot be written: there is no folder {out.parent}; make it, or choose another")
+    written = below(place.name, name)
     try:
         place.write(name, page.encode())
     except FAILURES as error:
-        raise RunError(f"{place}/{name} cannot be written: {cause(error)}; choose another with --out") from error
-    typer.echo(f"{place}/{name}")
+        raise RunError(f"{written} cannot be written: {cause(error)}; choose another with --out") from error
+    typer.echo(written)

@@ -1,5 +1,6 @@
 """Status display: what `diffpo status` prints of a run."""
 
+from shlex import quote
 from typing import Any
 
 from rich.console import Console
@@ -67,4 +68,4 @@ def show_ended(status: dict[str, Any], console: Console) -> None:
         return
     step = status["checkpoint_step"]
     console.print(f"newest checkpoint: {f'step {step}' if step >= 0 else 'none'}")
-    console.print(f"go on with: diffpo train --resume {status['directory']}")
+    console.print(f"go on with: diffpo train --resume {quote(status['directory'])}")

@@ -4,6 +4,7 @@ A summary may hold `evaluation` (what `evaluation.json` holds), `pareto` (the pl
 `steps`, `model` (a folder), and `run_directory`.
 """
 
+from shlex import quote
 from typing import Any
 
 from rich.console import Console
@@ -18,7 +19,7 @@ def show_summary(summary: dict[str, Any], console: Console) -> None:
         return
     if "evaluation" in summary:
         show_evaluation(summary["evaluation"], console)
-        console.print(f"plot: {summary['pareto']}\nrun directory: {where}\nlook at it: diffpo report {where}")
+        console.print(f"plot: {summary['pareto']}\nrun directory: {where}\nlook at it: diffpo report {quote(where)}")
     if "model" in summary:
         console.print(f"model: {summary['model']}")
 
