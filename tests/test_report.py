@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -177,6 +178,18 @@ def test_a_run_that_has_just_begun_has_a_report(run: Path) -> None:
 def test_what_other_versions_or_a_crash_left_is_said(run: Path, name: str, content: bytes, told: str) -> None:
     (run / name).write_bytes(content)
     assert told in page_of(run).words
+
+
+@pytest.mark.parametrize("lacks", ["version", "step", "group", "token_weight"])
+def test_a_record_of_another_version_is_said(run: Path, lacks: str) -> None:
+    file = next((run / "record").iterdir())
+    table = pq.read_table(file).drop_columns([lacks])
+    pq.write_table(table.append_column("new", pa.nulls(len(table), pa.int8())), file)
+    shown = page_of(run).words
+    assert ("record/ cannot be read" in shown) == (lacks != "token_weight"), "that is for the viewer alone"
+    assert "Reveal viewer" not in shown
+    with pytest.raises(UserError, match=f"is of another version, it lacks {lacks}; restore"):
+        recorded_group(RunData.read(str(run)))
 
 
 def test_steps_that_were_done_again_count_once(run: Path) -> None:
