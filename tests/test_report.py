@@ -169,6 +169,7 @@ def test_a_run_that_has_just_begun_has_a_report(run: Path) -> None:
             b'{"kind": "step", "learner_steps": 3, "seconds": "x"}\n',
             "finished, 3 steps",
         ),
+        ("quarantine.json", b'[{"group": 1}]', "quarantine.json cannot be read"),
         ("config.yaml", b"learner: {steps: .inf}\ntask: [sudoku]", "finished, 6 steps"),
         ("record/steps-000001-000006.parquet", b"PAR1 of another version", "record/ cannot be read"),
         ("metrics.jsonl", b"\xff\xfe", "No learner step is in metrics.jsonl yet"),

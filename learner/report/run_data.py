@@ -15,7 +15,7 @@ import pyarrow as pa
 import yaml
 
 from common.errors import UserError, one_line
-from common.place import FAILURES
+from common.place import FAILURES, below
 from learner.record_rows import POSITIONS, SCHEMA
 from learner.run_directory import CONFIG_FILE, EVALUATION, METRICS, RunDirectory
 from learner.run_record import read_record
@@ -40,7 +40,7 @@ class RunData:
         """Raises UserError when there is no such run, or it is no run directory."""
         data = cls(RunDirectory.find(run))
         _ = data.config
-        for part in (data.steps, data.evaluation, data.record):
+        for part in (data.steps, data.evaluation, data.record, data.quarantined, data.set_aside):
             _ = part  # so that all notes are there
         return data
 
@@ -64,9 +64,9 @@ class RunData:
             raise UserError(
                 f"{self.directory.name} is no run directory: it has no {CONFIG_FILE}; give run.root/run.name of a run"
             ) from error
-        except (*UNREADABLE, yaml.YAMLError) as error:
+        except (*UNREADABLE, yaml.YAMLError, RecursionError) as error:
             raise UserError(
-                f"{self.directory.name}/{CONFIG_FILE} cannot be read: {one_line(error)}; restore it"
+                f"{below(self.directory.name, CONFIG_FILE)} cannot be read: {one_line(error)}; restore it"
             ) from error
 
     def key(self, dotted: str, default: Any = None) -> Any:
@@ -119,8 +119,12 @@ class RunData:
     def quarantined(self) -> Rows:
         """Groups that failed twice, with the reason."""
         try:
-            return [one for one in self.directory.read_json("quarantine.json") if isinstance(one, dict)]
+            found = self.directory.read_json("quarantine.json")
+            return [{"group": one["group"], "reason": one["reason"]} for one in found]
+        except FileNotFoundError:
+            return []
         except UNREADABLE:
+            self.notes.append("quarantine.json cannot be read.")
             return []
 
     @cached_property
@@ -130,7 +134,8 @@ class RunData:
         place = self.directory.place / "set_aside"
         try:
             for name in place.folders():
-                found.append({"name": name, **json.loads((place / name).read("why.json"))})
+                why = json.loads((place / name).read("why.json"))
+                found.append({"name": name} | {key: why[key] for key in ("step", "version", "reason")})
         except UNREADABLE:
             self.notes.append("A batch that was set aside cannot be read.")
         return found
