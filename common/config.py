@@ -6,6 +6,7 @@
 """
 
 import os
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -491,6 +492,14 @@ class RunConfig(Section):
     reward of the final evaluation may take."""
     ray_address: str | None = None
     """Ray cluster to join; null joins the one of the surrounding job, else starts a local one."""
+
+    @field_validator("root", "checkpoints")
+    @classmethod
+    def _a_place(cls, given: str | None) -> str | None:
+        """Half of a URI would be a folder of that name."""
+        if given is not None and not re.fullmatch(r"[\w+-]+:///?[^/?].*|(?![\w+-]+:/).+", given, re.DOTALL):
+            raise ValueError(f"{given!r} is neither a folder nor a URI such as s3://bucket/runs; give one of them")
+        return given
 
 
 class Config(Section):

@@ -7,12 +7,18 @@ def is_uri(where: str) -> bool:
 
 def below(where: str, name: str) -> str:
     """Path or URI of what lies in a folder; a URI's options stay at its end."""
-    base, mark, options = where.partition("?") if is_uri(where) else (where, "", "")
-    return f"{base.rstrip('/')}/{name}{mark}{options}"
+    base, mark, options = parted(where)
+    return f"{base}/{name}{mark}{options}"
 
 
 def above(where: str) -> tuple[str, str]:
     """Path or URI of the folder that something lies in, and its name there."""
-    base, mark, options = where.partition("?") if is_uri(where) else (where, "", "")
-    parent, _, name = base.rstrip("/").rpartition("/")
+    base, mark, options = parted(where)
+    parent, _, name = base.rpartition("/")
     return f"{parent}{mark}{options}", name
+
+
+def parted(where: str) -> tuple[str, str, str]:
+    """What comes before a URI's options, without slashes at its end, the question mark, and the options."""
+    base, mark, options = where.partition("?") if is_uri(where) else (where, "", "")
+    return base.rstrip("/"), mark, options

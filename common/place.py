@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from common.location import above, below, is_uri
+from common.location import above, below, is_uri, parted
 
 CHUNK = 2**20
 FAILURES = (pa.ArrowException, OSError)
@@ -26,7 +26,8 @@ class Place:
 
     def __init__(self, where: "str | Path | Place") -> None:
         """Raises pa.ArrowException, OSError: when a URI is not understood."""
-        self.name = str(where).rstrip("/")
+        base, mark, options = parted(str(where))
+        self.name = f"{base}{mark}{options}"
         """Absolute path or URI."""
         self.folder: Path | None = None
         """Where it is on this machine; None of an object store."""

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -103,7 +104,7 @@ def stop(
             call("stop", "SIGTERM")
             if wait:
                 call("until_ended", seconds=STOP_SECONDS)
-    typer.echo(f"{run}: {'stopped' if wait else 'stopping'}; go on with: diffpo train --resume {where}")
+    typer.echo(f"{run}: {'stopped' if wait else 'stopping'}; go on with: diffpo train --resume {quote(where)}")
 
 
 def _remotely(address: str | None, working_dir: Path | None, arguments: list[str]) -> bool:

@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
+from shlex import quote
 from typing import Any
 
 import ray
@@ -104,7 +105,7 @@ def _follow_in(
         return _follow(config, directory, show, parts)
     except RunError as error:
         raise RunError(
-            f"{error} -- once its cause is gone, go on with: diffpo train --resume {directory.name}"
+            f"{error} -- once its cause is gone, go on with: diffpo train --resume {quote(directory.name)}"
         ) from error
 
 

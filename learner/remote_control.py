@@ -17,8 +17,8 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from common.config import IN_RAY_JOB
 from common.errors import RunError, UserError, one_line
-from common.location import above
-from common.place import FAILURES
+from common.location import above, below
+from common.place import FAILURES, Place
 from learner.driver import CONTROLLER, CONTROLLER_FILE
 from learner.ray_connection import LOOPBACK, connect, probe
 from learner.run_directory import RunDirectory
@@ -74,7 +74,7 @@ def controller_of(run: str) -> Iterator[Callable[..., Any]]:
 
 def _connect_to(directory: RunDirectory, run: str) -> str:
     """Connect to the Ray that a run's directory names; what to say where it is not going."""
-    file = f"{directory.name}/{CONTROLLER_FILE}"
+    file = below(directory.name, CONTROLLER_FILE)
     try:
         where = directory.read_json(CONTROLLER_FILE)
         address, namespace = where["ray_address"], where["namespace"]
@@ -102,7 +102,7 @@ def _controller(directory: RunDirectory | None, where: str) -> Any:
     try:
         controller = ray.get_actor(CONTROLLER)
         found: Any = ray.get(controller.directory.remote(), timeout=ANSWER_SECONDS)
-        if directory is not None and found != directory.name:
+        if directory is not None and Place(found).path != directory.place.path:
             raise RuntimeError(f"another run of that name is going there, in {found}")
     except (RuntimeError, ValueError, OSError) as error:
         raise NotGoing(f"{where} ({one_line(error)})") from error

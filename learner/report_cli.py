@@ -59,13 +59,15 @@ def view(
 
 def _write(page: str, beside: Any, name: str, out: Path | None) -> None:
     """Beside the run, a `Place`, or where the user wants it."""
+    from common.location import below
     from common.place import FAILURES, Place
 
     place, name = (beside, name) if out is None else (Place(out.absolute().parent), out.name)
     if out is not None and not out.absolute().parent.is_dir():
         raise UserError(f"--out {out} cannot be written: there is no folder {out.parent}; make it, or choose another")
+    written = below(place.name, name)
     try:
         place.write(name, page.encode())
     except FAILURES as error:
-        raise RunError(f"{place}/{name} cannot be written: {cause(error)}; choose another with --out") from error
-    typer.echo(f"{place}/{name}")
+        raise RunError(f"{written} cannot be written: {cause(error)}; choose another with --out") from error
+    typer.echo(written)

@@ -36,6 +36,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import xxhash
@@ -98,8 +99,8 @@ class RunDirectory:
         directory = RunDirectory(where)
         if directory.exists():
             raise UserError(
-                f"run directory {where} exists; go on with it (diffpo {command} --resume {where}), choose another "
-                f"run.name (run.name={_next_name(str(where))} is free), or move it away"
+                f"run directory {where} exists; go on with it (diffpo {command} --resume {quote(str(where))}), choose "
+                f"another run.name (run.name={_next_name(str(where))} is free), or move it away"
             )
         if directory.place.folder is None:
             return
@@ -161,8 +162,8 @@ class RunDirectory:
                 f"{self.name} is no run directory: it has no {CONFIG_FILE}; start a run with --config FILE"
             ) from error
         except FAILURES as error:
-            raise UserError(f"{self.name}/{CONFIG_FILE} cannot be read ({cause(error)}); mend that") from error
-        return load_config(f"{self.name}/{CONFIG_FILE}", overrides, text=text)
+            raise UserError(f"{below(self.name, CONFIG_FILE)} cannot be read ({cause(error)}); mend that") from error
+        return load_config(below(self.name, CONFIG_FILE), overrides, text=text)
 
     @classmethod
     def find(cls, run: str) -> "RunDirectory":
@@ -332,7 +333,9 @@ class RunDirectory:
         rows = []
         for line in self._metrics_so_far().splitlines():
             with suppress(ValueError):
-                rows.append(json.loads(line))
+                row = json.loads(line)
+                if isinstance(row, dict):
+                    rows.append(row)
         return rows
 
     def write_json(

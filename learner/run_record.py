@@ -62,7 +62,7 @@ class RunRecord:
                 if last <= step:
                     continue
                 if first <= step:
-                    table = _read(self._place, name)
+                    table = self._place.read_parquet(name)  # of whichever version
                     self._put(table.filter(pa.array(table["step"].to_numpy() <= step)))
                 self._place.remove(name)
         except (*FAILURES, ValueError) as error:
@@ -94,7 +94,7 @@ def read_record(run: Place, *, columns: list[str] | None = None, steps: tuple[in
         steps: first and last that are wanted, by file: others may be among them.
 
     Raises:
-        pa.ArrowException, OSError: when a file cannot be read.
+        pa.ArrowException, OSError, ValueError: when a file cannot be read, or is of another version.
     """
     tables = [
         _read(run / FOLDER, name, columns)
@@ -111,8 +111,12 @@ def _files(place: Place) -> list[tuple[str, int, int]]:
 
 
 def _read(place: Place, name: str, columns: list[str] | None = None) -> pa.Table:
-    table = place.read_parquet(name, columns)
-    return table.cast(pa.schema([SCHEMA.field(column) for column in table.column_names]))
+    wanted = SCHEMA.names if columns is None else columns
+    table = place.read_parquet(name, wanted)
+    lacks = [column for column in wanted if column not in table.column_names]
+    if lacks:
+        raise ValueError(f"{name} is of another version, it lacks {', '.join(lacks)}")
+    return table.select(wanted).cast(pa.schema([SCHEMA.field(column) for column in wanted]))
 
 
 def _thinned(table: pa.Table, groups: int) -> pa.Table:

@@ -1,5 +1,6 @@
 """Status display: what `diffpo status` prints of a run."""
 
+from shlex import quote
 from typing import Any
 
 from rich.console import Console
@@ -68,4 +69,4 @@ def show_ended(status: dict[str, Any], console: Console) -> None:
     console.print(f"directory: {status['directory']}")
     if status["phase"] == "finished":
         return
-    console.print(f"go on with: diffpo train --resume {status['directory']}")
+    console.print(f"go on with: diffpo train --resume {quote(status['directory'])}")

@@ -4,6 +4,7 @@ A summary may hold `evaluation` (what `evaluation.json` holds), `pareto` (the pl
 `steps`, `model` (a folder), and `run_directory`.
 """
 
+from shlex import quote
 from typing import Any
 
 from rich.console import Console
@@ -15,11 +16,11 @@ def show_summary(summary: dict[str, Any], console: Console) -> None:
     where = summary.get("run_directory", "")
     if "stopped" in summary:
         console.print(f"stopped by {summary['stopped']} after {summary['steps']:.0f} steps; run directory {where}")
-        console.print(f"go on with: diffpo train --resume {where}")
+        console.print(f"go on with: diffpo train --resume {quote(where)}")
         return
     if "evaluation" in summary:
         show_evaluation(summary["evaluation"], console)
-        console.print(f"plot: {summary['pareto']}\nrun directory: {where}\nlook at it: diffpo report {where}")
+        console.print(f"plot: {summary['pareto']}\nrun directory: {where}\nlook at it: diffpo report {quote(where)}")
     if "model" in summary:
         console.print(f"model: {summary['model']}")
 

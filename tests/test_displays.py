@@ -6,6 +6,7 @@ import math
 import os
 import pty
 import re
+import select
 import sys
 from pathlib import Path
 from typing import Any
@@ -304,7 +305,8 @@ def test_sft_on_a_real_terminal_is_drawn_live(monkeypatch: pytest.MonkeyPatch, t
         with pytest.raises(SystemExit, match=r"^0$"):
             main()
         terminal.flush()
-        lines.append(os.read(here, 1 << 16))
+        while select.select([here], [], [], 0.5)[0]:  # a terminal hands out a few thousand bytes at a time
+            lines.append(os.read(here, 1 << 16))
     os.close(here)
     text = b"".join(lines).decode()
     assert "\x1b[?25l" in text

@@ -71,6 +71,14 @@ def config_in(root: str, *overrides: str) -> Config:
     return load_config(None, ["task.name=sudoku", f"run.root={root}", "run.name=one", *overrides])
 
 
+def diffpo(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a command says, in this process."""
+    with pytest.MonkeyPatch.context() as patched, suppress(SystemExit):
+        patched.setattr("sys.argv", ["diffpo", *arguments])
+        main()
+    return "".join(capsys.readouterr())
+
+
 # -- places -------------------------------------------------------------------------------------------------------
 
 
@@ -79,6 +87,8 @@ def test_what_lies_in_a_folder_keeps_its_options(where: str) -> None:
     inside = below(where, "c")
     assert above(inside) == (where, "c")
     assert inside.endswith("?region=x&scheme=http") == ("?" in where)
+    base, mark, options = where.partition("?")
+    assert below(f"{base}/{mark}{options}", "c") == inside, "a slash at the end means nothing"
 
 
 @pytest.mark.parametrize("kind", ["local", "remote"])
@@ -205,6 +215,15 @@ def test_prometheus_finds_the_run_in_a_folder_of_this_machine(root: str, tmp_pat
     assert not listed.exists()
 
 
+def test_what_is_said_of_a_run_with_options_can_be_typed(root: str, capsys: pytest.CaptureFixture[str]) -> None:
+    made = RunDirectory.create(config_in(f"{root}/?region=us-east-1"))
+    with pytest.raises(UserError, match=r"--resume 's3://runs/.*/one\?region=us-east-1'\)"):
+        RunDirectory.check_free(made.name)
+    assert "go on with: diffpo train --resume 's3://" in diffpo(capsys, "status", made.name)
+    assert diffpo(capsys, "report", made.name).strip() == f"{root}/one/report.html?region=us-east-1"
+    assert made.place.holds("report.html")
+
+
 # -- lock ---------------------------------------------------------------------------------------------------------
 
 
@@ -276,9 +295,7 @@ def test_an_owner_that_was_replaced_notices(root: str) -> None:
 # -- the whole ----------------------------------------------------------------------------------------------------
 
 
-def test_a_run_goes_on_on_another_machine(
-    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_goes_on_on_another_machine(root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Killed, and gone on with where nothing of it is but the object store."""
     train = [sys.executable, "-m", "learner", "train"]
     given = ["--config", "deploy/configs/sudoku.yaml", *TINY, f"run.root={root}", "run.name=one"]
@@ -286,12 +303,6 @@ def test_a_run_goes_on_on_another_machine(
 
     def machine(name: str) -> dict[str, str]:
         return {**os.environ, "HOME": str(tmp_path / name), "XDG_CACHE_HOME": str(tmp_path / name / "cache")}
-
-    def diffpo(*arguments: str) -> str:
-        monkeypatch.setattr("sys.argv", ["diffpo", *arguments])
-        with suppress(SystemExit):
-            main()
-        return "".join(capsys.readouterr())
 
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     first = subprocess.Popen([*train, *given, ENDLESS], cwd=ROOT, env=machine("a"), text=True, **pipes)
@@ -323,11 +334,11 @@ def test_a_run_goes_on_on_another_machine(
     assert not (run.place / "shards").exists()
     assert not run.place.holds("lock")
     assert not (tmp_path / "b" / "runs").exists()
-    assert "run one: finished" in diffpo("status", run.name)
-    group = re.search(r"segments: (\d+)", diffpo("replay", run.name, "0"))
+    assert "run one: finished" in diffpo(capsys, "status", run.name)
+    group = re.search(r"segments: (\d+)", diffpo(capsys, "replay", run.name, "0"))
     assert group, "a group that was trained is in no file, and the message lists those that are"
-    assert "error" not in diffpo("replay", run.name, group[1])
+    assert "error" not in diffpo(capsys, "replay", run.name, group[1])
     checkpoint = run.checkpoint_store(run.config()).location(run.checkpoint_store(run.config()).checkpoints()[-1])
-    assert "NFE" in diffpo("generate", checkpoint, "1004040003104001")
-    assert f"{run.name}/report.html" in diffpo("report", run.name)
+    assert "NFE" in diffpo(capsys, "generate", checkpoint, "1004040003104001")
+    assert f"{run.name}/report.html" in diffpo(capsys, "report", run.name)
     assert run.place.read("report.html").startswith(b"<!doctype html>")

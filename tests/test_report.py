@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -155,6 +156,21 @@ def test_a_run_that_has_just_begun_has_a_report(run: Path) -> None:
     [
         ("evaluation.json", b'{"steps": 6}', "evaluation.json cannot be read ('settings'): no frontier"),
         ("evaluation.json", b"{", "evaluation.json cannot be read"),
+        (
+            "evaluation.json",
+            b'{"steps": NaN, "settings": {"before": [{"setting": "eb", "accuracy": 0, "nfe": 1}], '
+            b'"after": [{"setting": "eb", "accuracy": 0, "nfe": 1}]}}',
+            "cannot be read (nan is in a place of a number",
+        ),
+        (
+            "metrics.jsonl",
+            b'[1]\n3\n{"kind": "step", "learner_steps": null}\n{"kind": "step", "learner_steps": Infinity}\n'
+            b'{"kind": "step", "learner_steps": 2, "seconds": null}\n'
+            b'{"kind": "step", "learner_steps": 3, "seconds": "x"}\n',
+            "finished, 3 steps",
+        ),
+        ("quarantine.json", b'[{"group": 1}]', "quarantine.json cannot be read"),
+        ("config.yaml", b"learner: {steps: .inf}\ntask: [sudoku]", "finished, 6 steps"),
         ("record/steps-000001-000006.parquet", b"PAR1 of another version", "record/ cannot be read"),
         ("metrics.jsonl", b"\xff\xfe", "No learner step is in metrics.jsonl yet"),
         ("config.yaml", b"learner: {steps: 6, of_an_older_version: 3}\ntask: {name: go}", "go"),
@@ -163,6 +179,18 @@ def test_a_run_that_has_just_begun_has_a_report(run: Path) -> None:
 def test_what_other_versions_or_a_crash_left_is_said(run: Path, name: str, content: bytes, told: str) -> None:
     (run / name).write_bytes(content)
     assert told in page_of(run).words
+
+
+@pytest.mark.parametrize("lacks", ["version", "step", "group", "token_weight"])
+def test_a_record_of_another_version_is_said(run: Path, lacks: str) -> None:
+    file = next((run / "record").iterdir())
+    table = pq.read_table(file).drop_columns([lacks])
+    pq.write_table(table.append_column("new", pa.nulls(len(table), pa.int8())), file)
+    shown = page_of(run).words
+    assert ("record/ cannot be read" in shown) == (lacks != "token_weight"), "that is for the viewer alone"
+    assert "Reveal viewer" not in shown
+    with pytest.raises(UserError, match=f"is of another version, it lacks {lacks}; restore"):
+        recorded_group(RunData.read(str(run)))
 
 
 def test_steps_that_were_done_again_count_once(run: Path) -> None:

@@ -15,12 +15,14 @@ import pyarrow as pa
 import yaml
 
 from common.errors import UserError, one_line
+from common.location import below
 from common.place import FAILURES
 from learner.record_rows import POSITIONS, SCHEMA
 from learner.run_directory import CONFIG_FILE, EVALUATION, METRICS, RunDirectory
 from learner.run_record import read_record
 
 Rows = list[dict[str, Any]]
+LARGEST = 1e30  # of what is drawn
 LAST = 0.1  # share of the steps that stand for how a run ended
 LITTLE = [name for name in SCHEMA.names if name not in POSITIONS]
 UNREADABLE = (*FAILURES, ValueError, KeyError, TypeError)
@@ -39,7 +41,7 @@ class RunData:
         """Raises UserError when there is no such run, or it is no run directory."""
         data = cls(RunDirectory.find(run))
         _ = data.config
-        for part in (data.steps, data.evaluation, data.record):
+        for part in (data.steps, data.evaluation, data.record, data.quarantined, data.set_aside):
             _ = part  # so that all notes are there
         return data
 
@@ -63,9 +65,9 @@ class RunData:
             raise UserError(
                 f"{self.directory.name} is no run directory: it has no {CONFIG_FILE}; give run.root/run.name of a run"
             ) from error
-        except (*UNREADABLE, yaml.YAMLError) as error:
+        except (*UNREADABLE, yaml.YAMLError, RecursionError) as error:
             raise UserError(
-                f"{self.directory.name}/{CONFIG_FILE} cannot be read: {one_line(error)}; restore it"
+                f"{below(self.directory.name, CONFIG_FILE)} cannot be read: {one_line(error)}; restore it"
             ) from error
 
     def key(self, dotted: str, default: Any = None) -> Any:
@@ -83,7 +85,8 @@ class RunData:
         except UNREADABLE as error:
             self.notes.append(f"{METRICS} cannot be read ({one_line(error)}): no curves")
             return []
-        known = {row["learner_steps"]: row for row in rows if row.get("kind") == "step" and "learner_steps" in row}
+        rows = [row for row in rows if row.get("kind") == "step"]
+        known = {int(row["learner_steps"]): row for row in rows if _is_number(row.get("learner_steps"))}
         if not known:
             self.notes.append("No learner step is in metrics.jsonl yet: no curves.")
         return [known[step] for step in sorted(known)]
@@ -93,7 +96,7 @@ class RunData:
         """What `evaluation.json` holds; None where the run has not been evaluated."""
         try:
             found = self.directory.read_json(EVALUATION)
-            _ = found["settings"]["before"][0]["accuracy"], found["settings"]["after"][0]["nfe"], found["steps"]
+            _check_evaluation(found)
             return found
         except FileNotFoundError:
             self.notes.append("Not evaluated yet: no frontier, and no accuracy before and after.")
@@ -117,8 +120,12 @@ class RunData:
     def quarantined(self) -> Rows:
         """Groups that failed twice, with the reason."""
         try:
-            return [one for one in self.directory.read_json("quarantine.json") if isinstance(one, dict)]
+            found = self.directory.read_json("quarantine.json")
+            return [{"group": one["group"], "reason": one["reason"]} for one in found]
+        except FileNotFoundError:
+            return []
         except UNREADABLE:
+            self.notes.append("quarantine.json cannot be read.")
             return []
 
     @cached_property
@@ -128,7 +135,8 @@ class RunData:
         place = self.directory.place / "set_aside"
         try:
             for name in place.folders():
-                found.append({"name": name, **json.loads((place / name).read("why.json"))})
+                why = json.loads((place / name).read("why.json"))
+                found.append({"name": name} | {key: why[key] for key in ("step", "version", "reason")})
         except UNREADABLE:
             self.notes.append("A batch that was set aside cannot be read.")
         return found
@@ -136,7 +144,8 @@ class RunData:
     @cached_property
     def planned(self) -> int:
         """Learner steps that it was to do."""
-        return int(self.key("learner.steps", 0))
+        steps = self.key("learner.steps")
+        return int(steps) if _is_number(steps) else 0
 
     @cached_property
     def state(self) -> str:
@@ -156,14 +165,14 @@ class RunData:
     def seconds(self) -> float:
         """From the first report to the last, over all lives of the run, as far as rows tell."""
         total, before = 0.0, 0.0
-        for row in self.steps:
-            total += row["seconds"] - before if row["seconds"] >= before else row["seconds"]
-            before = row["seconds"]
+        for now in self.series("seconds")[1]:
+            total += now - before if now >= before else now
+            before = now
         return total
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """Steps and values of a key of the rows, where it is there and a number."""
-        found = [(row["learner_steps"], row[key]) for row in self.steps if _is_number(row.get(key))]
+        found = [(int(row["learner_steps"]), row[key]) for row in self.steps if _is_number(row.get(key))]
         return [step for step, _ in found], [value for _, value in found]
 
     def ending(self, key: str) -> float | None:
@@ -178,8 +187,22 @@ class RunData:
         return next((row for row in rows if row["setting"] == name), None)
 
 
+def _check_evaluation(found: Any) -> None:
+    """Raises ValueError, KeyError, TypeError, LookupError where something that the page shows is missing."""
+    rows = [row for policy in ("before", "after") for row in (found["settings"][policy][0], *found["settings"][policy])]
+    numbers = [found["steps"], *(row[key] for row in rows for key in ("accuracy", "nfe"))]
+    if "frontier_gain" in found:
+        numbers += [
+            *(found["frontier_gain"][key] for key in ("gain", "low", "high")),
+            *(found["nfe_range"][at] for at in (0, 1)),
+        ]
+    odd = [one for one in numbers if not _is_number(one)] + [one for one in rows if not isinstance(one["setting"], str)]
+    if odd:
+        raise ValueError(f"{odd[0]!r} is in a place of a number or a setting")
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and value == value and abs(value) != float("inf")
+    return isinstance(value, int | float) and abs(value) <= LARGEST  # not of NaN
 
 
 def _duration(seconds: float) -> str:

@@ -115,7 +115,8 @@
     const [, value] = COLOURS[colour.value];
     const found = group.completions.flatMap((c) => c.tokens.map((_, i) => (undrawn(c, i) ? null : value(c, i))));
     const known = found.filter((one) => one !== null);
-    return known.length ? [Math.min(...known), Math.max(...known)] : [0, 0];
+    const extreme = (of) => known.reduce((one, other) => of(one, other)); // spread, they may be too many arguments
+    return known.length ? [extreme(Math.min), extreme(Math.max)] : [0, 0];
   }
 
   function draw() {
