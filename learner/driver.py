@@ -86,6 +86,7 @@ def _run(
             with directory.lock():
                 return _follow_in(config, directory, show, parts)
         try:
+            directory.place.remove(CONTROLLER_FILE)  # of the life before: nobody is to be sent there
             directory.write_config(config)
         except FAILURES as error:
             raise RunError(

@@ -81,7 +81,9 @@ def _connect_to(directory: RunDirectory, run: str) -> str:
         if not re.fullmatch(r"[^/\s]+:[0-9]+", address):
             raise ValueError(f"ray_address {address!r} is not HOST:PORT")
     except FileNotFoundError as error:
-        raise NotGoing(f"run {run} is not going: {file} is not there; one that trains has it") from error
+        raise NotGoing(
+            f"run {run} is not going: {file} is not there; one that is starting gets it in a few seconds"
+        ) from error
     except (*FAILURES, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: {one_line(error)}; a run that has started training has it") from error
     try:

@@ -19,6 +19,7 @@ from run_fixtures import ENDLESS, ROOT, command, rows, wait_for_step
 from learner.controller import NODE_SECONDS
 from learner.ray_connection import _bind
 
+pytestmark = pytest.mark.slow
 PATIENCE = 90.0
 PREEMPTION = 2  # a reason of Ray's protocol for draining a node
 

@@ -295,6 +295,7 @@ def test_an_owner_that_was_replaced_notices(root: str) -> None:
 # -- the whole ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_machine(root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Killed, and gone on with where nothing of it is but the object store."""
     train = [sys.executable, "-m", "learner", "train"]
