@@ -142,15 +142,22 @@ def _gamma(arms: Sequence[Arm]) -> Figure:
 def _ess_by_reveal_step(run: RunData) -> Figure:
     figure = Figure(
         "ESS by reveal step",
-        "Effective sample size of tokens by the step they were revealed in: where the surrogate is furthest off",
+        "Effective sample size of tokens by the step they were revealed in, running means of 11 learner steps: where "
+        "the surrogate is furthest off",
     )
     keys = sorted({int(found[1]) for row in run.steps for key in row if (found := ESS.fullmatch(key))})
     with drawn(figure, y="share") as axes:
         for number, low in enumerate(keys):
             label = f"from step {low}"
-            values = run.series(f"learner_weight_ess{{reveal_step={low}}}")
-            line(axes, figure, *values, label, COLOURS[number % len(COLOURS)])
+            steps, values = run.series(f"learner_weight_ess{{reveal_step={low}}}")
+            line(axes, figure, steps, _running_mean(values), label, COLOURS[number % len(COLOURS)])
     return figure
+
+
+def _running_mean(values: list[float], steps: int = 11) -> list[float]:
+    """Of each value and its neighbours, as far as there are any."""
+    half = steps // 2
+    return [float(np.mean(values[max(0, at - half) : at + half + 1])) for at in range(len(values))]
 
 
 def frontier_figure(runs: Sequence[RunData]) -> Figure | None:

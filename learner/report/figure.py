@@ -20,6 +20,7 @@ COLOURS = ("#0f8f83", "#d9640b", "#7a5cd0", "#c2357a", "#3f7fd1", "#8a8f00", "#a
 INK = "#010203"  # becomes currentColor
 STEPS = "learner step"
 LEAST_TOP = 0.1  # of an axis that begins at 0
+SHORT = 24  # characters of labels of which two stand beside each other
 POINTS = 240  # most of a line; more are means of neighbours
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -72,8 +73,9 @@ def drawn(figure: Figure, *, x: str = STEPS, y: str = "", height: float = 3.0) -
         yield axes
         if axes.get_ylim()[0] == 0 and axes.get_ylim()[1] < LEAST_TOP:
             axes.set_ylim(0, LEAST_TOP)
-        if len(axes.get_legend_handles_labels()[1]) > 1:
-            axes.legend()
+        labels = axes.get_legend_handles_labels()[1]
+        if len(labels) > 1:
+            drawing.legend(loc="outside lower center", ncols=2 if max(map(len, labels)) < SHORT else 1)
         made = io.StringIO()
         drawing.savefig(made, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     figure.svg = _inline(made.getvalue())
