@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import pytest
+
 from learner.benchmarks.chaos import ACTOR, BUFFER, DRIVER, LEARNER, ChaosRun, account, simulated
 
 
+@pytest.mark.slow
 def test_every_part_is_killed_and_nothing_is_lost_or_trained_twice(tmp_path: Path) -> None:
     run = ChaosRun(tmp_path, "kills", "simulated", simulated(60, actors=2, slots=6))
     run.wait_for("some steps", lambda: run.steps() > 12)  # behind a checkpoint

@@ -168,6 +168,7 @@ def metric(run: Path, name: str) -> float:
     return next(float(line.split()[1]) for line in lines if line.startswith(f"{PREFIX}{name} "))
 
 
+@pytest.mark.slow
 def test_a_run_survives_its_learner_its_buffer_and_its_driver(tmp_path: Path) -> None:
     """SIGKILL to each of them in turn; `--resume` finishes the run, and no group that was accepted is lost."""
     run = tmp_path / "run"
