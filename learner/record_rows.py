@@ -99,16 +99,17 @@ def record_rows(
         numbers, staleness, seconds: of each group.
     """
     rows: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+    ids = {one for table in groups for line in table["completion_ids"].to_pylist() for one in line}
+    texts = {one: tokenizer.decode([one]) for one in ids}  # once for each: there are thousands of places
     for table, number, age, took in zip(groups, numbers, staleness, seconds, strict=True):
         prompt = tokenizer.decode(table["prompt_ids"][0].as_py(), skip_special_tokens=True)
         for row in table.to_pylist():
-            ids = row["completion_ids"]
             known = {
                 **{"step": step, "version": version, "group": number, "staleness": age, "seconds": took},
                 **{"index": row["completion_index"], "attempt": row["attempt"], "prompt": prompt},
-                "completion": tokenizer.decode(ids, skip_special_tokens=True),
+                "completion": tokenizer.decode(row["completion_ids"], skip_special_tokens=True),
                 "components": row["rewards"],
-                "tokens": [tokenizer.decode([one]) for one in ids],
+                "tokens": [texts[one] for one in row["completion_ids"]],
                 "logprob": row["behaviour_logprob"],
             }
             for name in ("reward", "nfe", "gamma", "worker", "reveal_step", "entropy", "token_version"):
