@@ -198,7 +198,8 @@ class Learner:
 
     def observed(self) -> Observed:
         """Of the batch of the last `step`; weights of the completions that this rank scored."""
-        assert self._seen is not None
+        if self._seen is None:
+            raise RuntimeError("observed comes after step")
         return Observed(*(tensor.float().cpu().numpy() for tensor in self._seen))
 
     @torch.no_grad()

@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -46,7 +47,7 @@ class RunLock:
     def held(self) -> Iterator[None]:
         """Raises UserError when another process holds it, or it cannot be taken."""
         if self._place.folder is not None:
-            with self._held_locally():
+            with self._held_locally(self._place.folder):
                 yield
             return
         try:
@@ -65,9 +66,8 @@ class RunLock:
                     self._place.remove(NAME)
 
     @contextmanager
-    def _held_locally(self) -> Iterator[None]:
-        assert self._place.folder is not None
-        lock = FileLock(self._place.folder / NAME)
+    def _held_locally(self, folder: Path) -> Iterator[None]:
+        lock = FileLock(folder / NAME)
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
