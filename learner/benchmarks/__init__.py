@@ -18,12 +18,13 @@ BENCHMARKS = {
     "chaos": "learner.benchmarks.chaos",
     "engine": "learner.benchmarks.engine",
     "exporter": "learner.benchmarks.exporter",
+    "gpu": "learner.benchmarks.gpu",
     "learner": "learner.benchmarks.learner",
     "main": "learner.benchmarks.main_job",
     "report": "learner.benchmarks.report",
     "scaling": "learner.benchmarks.scaling",
 }
-UNCONFIGURED = ("async", "engine", "exporter", "report", "scaling")
+UNCONFIGURED = ("async", "engine", "exporter", "gpu", "report", "scaling")
 
 
 @dataclass(frozen=True)

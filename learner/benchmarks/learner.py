@@ -28,7 +28,6 @@ half the distance between their quartiles.
 """
 
 import copy
-import time
 from collections.abc import Callable, Sequence
 from statistics import correlation
 from typing import Any
@@ -49,7 +48,7 @@ from common.tasks import build_task
 from common.trajectory import decode_group
 from learner.batch import Batch, build_batch
 from learner.benchmarks import Options, sized_models
-from learner.benchmarks.engine import ratio
+from learner.benchmarks.engine import ratio, timed
 from learner.benchmarks.main_job import CONFIG
 from learner.benchmarks.plain_loop import PlainLoop
 from learner.learner import Learner
@@ -174,7 +173,7 @@ def timings(policy: Policy, batch: Batch, config: LearnerConfig, repeats: int) -
     metrics, *_ = [step() for step in sides]
     if metrics["learner_scored_completions"] != len(batch.reward):
         raise RunError(f"only {metrics['learner_scored_completions']} of {len(batch.reward)} completions were scored")
-    times = [[seconds(step, policy.device) for step in sides] for _ in range(repeats)]
+    times = [[timed(step) for step in sides] for _ in range(repeats)]
     every = config.diagnostics_every or torch.inf
 
     def over_repeats(key: str, measure: Callable[[float, float, float, float], float]) -> dict[str, float]:
@@ -195,15 +194,6 @@ def timings(policy: Policy, batch: Batch, config: LearnerConfig, repeats: int) -
 
 def without_diagnostics(config: LearnerConfig) -> LearnerConfig:
     return config.model_copy(update={"diagnostics_every": 0})
-
-
-def seconds(step: Callable[[], Any], device: torch.device) -> float:
-    """Wall time, on a GPU until it has caught up."""
-    started = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
 
 
 def memory(policy: Policy, batch: Batch, config: LearnerConfig, budgets: Sequence[int]) -> dict[str, float]:

@@ -42,9 +42,9 @@ def llada_sample(
         ids `[B, L]`, and `[B]` the forward passes in which each row still had something to reveal.
     """
     mask_id, width = policy.vocabulary.mask_id, prompts.shape[1]
-    ids = torch.cat([prompts, torch.full((len(prompts), length), mask_id)], dim=1)
+    ids = torch.cat([prompts, torch.full((len(prompts), length), mask_id, device=prompts.device)], dim=1)
     attended = torch.ones_like(ids)
-    nfe = torch.zeros(len(prompts), dtype=torch.int64)
+    nfe = torch.zeros(len(prompts), dtype=torch.int64, device=prompts.device)
     for start in range(width, width + length, block):
         while (ids[:, start : start + block] == mask_id).any():
             logits = policy.model(input_ids=ids, attention_mask=attended, use_cache=False).logits
