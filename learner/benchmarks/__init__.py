@@ -11,7 +11,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from common.errors import UserError
+from common.errors import RunError, UserError
+from learner.benchmarks.goals import broken
 
 BENCHMARKS = {
     "async": "learner.benchmarks.asynchrony",
@@ -24,7 +25,8 @@ BENCHMARKS = {
     "report": "learner.benchmarks.report",
     "scaling": "learner.benchmarks.scaling",
 }
-UNCONFIGURED = ("async", "engine", "exporter", "gpu", "report", "scaling")
+ALL = "all"
+UNCONFIGURED = (ALL, "async", "engine", "exporter", "gpu", "report", "scaling")
 
 
 @dataclass(frozen=True)
@@ -39,19 +41,30 @@ class Options:
 
 
 def run_benchmark(
-    name: str, *, quick: bool, as_json: bool, seeds: int, config: Path | None, overrides: list[str]
+    name: str, *, quick: bool, as_json: bool, check: bool, seeds: int, config: Path | None, overrides: list[str]
 ) -> None:
-    """Run one benchmark; the last line is its JSON object when asked for, a table before it always."""
-    if name not in BENCHMARKS:
-        raise UserError(f"benchmark {name!r} is unknown; known: {', '.join(BENCHMARKS)}")
+    """Run one benchmark; the last line is its JSON object when asked for, a table before it always.
+
+    Raises:
+        RunError: with `check`, when a bound is broken that this machine can tell from noise.
+    """
+    if name not in (*BENCHMARKS, ALL):
+        raise UserError(f"benchmark {name!r} is unknown; known: {ALL}, {', '.join(BENCHMARKS)}")
     if name in UNCONFIGURED and (config or overrides):
         given = config or " ".join(overrides)
         raise UserError(f"bench {name} takes no configuration, given {given}; leave it out")
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.2f}")
+    if name == ALL:
+        from learner.benchmarks.suite import run_suite
+
+        run_suite(quick=quick, as_json=as_json, console=console)
+        return
     module = importlib.import_module(BENCHMARKS[name])
     result = module.run(Options(quick=quick, seeds=seeds, config=config, overrides=overrides, console=console))
     for key, value in result.items():
         console.print(f"{key}: {value}")
     if as_json:
         console.print(json.dumps(result), soft_wrap=True)
+    if check and (wrong := broken(name, result, stable_only=quick)):
+        raise RunError("\n".join(wrong))
