@@ -98,6 +98,23 @@ def test_the_page_of_the_architecture_names_methods_that_exist() -> None:
     assert [f"{owner}.{name}" for owner, name in named if name not in known.get(owner, set())] == []
 
 
+def test_the_walk_names_what_is_in_the_files() -> None:
+    """Every `file: name` of the page of the architecture is defined there, a method by its class."""
+    named = re.findall(r"`([\w/]+\.py): (\w+)(?:\.(\w+))?`", (DOCS / "architecture.md").read_text())
+    assert len(named) > 35
+    for file, owner, method in named:
+        body = ast.parse((ROOT / file).read_text()).body
+        found = [node for node in body if getattr(node, "name", None) == owner or owner in assigned(node)]
+        assert found, f"{file}: {owner}"
+        assert not method or method in {getattr(item, "name", "") for item in getattr(found[0], "body", [])}, method
+
+
+def assigned(node: ast.stmt) -> set[str]:
+    """Names that a statement gives values."""
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return {target.id for target in targets if isinstance(target, ast.Name)}
+
+
 @pytest.mark.parametrize("page", [*(f"docs/{path.name}" for path in sorted(DOCS.glob("*.md")))])
 def test_every_file_that_a_page_names_exists(page: str) -> None:
     text = (ROOT / page).read_text()
