@@ -57,24 +57,21 @@ class Fleet:
         return {}
 
 
-def test_failures_in_a_row_end_the_run_and_failures_between_results_do_not(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        controller = Controller(config=parse_config({"task": {"name": "sudoku"}}), directory=str(tmp_path))
-        buffer = Buffer()
-        controller._buffer, controller._fleet = buffer, Fleet()  # pyright: ignore[reportAttributeAccessIssue]
-        for _ in range(3):
-            buffer.fail(MOST_QUARANTINED - 1)
-            await controller._update_gauges()
-            buffer.groups["trained"] += 8
-            await controller._update_gauges()
-        assert len(json.loads((tmp_path / "quarantine.json").read_text())) == 3 * (MOST_QUARANTINED - 1)
+async def test_failures_in_a_row_end_the_run_and_failures_between_results_do_not(tmp_path: Path) -> None:
+    controller = Controller(config=parse_config({"task": {"name": "sudoku"}}), directory=str(tmp_path))
+    buffer = Buffer()
+    controller._buffer, controller._fleet = buffer, Fleet()  # pyright: ignore[reportAttributeAccessIssue]
+    for _ in range(3):
         buffer.fail(MOST_QUARANTINED - 1)
         await controller._update_gauges()
-        buffer.fail(1)
-        with pytest.raises(RunError, match=r"100 groups in a row failed.*the last: ValueError: no number"):
-            await controller._update_gauges()
-
-    asyncio.run(scenario())
+        buffer.groups["trained"] += 8
+        await controller._update_gauges()
+    assert len(json.loads((tmp_path / "quarantine.json").read_text())) == 3 * (MOST_QUARANTINED - 1)
+    buffer.fail(MOST_QUARANTINED - 1)
+    await controller._update_gauges()
+    buffer.fail(1)
+    with pytest.raises(RunError, match=r"100 groups in a row failed.*the last: ValueError: no number"):
+        await controller._update_gauges()
 
 
 def test_a_quarantined_example_may_hold_what_json_has_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

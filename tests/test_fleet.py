@@ -148,19 +148,16 @@ def test_up_and_down_in_one_go(monkeypatch: pytest.MonkeyPatch) -> None:
     play(monkeypatch, scenario)
 
 
-def test_scaling_before_it_runs_says_how_many_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def run() -> None:
-        stage = Stage(monkeypatch)
-        fleet = Fleet(config=RolloutConfig(actors=2), buffer=stage, make=lambda name, wake: None, progress=lambda: None)  # pyright: ignore
-        assert await fleet.scale(3) == 2
-        running = asyncio.ensure_future(fleet.run())
-        await settle()
-        assert len(stage.alive()) == 3
-        await fleet.gauges()
-        await fleet.stop()
-        await running
-
-    asyncio.run(run())
+async def test_scaling_before_it_runs_says_how_many_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(monkeypatch)
+    fleet = Fleet(config=RolloutConfig(actors=2), buffer=stage, make=lambda name, wake: None, progress=lambda: None)  # pyright: ignore
+    assert await fleet.scale(3) == 2
+    running = asyncio.ensure_future(fleet.run())
+    await settle()
+    assert len(stage.alive()) == 3
+    await fleet.gauges()
+    await fleet.stop()
+    await running
 
 
 def test_a_drained_actor_that_hangs_loses_its_leases_and_its_life(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,21 +264,18 @@ def test_counters_of_the_dead_count_once(monkeypatch: pytest.MonkeyPatch) -> Non
     play(monkeypatch, scenario)
 
 
-def test_the_last_place_out_of_restarts_ends_the_run_with_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def run() -> None:
-        stage = Stage(monkeypatch)
-        config = RolloutConfig(actors=2, max_restarts=1)
-        fleet = Fleet(config=config, buffer=stage, make=lambda name, wake: None, progress=lambda: None)  # pyright: ignore
-        running = asyncio.ensure_future(fleet.run())
-        for attempt in range(2):
-            await settle()
-            for place in range(2):
-                stage.actors[f"rollout-{place}.{attempt}"].end(RayActorError())
-        with pytest.raises(RunError, match="all 2 rollout actors are dead and out of restarts"):
-            await asyncio.wait_for(running, 1.0)
-        assert fleet.restarts == 2
-
-    asyncio.run(run())
+async def test_the_last_place_out_of_restarts_ends_the_run_with_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(monkeypatch)
+    config = RolloutConfig(actors=2, max_restarts=1)
+    fleet = Fleet(config=config, buffer=stage, make=lambda name, wake: None, progress=lambda: None)  # pyright: ignore
+    running = asyncio.ensure_future(fleet.run())
+    for attempt in range(2):
+        await settle()
+        for place in range(2):
+            stage.actors[f"rollout-{place}.{attempt}"].end(RayActorError())
+    with pytest.raises(RunError, match="all 2 rollout actors are dead and out of restarts"):
+        await asyncio.wait_for(running, 1.0)
+    assert fleet.restarts == 2
 
 
 def test_a_preempted_node_costs_no_restart(monkeypatch: pytest.MonkeyPatch) -> None:
