@@ -853,7 +853,7 @@ def test_random_schedules(
 
 
 @pytest.mark.parametrize("memory_bytes", [0, 2**20])
-def test_real_tasks_train_every_group_once_and_in_bound(memory_bytes: int, tmp_path: Path) -> None:
+async def test_real_tasks_train_every_group_once_and_in_bound(memory_bytes: int, tmp_path: Path) -> None:
     """Free-running actors and learner on one loop: 60 steps, one actor killed and replaced on the way."""
 
     async def actor(buffer: ReplayBuffer, name: str, draw: random.Random) -> None:
@@ -862,29 +862,26 @@ def test_real_tasks_train_every_group_once_and_in_bound(memory_bytes: int, tmp_p
                 await asyncio.sleep(draw.random() * 0.002)
                 await buffer.submit(name, [result(lease, spread=float(draw.random() < 0.9))])
 
-    async def scenario() -> None:
-        store = SegmentStore(tmp_path, memory_bytes=memory_bytes)
-        buffer = make(groups_per_step=4, max_staleness=2, drop_no_spread=True, groups_limit=240, store=store)
-        draw = random.Random(0)
-        actors = {name: asyncio.ensure_future(actor(buffer, name, draw)) for name in "abcdef"}
-        await buffer.publish(weights(0), [])
-        numbers: list[int] = []
-        for version in range(1, 61):
-            batch = await asyncio.wait_for(buffer.sample(), 5.0)
-            numbers += batch.numbers
-            assert batch.payloads == [f"group {number}".encode() for number in batch.numbers]
-            if version == 20:
-                actors["a"].cancel()
-                await buffer.return_worker("a")
-                actors["a"] = asyncio.ensure_future(actor(buffer, "a", draw))
-            await buffer.publish(weights(version), batch.numbers)
-        await buffer.close()
-        await asyncio.gather(*actors.values())
-        gauges = await buffer.gauges()
-        assert len(set(numbers)) == len(numbers) == gauges["groups_trained"] == 240
-        assert (gauges["violations"], gauges["tickets"], gauges["held_bytes"]) == (0, 0, 0)
-        await buffer.settle(buffer._ledger.length)
-        await store.settle()
-        assert names(tmp_path) == []
-
-    asyncio.run(scenario())
+    store = SegmentStore(tmp_path, memory_bytes=memory_bytes)
+    buffer = make(groups_per_step=4, max_staleness=2, drop_no_spread=True, groups_limit=240, store=store)
+    draw = random.Random(0)
+    actors = {name: asyncio.ensure_future(actor(buffer, name, draw)) for name in "abcdef"}
+    await buffer.publish(weights(0), [])
+    numbers: list[int] = []
+    for version in range(1, 61):
+        batch = await asyncio.wait_for(buffer.sample(), 5.0)
+        numbers += batch.numbers
+        assert batch.payloads == [f"group {number}".encode() for number in batch.numbers]
+        if version == 20:
+            actors["a"].cancel()
+            await buffer.return_worker("a")
+            actors["a"] = asyncio.ensure_future(actor(buffer, "a", draw))
+        await buffer.publish(weights(version), batch.numbers)
+    await buffer.close()
+    await asyncio.gather(*actors.values())
+    gauges = await buffer.gauges()
+    assert len(set(numbers)) == len(numbers) == gauges["groups_trained"] == 240
+    assert (gauges["violations"], gauges["tickets"], gauges["held_bytes"]) == (0, 0, 0)
+    await buffer.settle(buffer._ledger.length)
+    await store.settle()
+    assert names(tmp_path) == []
