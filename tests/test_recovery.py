@@ -24,7 +24,7 @@ from common.recovery import GROUPS_FILE, JOURNAL_FILE
 from common.replay_buffer import Batch, ReplayBuffer
 from common.segment_folder import SegmentFolder, decode_segment, encode_segment
 from common.segment_store import SegmentStore
-from common.version import first_version, lineage_of, step_of
+from common.version import LINEAGE, first_version, step_of
 from common.weight_store import Snapshot
 
 T = TypeVar("T")
@@ -184,7 +184,7 @@ class World:
         if self.leases:
             worker, lease = self.leases.pop(self.draw.randrange(len(self.leases)))
             spread = self.draw.choice([0.0, 1.0, 1.0, 1.0])
-            newest = max(version for version in self.versions if lineage_of(version) == lineage_of(lease.version))
+            newest = max(version for version in self.versions if version // LINEAGE == lease.version // LINEAGE)
             oldest = self.draw.choice([lease.version, self.draw.randint(lease.version, newest)])
             group = FinishedGroup(lease.number, lease.attempt, b"%d" % lease.number, spread, oldest, 4)
             self.submits.append(asyncio.ensure_future(self.hand_in(worker, lease, group)))
@@ -262,7 +262,7 @@ class World:
         self.void += self.leases
         self.leases.clear()
         assert (step_of(version), version in self.versions) == (step, False)
-        assert all(lineage_of(version) > lineage_of(other) for other in self.versions)
+        assert all(version // LINEAGE > other // LINEAGE for other in self.versions)
         self.versions.add(version)
         self.learner = Learner(version, step, params)
         if self.mishap(0.2):

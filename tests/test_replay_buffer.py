@@ -177,10 +177,10 @@ async def test_what_was_generated_is_told_over_a_step_s_worth_though_it_comes_in
     rewarded = [replace(result(lease), reward=float(lease.number)) for lease in leases]
     await buffer.submit("a", rewarded[:4])
     first = await buffer.sample()
-    assert first.generated == {"groups": 4.0, "reward": 1.5, "nfe": 0.0}
+    assert first.generated == {"reward": 1.5, "nfe": 0.0}
     assert (await buffer.sample()).generated == first.generated  # nothing came in between
     await buffer.submit("a", rewarded[4:])
-    assert (await buffer.sample()).generated == {"groups": 2.0, "reward": 4.5, "nfe": 0.0}
+    assert (await buffer.sample()).generated == {"reward": 4.5, "nfe": 0.0}
 
 
 async def test_a_drained_worker_keeps_its_leases_and_is_granted_no_more() -> None:
