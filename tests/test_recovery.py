@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from circulation_fixtures import Clock, fill, grant, result, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import fs
@@ -25,7 +26,6 @@ from common.replay_buffer import Batch, ReplayBuffer
 from common.segment_folder import SegmentFolder, decode_segment, encode_segment
 from common.segment_store import SegmentStore
 from common.version import LINEAGE, first_version, step_of
-from common.weight_store import Snapshot
 
 T = TypeVar("T")
 NAN = "nan"
@@ -76,17 +76,6 @@ def commit(store: CheckpointStore, step: int, version: int, export: Export, **fa
     (draft.path / JOURNAL_FILE).write_bytes(export.journal)
     (draft.path / GROUPS_FILE).write_bytes(export.groups)
     return draft.commit(version=version, journal_index=export.journal_index, facts={**export.facts, **facts})
-
-
-def weights(version: int) -> Snapshot:
-    return Snapshot(version, f"digest {version}", [f"ref {version}"])
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Learner:
@@ -485,19 +474,6 @@ class Place:
         return sorted(path.name for path in self.segments.iterdir())
 
 
-def finished(lease: Lease, spread: float = 1.0) -> FinishedGroup:
-    return FinishedGroup(lease.number, lease.attempt, b"group %d" % lease.number, spread, lease.version, 4)
-
-
-async def grant(buffer: ReplayBuffer, want: int) -> list[Lease]:
-    return (await asyncio.wait_for(buffer.lease("a", want), 1.0)).leases
-
-
-async def fill(buffer: ReplayBuffer, want: int) -> list[int]:
-    leases = await grant(buffer, want)
-    return (await buffer.submit("a", [finished(lease) for lease in leases])).accepted
-
-
 async def train(buffer: ReplayBuffer) -> tuple[int, list[int]]:
     batch = await asyncio.wait_for(buffer.sample(), 1.0)
     assert batch.payloads == [b"group %d" % number for number in batch.numbers]
@@ -542,7 +518,7 @@ async def test_a_life_is_used_up_however_short_it_was_and_no_lease_or_version_is
             await buffer.publish(weights(versions[-1]), [])
             leases |= {(lease.number, lease.attempt) for lease in await grant(buffer, 4)}
         if life == 3:
-            assert (await buffer.submit("a", [finished(Lease(0, 0, 1, 0, 1.0))])).late == [0]
+            assert (await buffer.submit("a", [result(Lease(0, 0, 1, 0, 1.0))])).late == [0]
     assert len(leases) == 12
     assert versions == sorted(set(versions))
     for _ in range(3):  # a rewind uses up a life as well, though nothing is left to do
@@ -579,10 +555,10 @@ async def test_until_a_learner_tells_where_it_is_results_are_taken_and_nothing_i
     place = Place(tmp_path)
     buffer = await place.started(admission="drop_when_stale")
     leases = await grant(buffer, 4)
-    await buffer.submit("a", [finished(leases[0])])
+    await buffer.submit("a", [result(leases[0])])
     buffer = place.buffer(admission="drop_when_stale")
     leasing = asyncio.ensure_future(buffer.lease("b", 1))
-    reply = await buffer.submit("a", [finished(lease) for lease in leases[:3]])
+    reply = await buffer.submit("a", [result(lease) for lease in leases[:3]])
     assert (reply.accepted, reply.late) == ([1, 2], [0])
     await asyncio.sleep(0.01)
     assert not leasing.done()
@@ -636,7 +612,7 @@ async def test_a_learner_that_dies_again_and_again_takes_what_it_had_trained_sin
         assert (await buffer.gauges())["groups_trained"] == 6
         version = await buffer.rewind(index, 1)
         assert version == first_version(life, 1)
-        assert (await buffer.submit("a", [finished(lease)])).late == [lease.number]
+        assert (await buffer.submit("a", [result(lease)])).late == [lease.number]
         with pytest.raises(RuntimeError, match=f"published, expected {version}"):
             await buffer.publish(weights(buffer.version + 1), [])
         await buffer.publish(weights(version), [])
@@ -749,7 +725,7 @@ async def test_an_export_is_of_one_moment_though_other_calls_go_on(tmp_path: Pat
     exporting = asyncio.ensure_future(buffer.export())
     while not gate.begun:
         await asyncio.sleep(0.001)
-    submitting = asyncio.ensure_future(buffer.submit("a", [finished(lease) for lease in leases]))
+    submitting = asyncio.ensure_future(buffer.submit("a", [result(lease) for lease in leases]))
     assert await buffer.fail("a", leases[0].number, leases[0].attempt, "node lost", False)
     await buffer.publish(weights(1), batch.numbers)
     assert not exporting.done()
@@ -772,7 +748,7 @@ async def test_memory_of_trained_groups_is_free_and_their_files_go_when_they_are
     await train(buffer)
     gauges = await buffer.gauges()
     assert (gauges["held_bytes"], gauges["spilled_bytes"]) == (0, 14)
-    await buffer.submit("a", [finished(lease, spread=0.0) for lease in await grant(buffer, 2)])
+    await buffer.submit("a", [result(lease, spread=0.0) for lease in await grant(buffer, 2)])
     checkpoint = await place.save(buffer, 1)
     assert place.names() == [f"segment-0000000{n}.arrow" for n in range(4)]
     await buffer.settle(checkpoint.journal_index)
@@ -789,8 +765,8 @@ async def test_entries_of_a_file_that_could_not_be_written_are_in_the_next(tmp_p
     mortal = Mortal(buffer._store._folder, "full")
     buffer._store._folder = mortal  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(RunError, match="no space left"):
-        await buffer.submit("a", [finished(leases[0])])
-    assert (await buffer.submit("a", [finished(lease) for lease in leases[:2]])).accepted == [0, 1]
+        await buffer.submit("a", [result(leases[0])])
+    assert (await buffer.submit("a", [result(lease) for lease in leases[:2]])).accepted == [0, 1]
     mortal.fate = "full"
     with pytest.raises(RunError, match="no space left"):
         await buffer.rewind(0, 0)

@@ -4,15 +4,16 @@ import asyncio
 import random
 import shutil
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from circulation_fixtures import Clock, fill, grant, result, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from segment_fixtures import Gate
+from segment_fixtures import Gate, until
 
 from common.admission import ADMISSIONS
 from common.errors import RunError, UserError
@@ -20,18 +21,9 @@ from common.ledger import GroupState, Ledger, LedgerError
 from common.replay_buffer import Batch, FinishedGroup, Lease, ReplayBuffer
 from common.segment_folder import SegmentFolder
 from common.segment_store import SegmentStore
-from common.weight_store import UNPUBLISHED, Snapshot, WeightStore
+from common.weight_store import UNPUBLISHED, WeightStore
 
 T = TypeVar("T")
-
-
-class Clock:
-    """A clock that stands still until a test moves it."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def make(**changed: Any) -> ReplayBuffer:
@@ -42,15 +34,6 @@ def make(**changed: Any) -> ReplayBuffer:
 def in_memory(memory_bytes: int) -> SegmentStore:
     """A store whose files lie in a file system of its own, in memory."""
     return SegmentStore("mock:///segments", memory_bytes=memory_bytes)
-
-
-def weights(version: int) -> Snapshot:
-    return Snapshot(version, f"digest {version}", [f"ref {version}"])
-
-
-def result(lease: Lease, *, spread: float = 1.0, oldest: int | None = None) -> FinishedGroup:
-    oldest = lease.version if oldest is None else oldest
-    return FinishedGroup(lease.number, lease.attempt, f"group {lease.number}".encode(), spread, oldest, 4)
 
 
 def names(folder: Path) -> list[str]:
@@ -74,16 +57,6 @@ async def started(**changed: Any) -> ReplayBuffer:
     buffer = make(**changed)
     await buffer.publish(weights(0), [])
     return buffer
-
-
-async def grant(buffer: ReplayBuffer, want: int, worker: str = "a") -> list[Lease]:
-    return (await asyncio.wait_for(buffer.lease(worker, want), 1.0)).leases
-
-
-async def fill(buffer: ReplayBuffer, want: int) -> list[Lease]:
-    leases = await grant(buffer, want)
-    await buffer.submit("a", [result(lease) for lease in leases])
-    return leases
 
 
 async def test_a_group_goes_round() -> None:
@@ -238,9 +211,9 @@ async def test_a_group_without_spread_frees_its_ticket_at_once_and_is_replaced()
 
 async def test_tokens_older_than_the_lease_are_refused() -> None:
     buffer = await started()
-    batch_leases = await fill(buffer, 2)
+    numbers = await fill(buffer, 2)
     await buffer.sample()
-    await buffer.publish(weights(1), [lease.number for lease in batch_leases])
+    await buffer.publish(weights(1), numbers)
     fine, wrong, *_ = await grant(buffer, 4)
     for oldest in (0, 2):
         with pytest.raises(RuntimeError, match=f"group 3 of worker a has a token of version {oldest}"):
@@ -502,11 +475,6 @@ def test_the_weight_store_keeps_the_last_versions() -> None:
 
 
 # -- segment files --------------------------------------------------------------------------------------------------
-
-
-async def until(condition: Callable[[], object]) -> None:
-    while not condition():
-        await asyncio.sleep(0.001)
 
 
 async def test_a_submit_is_acknowledged_only_when_its_file_is_there_and_holds_nobody_up(tmp_path: Path) -> None:
