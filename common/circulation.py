@@ -266,11 +266,9 @@ class Circulation:
     def _take_generated(self) -> dict[str, float]:
         """Means over the groups accepted lately, a step's worth or more: generation may come in bursts."""
         sums = self._generated
-        if sums["groups"] >= self._groups_per_step or not self._told:
-            groups = max(1.0, sums["groups"])
-            if not sums["groups"]:
-                return {}  # its groups were all accepted in an earlier life
-            self._told = {"groups": sums["groups"], "reward": sums["reward"] / groups, "nfe": sums["nfe"] / groups}
+        groups = sums["groups"]  # 0 where all were accepted in an earlier life
+        if groups and (groups >= self._groups_per_step or not self._told):
+            self._told = {"reward": sums["reward"] / groups, "nfe": sums["nfe"] / groups}
             self._generated = defaultdict(float)
         return self._told
 

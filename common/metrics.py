@@ -129,8 +129,11 @@ CATALOGUE: dict[str, Metric] = {
         ),
         Metric("rollout_reward_costed", "gauge", "Mean reward of the last batch, cost of forward passes included"),
         Metric("rollout_nfe", "gauge", "Mean forward passes per completion in the last batch"),
-        Metric("rollout_generated_groups", "gauge", "Groups accepted lately, a batch or more, discarded ones included"),
-        Metric("rollout_generated_reward", "gauge", "Mean task reward of those groups, without cost"),
+        Metric(
+            "rollout_generated_reward",
+            "gauge",
+            "Mean task reward, without cost, of groups accepted lately: a batch or more, discarded ones included",
+        ),
         Metric("rollout_generated_nfe", "gauge", "Mean forward passes per completion of those groups"),
         Metric(
             "rollout_completion_reward", "histogram", "Task reward of every completion, without cost", bounds=REWARDS

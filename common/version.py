@@ -21,11 +21,6 @@ def step_of(version: int) -> int:
     return version % LINEAGE
 
 
-def lineage_of(version: int) -> int:
-    """How often the learner had returned to a checkpoint when a version was published."""
-    return version // LINEAGE
-
-
 def first_version(lineage: int, step: int) -> int:
     """The version that a learner publishes first in a lineage that begins at `step`."""
     return lineage * LINEAGE + step

@@ -338,15 +338,13 @@ class RunDirectory:
                     rows.append(row)
         return rows
 
-    def write_json(
-        self, name: str, value: Any, *, indent: int | None = 1, default: Callable[[Any], Any] | None = None
-    ) -> None:
+    def write_json(self, name: str, value: Any, *, default: Callable[[Any], Any] | None = None) -> None:
         """Write a file as a whole or not at all; `default` as that of `json.dumps`.
 
         Raises:
             pa.ArrowException, OSError: when it cannot be written.
         """
-        self.place.write(name, (json.dumps(value, indent=indent, default=default) + "\n").encode())
+        self.place.write(name, (json.dumps(value, indent=1, default=default) + "\n").encode())
 
     def read_json(self, name: str) -> Any:
         return json.loads(self.place.read(name))

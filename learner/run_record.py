@@ -85,22 +85,17 @@ class RunRecord:
             self._warn(f"{self._place} lacks completions, it cannot be written: {cause(error)}")
 
 
-def read_record(run: Place, *, columns: list[str] | None = None, steps: tuple[int, int] | None = None) -> pa.Table:
+def read_record(run: Place, *, columns: list[str] | None = None) -> pa.Table:
     """All rows that a run has kept so far, in order of steps; none of a run that has kept nothing.
 
     Args:
         run: the run directory.
         columns: some of them; None is all.
-        steps: first and last that are wanted, by file: others may be among them.
 
     Raises:
         pa.ArrowException, OSError, ValueError: when a file cannot be read, or is of another version.
     """
-    tables = [
-        _read(run / FOLDER, name, columns)
-        for name, first, last in _files(run / FOLDER)
-        if steps is None or (first <= steps[1] and last >= steps[0])
-    ]
+    tables = [_read(run / FOLDER, name, columns) for name, *_ in _files(run / FOLDER)]
     empty = SCHEMA.empty_table()
     return pa.concat_tables(tables) if tables else empty.select(columns) if columns else empty
 

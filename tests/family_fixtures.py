@@ -22,6 +22,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from common.policy import Policy
+
 CHARACTERS = "".join(chr(code) for code in range(32, 127)) + "\n"
 LLADA_CHAT = (
     "{% for message in messages %}{{ (bos_token if loop.index0 == 0 else '') + '<|start_header_id|>' + message['role'] "
@@ -73,6 +75,12 @@ LLADA = {
     "torch_dtype": "bfloat16",
     "transformers_version": "4.46.3",
 }
+
+
+def all_logits(policy: Policy, ids: Tensor, attended: Tensor | None = None) -> Tensor:
+    attended = torch.ones_like(ids, dtype=torch.bool) if attended is None else attended
+    with torch.no_grad():
+        return policy.logits(policy.hidden(ids, attended))
 
 
 def character_tokenizer(special: list[str], **roles: str) -> PreTrainedTokenizerFast:

@@ -1,5 +1,6 @@
 """Segment stores whose threads a test holds up."""
 
+import asyncio
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -23,3 +24,8 @@ class Gate:
         self.begun += 1
         assert self._through.acquire(timeout=20.0)
         return self._call(*arguments)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from family_fixtures import all_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from learner_fixtures import ALPHABET, MODEL, generate_batch, learner_config, parameters, tiny_policy
@@ -57,8 +58,7 @@ NARROW = RolloutConfig(precision="bfloat16")
 
 
 def logits(policy: Policy) -> Tensor:
-    with torch.no_grad():
-        return policy.logits(policy.hidden(IDS, torch.ones_like(IDS, dtype=torch.bool)))
+    return all_logits(policy, IDS)
 
 
 def disturb(policy: Policy, seed: int = 3) -> Policy:

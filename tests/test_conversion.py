@@ -11,7 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from family_fixtures import LLADA, SHIFTED, WRITERS, llada_weights, save_shards, write_a2d, write_dream, write_llada
+from family_fixtures import (
+    LLADA,
+    SHIFTED,
+    WRITERS,
+    all_logits,
+    llada_weights,
+    save_shards,
+    write_a2d,
+    write_dream,
+    write_llada,
+)
 from new_folder_fixtures import no_more_than
 from rich.console import Console
 from safetensors.torch import load_file
@@ -38,11 +48,6 @@ def opened(folder: Path) -> Policy:
     return load_policy(folder, ModelConfig(), ThresholdConfig())
 
 
-def all_logits(policy: Policy) -> Tensor:
-    with torch.no_grad():
-        return policy.logits(policy.hidden(IDS, torch.ones_like(IDS, dtype=torch.bool)))
-
-
 @pytest.fixture(params=WRITERS)
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -52,7 +57,7 @@ def test_a_converted_folder_is_the_same_model(name: str, tmp_path: Path) -> None
     source = WRITERS[name](tmp_path / "source")
     found = convert(source, tmp_path / "target")
     one, other = opened(source), opened(tmp_path / "target")
-    assert torch.equal(all_logits(one), all_logits(other))
+    assert torch.equal(all_logits(one, IDS), all_logits(other, IDS))
     assert (one.shift, one.vocabulary) == (other.shift, other.vocabulary)
     assert found.shift == other.shift == (name in SHIFTED)
     assert found.vocabulary == other.vocabulary
@@ -70,7 +75,7 @@ def test_a_plain_reader_gets_a_bidirectional_llama(tmp_path: Path) -> None:
     convert(write_llada(tmp_path / "source"), tmp_path / "target")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "target", local_files_only=True)
     with torch.no_grad():
-        assert torch.equal(plain(input_ids=IDS).logits, all_logits(opened(tmp_path / "source")))
+        assert torch.equal(plain(input_ids=IDS).logits, all_logits(opened(tmp_path / "source"), IDS))
     assert type(plain).__name__ == "LlamaForCausalLM"
     assert plain.generation_config.eos_token_id == [1, 4]
 
@@ -110,7 +115,7 @@ def test_no_more_than_one_file_is_held(tmp_path: Path, monkeypatch: pytest.Monke
     assert largest <= peak[0] <= limit + largest < 0.8 * total
     index = json.loads((tmp_path / "target" / INDEX).read_text())
     assert index["metadata"]["total_size"] == total
-    assert torch.equal(all_logits(opened(source)), all_logits(opened(tmp_path / "target")))
+    assert torch.equal(all_logits(opened(source), IDS), all_logits(opened(tmp_path / "target"), IDS))
     convert(source, tmp_path / "whole", shard_bytes=total)
     assert peak[0] == total  # the count sees everything where one file holds everything
 
@@ -120,7 +125,7 @@ def test_a_user_says_that_a_model_is_shifted(tmp_path: Path) -> None:
     convert(tmp_path / "plain", tmp_path / "shifted", shift=1)
     assert opened(tmp_path / "plain").shift == 0
     assert opened(tmp_path / "shifted").shift == 1
-    assert torch.equal(all_logits(opened(tmp_path / "source")), all_logits(opened(tmp_path / "shifted")))
+    assert torch.equal(all_logits(opened(tmp_path / "source"), IDS), all_logits(opened(tmp_path / "shifted"), IDS))
 
 
 def test_a_saved_threshold_head_goes_along(tmp_path: Path) -> None:

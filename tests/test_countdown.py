@@ -220,7 +220,7 @@ def test_a_file_replaces_the_test_split_only(tmp_path: Path) -> None:
     ]
     file.write_text("\n".join([*lines, '{"input": "1,1", "output": "99"}\n']))
     task = build_task(CountdownConfig(file=str(file)))
-    assert task.test_size == 3
+    assert task.size("test") == 3
     assert task.example("test", 0) == EXAMPLE
     assert task.example("train", 0).prompt != generated.prompt  # it is a test problem now
     assert task.example("train", 1) == build_task(CountdownConfig()).example("train", 1)
@@ -259,7 +259,7 @@ def test_unusable_files_are_refused(tmp_path: Path, content: str | None, told: s
 @needs_benchmarks
 def test_d1_problems_have_solutions_and_are_never_trained_on() -> None:
     task = build_task(CountdownConfig(file=str(PROBLEMS), number_max=100, target_max=100))
-    assert task.test_size == 256
+    assert task.size("test") == 256
     for index in range(256):
         example = task.example("test", index)
         assert task.rewards(example, task.demonstration(example, 0))["exact"] == 1.0

@@ -198,6 +198,7 @@ def test_close_frees_the_port() -> None:
         ("learner_loss", ("learner_loss", ())),
         ("run_phase{phase=train}", ("run_phase", ("train",))),
         ("learner_weight_mean{staleness=3}", ("learner_weight_mean", ("staleness", "3"))),
+        ("learner_weight_ess{bucket=staleness,value=8}", ("learner_weight_ess", ("staleness", "8"))),
         ("learner_weight_mean", ("learner_weight_mean", ("all", "all"))),
         ("learner_surrogate_kl{reveal_step=8,passes=2}", ("learner_surrogate_kl", ("2", "8"))),
         ("rollout_group_seconds_bucket{le=+Inf}", ("rollout_group_seconds", ("+Inf",))),
@@ -206,6 +207,12 @@ def test_close_frees_the_port() -> None:
 )
 def test_labels_are_split_off_a_key(key: str, expected: tuple[str, tuple[str, ...]]) -> None:
     assert split_labels(key) == expected
+
+
+@pytest.mark.parametrize("key", ["learner_surrogate_kl{passes=2}", "learner_loss{a=b}", "run_phase{state=x}"])
+def test_labels_that_a_metric_does_not_have_are_refused(key: str) -> None:
+    with pytest.raises(KeyError, match=f"the labels of {key.partition('{')[0]} are"):
+        split_labels(key)
 
 
 def test_the_docs_table_has_one_row_per_metric() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from engine_fixtures import make_requests
-from family_fixtures import LLADA, SHIFTED, WRITERS, llada_logits, llada_weights, write_dream, write_llada
+from family_fixtures import LLADA, SHIFTED, WRITERS, all_logits, llada_logits, llada_weights, write_dream, write_llada
 from learner_fixtures import generate_batch, learner_config, loop_log_probs, parameters
 from test_engine_cache import assert_textbook
 from torch import Tensor
@@ -58,12 +58,6 @@ def policy(request: pytest.FixtureRequest, policies: dict[str, Policy]) -> Polic
 @pytest.fixture(params=sorted(SHIFTED))
 def shifted(request: pytest.FixtureRequest, policies: dict[str, Policy]) -> Policy:
     return policies[request.param]
-
-
-def all_logits(policy: Policy, ids: Tensor, attended: Tensor | None = None) -> Tensor:
-    attended = torch.ones_like(ids, dtype=torch.bool) if attended is None else attended
-    with torch.no_grad():
-        return policy.logits(policy.hidden(ids, attended))
 
 
 def plain_logits(policy: Policy, ids: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -114,22 +115,23 @@ class Stage:
         return [name for name, actor in self.actors.items() if not actor.over.done()]
 
 
-def play(
-    monkeypatch: pytest.MonkeyPatch, scenario: Callable[[Fleet, Stage], Coroutine[Any, Any, None]], **config: Any
-) -> None:
-    async def run() -> None:
-        stage = Stage(monkeypatch)
-        rollout = RolloutConfig(**{"actors": 1, "drain_seconds": 0.05, **config})
-        fleet = Fleet(config=rollout, buffer=stage, make=lambda name, wake: None, progress=lambda: None)  # pyright: ignore
-        running = asyncio.ensure_future(fleet.run())
-        await settle()
-        await fleet.gauges()
-        await scenario(fleet, stage)
-        await fleet.stop()
-        await asyncio.wait_for(asyncio.gather(running, return_exceptions=True), 1.0)
-        assert stage.alive() == []
+def make(stage: Stage, **config: Any) -> Fleet:
+    rollout = RolloutConfig(**{"actors": 1, "drain_seconds": 0.05, **config})
+    return Fleet(config=rollout, buffer=stage, make=lambda name, wake: None, progress=lambda: None)  # pyright: ignore
 
-    asyncio.run(run())
+
+@asynccontextmanager
+async def playing(monkeypatch: pytest.MonkeyPatch, **config: Any) -> AsyncIterator[tuple[Fleet, Stage]]:
+    """A fleet that runs; at the end it stops and leaves nothing."""
+    stage = Stage(monkeypatch)
+    fleet = make(stage, **config)
+    running = asyncio.ensure_future(fleet.run())
+    await settle()
+    await fleet.gauges()
+    yield fleet, stage
+    await fleet.stop()
+    await asyncio.wait_for(asyncio.gather(running, return_exceptions=True), 1.0)
+    assert stage.alive() == []
 
 
 async def settle(seconds: float = 0.0) -> None:
@@ -138,33 +140,28 @@ async def settle(seconds: float = 0.0) -> None:
         await asyncio.sleep(0)
 
 
-def test_up_and_down_in_one_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def scenario(fleet: Fleet, stage: Stage) -> None:
+async def test_up_and_down_in_one_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with playing(monkeypatch) as (fleet, stage):
         assert [await fleet.scale(count) for count in (4, 1, 3, 1)] == [1, 4, 1, 3]
         await settle(0.05)
         assert stage.alive() == ["rollout-0.0"]
         assert (await fleet.gauges())["rollout_actors_wanted"] == 1
 
-    play(monkeypatch, scenario)
+
+async def test_scaling_before_it_runs_says_how_many_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(monkeypatch)
+    fleet = make(stage, actors=2)
+    assert await fleet.scale(3) == 2
+    running = asyncio.ensure_future(fleet.run())
+    await settle()
+    assert len(stage.alive()) == 3
+    await fleet.gauges()
+    await fleet.stop()
+    await running
 
 
-def test_scaling_before_it_runs_says_how_many_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def run() -> None:
-        stage = Stage(monkeypatch)
-        fleet = Fleet(config=RolloutConfig(actors=2), buffer=stage, make=lambda name, wake: None, progress=lambda: None)  # pyright: ignore
-        assert await fleet.scale(3) == 2
-        running = asyncio.ensure_future(fleet.run())
-        await settle()
-        assert len(stage.alive()) == 3
-        await fleet.gauges()
-        await fleet.stop()
-        await running
-
-    asyncio.run(run())
-
-
-def test_a_drained_actor_that_hangs_loses_its_leases_and_its_life(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def scenario(fleet: Fleet, stage: Stage) -> None:
+async def test_a_drained_actor_that_hangs_loses_its_leases_and_its_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with playing(monkeypatch) as (fleet, stage):
         await fleet.scale(2)
         await settle()
         await fleet.gauges()
@@ -175,11 +172,9 @@ def test_a_drained_actor_that_hangs_loses_its_leases_and_its_life(monkeypatch: p
         assert "rollout-1.0" in stage.returned
         assert stage.alive() == ["rollout-0.0"]
 
-    play(monkeypatch, scenario)
 
-
-def test_a_drained_actor_that_does_not_finish_in_time_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def scenario(fleet: Fleet, stage: Stage) -> None:
+async def test_a_drained_actor_that_does_not_finish_in_time_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with playing(monkeypatch) as (fleet, stage):
         await fleet.scale(2)
         await settle()
         stage.finishes = False
@@ -189,13 +184,11 @@ def test_a_drained_actor_that_does_not_finish_in_time_is_ended(monkeypatch: pyte
         await settle(0.1)
         assert stage.killed == ["rollout-1.0"]
 
-    play(monkeypatch, scenario)
 
-
-def test_the_actors_of_a_drained_node_leave_before_its_deadline_and_others_start(
+async def test_the_actors_of_a_drained_node_leave_before_its_deadline_and_others_start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async def scenario(fleet: Fleet, stage: Stage) -> None:
+    async with playing(monkeypatch, drain_seconds=60.0) as (fleet, stage):
         draining: dict[str, float] = {}
         monkeypatch.setattr(module, "draining_nodes", lambda: draining)
         await fleet.scale(2)
@@ -213,11 +206,9 @@ def test_the_actors_of_a_drained_node_leave_before_its_deadline_and_others_start
         assert (stage.alive(), "rollout-0.0" in stage.returned) == (["rollout-1.0", "rollout-2.0"], True)
         assert fleet.restarts == 0
 
-    play(monkeypatch, scenario, drain_seconds=60.0)
 
-
-def test_a_place_that_is_drained_while_it_restarts_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def scenario(fleet: Fleet, stage: Stage) -> None:
+async def test_a_place_that_is_drained_while_it_restarts_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with playing(monkeypatch) as (fleet, stage):
         await fleet.scale(2)
         await settle()
         stage.actors["rollout-1.0"].end(RayActorError())
@@ -226,11 +217,9 @@ def test_a_place_that_is_drained_while_it_restarts_ends(monkeypatch: pytest.Monk
         await settle(0.1)
         assert stage.alive() == ["rollout-0.0"]
 
-    play(monkeypatch, scenario)
 
-
-def test_waiting_actors_are_asked_once_and_killed_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def scenario(fleet: Fleet, stage: Stage) -> None:
+async def test_waiting_actors_are_asked_once_and_killed_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with playing(monkeypatch) as (fleet, stage):
         stage.pending = True
         await fleet.scale(3)
         await settle()
@@ -244,11 +233,9 @@ def test_waiting_actors_are_asked_once_and_killed_at_the_end(monkeypatch: pytest
         await settle()
         assert stage.alive() == []
 
-    play(monkeypatch, scenario)
 
-
-def test_counters_of_the_dead_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def scenario(fleet: Fleet, stage: Stage) -> None:
+async def test_counters_of_the_dead_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with playing(monkeypatch) as (fleet, stage):
         stage.pending = True
         await fleet.scale(2)
         await settle()
@@ -264,31 +251,25 @@ def test_counters_of_the_dead_count_once(monkeypatch: pytest.MonkeyPatch) -> Non
         assert (gauges["rollout_group_seconds_bucket{le=1}"], gauges["rollout_group_seconds_sum"]) == (0, 4.0)
         assert gauges["weights_adopt_seconds_bucket{le=+Inf}"] == 0
 
-    play(monkeypatch, scenario)
+
+async def test_the_last_place_out_of_restarts_ends_the_run_with_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(monkeypatch)
+    fleet = make(stage, actors=2, max_restarts=1)
+    running = asyncio.ensure_future(fleet.run())
+    for attempt in range(2):
+        await settle()
+        for place in range(2):
+            stage.actors[f"rollout-{place}.{attempt}"].end(RayActorError())
+    with pytest.raises(RunError, match="all 2 rollout actors are dead and out of restarts"):
+        await asyncio.wait_for(running, 1.0)
+    assert fleet.restarts == 2
 
 
-def test_the_last_place_out_of_restarts_ends_the_run_with_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def run() -> None:
-        stage = Stage(monkeypatch)
-        config = RolloutConfig(actors=2, max_restarts=1)
-        fleet = Fleet(config=config, buffer=stage, make=lambda name, wake: None, progress=lambda: None)  # pyright: ignore
-        running = asyncio.ensure_future(fleet.run())
-        for attempt in range(2):
-            await settle()
-            for place in range(2):
-                stage.actors[f"rollout-{place}.{attempt}"].end(RayActorError())
-        with pytest.raises(RunError, match="all 2 rollout actors are dead and out of restarts"):
-            await asyncio.wait_for(running, 1.0)
-        assert fleet.restarts == 2
-
-    asyncio.run(run())
-
-
-def test_a_preempted_node_costs_no_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_preempted_node_costs_no_restart(monkeypatch: pytest.MonkeyPatch) -> None:
     class Preempted(ActorDiedError):
         preempted = True
 
-    async def scenario(fleet: Fleet, stage: Stage) -> None:
+    async with playing(monkeypatch, max_restarts=1) as (fleet, stage):
         for life in range(4):
             stage.actors[f"rollout-0.{life}"].end(Preempted())
             await settle()
@@ -297,14 +278,12 @@ def test_a_preempted_node_costs_no_restart(monkeypatch: pytest.MonkeyPatch) -> N
         gauges = await fleet.gauges()
         assert (gauges["rollout_restarts"], gauges["rollout_preemptions"]) == (0, 4)
 
-    play(monkeypatch, scenario, max_restarts=1)
 
-
-def test_actors_without_a_node_say_what_they_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_actors_without_a_node_say_what_they_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "pending", lambda handles: [handle.actor.pending for handle in handles])
     monkeypatch.setattr(module, "why_waiting", lambda demand: f"waits for {demand}")
 
-    async def scenario(fleet: Fleet, stage: Stage) -> None:
+    async with playing(monkeypatch, labels={"gpu": "inference"}) as (fleet, stage):
         assert (await fleet.look_for_nodes(), fleet.waiting, fleet.working) == (0, "", 1)
         stage.pending = True
         await fleet.scale(3)
@@ -317,5 +296,3 @@ def test_actors_without_a_node_say_what_they_wait_for(monkeypatch: pytest.Monkey
             "rollout-1.0": fleet.waiting,
             "rollout-2.0": fleet.waiting,
         }
-
-    play(monkeypatch, scenario, labels={"gpu": "inference"})

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ALPHABET
-from torch import Tensor
+from family_fixtures import all_logits
 from transformers import AutoModelForCausalLM
 
 from common.config import ModelConfig, ThresholdConfig
@@ -23,12 +23,6 @@ from common.weights import load_flat, to_flat
 
 IDS = torch.tensor([[5, 9, 4, 11, 2, 2, 2, 2]])
 LLAMA = ModelConfig()
-
-
-def all_logits(policy: Policy, ids: Tensor, attended: Tensor | None = None) -> Tensor:
-    attended = torch.ones_like(ids, dtype=torch.bool) if attended is None else attended
-    with torch.no_grad():
-        return policy.logits(policy.hidden(ids, attended))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from circulation_fixtures import Clock, fill, grant, result, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import fs
@@ -24,8 +25,7 @@ from common.recovery import GROUPS_FILE, JOURNAL_FILE
 from common.replay_buffer import Batch, ReplayBuffer
 from common.segment_folder import SegmentFolder, decode_segment, encode_segment
 from common.segment_store import SegmentStore
-from common.version import first_version, lineage_of, step_of
-from common.weight_store import Snapshot
+from common.version import LINEAGE, first_version, step_of
 
 T = TypeVar("T")
 NAN = "nan"
@@ -76,17 +76,6 @@ def commit(store: CheckpointStore, step: int, version: int, export: Export, **fa
     (draft.path / JOURNAL_FILE).write_bytes(export.journal)
     (draft.path / GROUPS_FILE).write_bytes(export.groups)
     return draft.commit(version=version, journal_index=export.journal_index, facts={**export.facts, **facts})
-
-
-def weights(version: int) -> Snapshot:
-    return Snapshot(version, f"digest {version}", [f"ref {version}"])
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Learner:
@@ -184,7 +173,7 @@ class World:
         if self.leases:
             worker, lease = self.leases.pop(self.draw.randrange(len(self.leases)))
             spread = self.draw.choice([0.0, 1.0, 1.0, 1.0])
-            newest = max(version for version in self.versions if lineage_of(version) == lineage_of(lease.version))
+            newest = max(version for version in self.versions if version // LINEAGE == lease.version // LINEAGE)
             oldest = self.draw.choice([lease.version, self.draw.randint(lease.version, newest)])
             group = FinishedGroup(lease.number, lease.attempt, b"%d" % lease.number, spread, oldest, 4)
             self.submits.append(asyncio.ensure_future(self.hand_in(worker, lease, group)))
@@ -262,7 +251,7 @@ class World:
         self.void += self.leases
         self.leases.clear()
         assert (step_of(version), version in self.versions) == (step, False)
-        assert all(lineage_of(version) > lineage_of(other) for other in self.versions)
+        assert all(version // LINEAGE > other // LINEAGE for other in self.versions)
         self.versions.add(version)
         self.learner = Learner(version, step, params)
         if self.mishap(0.2):
@@ -485,19 +474,6 @@ class Place:
         return sorted(path.name for path in self.segments.iterdir())
 
 
-def finished(lease: Lease, spread: float = 1.0) -> FinishedGroup:
-    return FinishedGroup(lease.number, lease.attempt, b"group %d" % lease.number, spread, lease.version, 4)
-
-
-async def grant(buffer: ReplayBuffer, want: int) -> list[Lease]:
-    return (await asyncio.wait_for(buffer.lease("a", want), 1.0)).leases
-
-
-async def fill(buffer: ReplayBuffer, want: int) -> list[int]:
-    leases = await grant(buffer, want)
-    return (await buffer.submit("a", [finished(lease) for lease in leases])).accepted
-
-
 async def train(buffer: ReplayBuffer) -> tuple[int, list[int]]:
     batch = await asyncio.wait_for(buffer.sample(), 1.0)
     assert batch.payloads == [b"group %d" % number for number in batch.numbers]
@@ -533,304 +509,269 @@ def test_a_buffer_may_be_made_outside_its_loop_on_files_that_have_to_go(tmp_path
     asyncio.run(second())
 
 
-def test_a_life_is_used_up_however_short_it_was_and_no_lease_or_version_is_given_twice(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        place, leases, versions = Place(tmp_path), set(), []
-        for life in range(4):
-            buffer = place.buffer()
-            versions.append(await buffer.rewind(0, 0) if life else 0)
-            if life != 2:  # there nothing at all is published
-                await buffer.publish(weights(versions[-1]), [])
-                leases |= {(lease.number, lease.attempt) for lease in await grant(buffer, 4)}
-            if life == 3:
-                assert (await buffer.submit("a", [finished(Lease(0, 0, 1, 0, 1.0))])).late == [0]
-        assert len(leases) == 12
-        assert versions == sorted(set(versions))
-        for _ in range(3):  # a rewind uses up a life as well, though nothing is left to do
-            versions.append(await place.buffer().rewind(0, 0))
-        assert versions == sorted(set(versions))
-
-    asyncio.run(scenario())
-
-
-def test_a_settled_life_is_not_forgotten_with_its_files(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        place = Place(tmp_path)
-        buffer = await place.started()
-        await fill(buffer, 2)
-        await train(buffer)
-        index = (await place.save(buffer, 1)).journal_index
-        await buffer.settle(index)
-        seen = set()
-        for _ in range(3):
-            buffer = place.buffer()
-            await buffer.rejoin(weights(1), [], [])
-            (lease,) = await grant(buffer, 1)
-            seen.add((lease.number, lease.attempt))
-        assert len(seen) == 3
-
-    asyncio.run(scenario())
-
-
-def test_a_prompt_that_was_set_aside_for_its_data_stays_so(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        place = Place(tmp_path)
-        buffer = await place.started()
-        for _ in range(2):
-            (lease,) = await grant(buffer, 1)
-            assert await buffer.fail("a", lease.number, lease.attempt, "its reward raised", True)
-        assert await place.buffer().quarantine() == [(0, "its reward raised")]
-
-    asyncio.run(scenario())
-
-
-def test_until_a_learner_tells_where_it_is_results_are_taken_and_nothing_is_given(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        place = Place(tmp_path)
-        buffer = await place.started(admission="drop_when_stale")
-        leases = await grant(buffer, 4)
-        await buffer.submit("a", [finished(leases[0])])
-        buffer = place.buffer(admission="drop_when_stale")
-        leasing = asyncio.ensure_future(buffer.lease("b", 1))
-        reply = await buffer.submit("a", [finished(lease) for lease in leases[:3]])
-        assert (reply.accepted, reply.late) == ([1, 2], [0])
-        await asyncio.sleep(0.01)
-        assert not leasing.done()
-        for call in (buffer.sample(), buffer.publish(weights(0), []), buffer.export(), buffer.settle(0)):
-            with pytest.raises(RejoinFirst, match="rejoin or rewind comes first"):
-                await call
-        await buffer.rejoin(weights(0), [], [])
-        batch, lease = await asyncio.gather(buffer.sample(), leasing)
-        assert (batch.numbers, [one.number for one in lease.leases]) == ([0, 1], [4])
-        gauges = await buffer.gauges()
-        assert (gauges["violations"], gauges["stale_discards"]) == (0, 0)
-
-    asyncio.run(scenario())
-
-
-def test_a_learner_rejoins_with_what_the_buffer_lost(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        place = Place(tmp_path)
-        buffer = await place.started(max_staleness=3)
-        await fill(buffer, 8)
-        history = [await train(buffer), await train(buffer)]
-        held = (await buffer.sample()).numbers
-        buffer = place.buffer(max_staleness=3)
-        assert (trained(buffer), buffer._ledger.numbers(GroupState.FINISHED)) == ([], list(range(8)))
-        for _ in range(2):  # repeating it changes nothing
-            await buffer.rejoin(weights(2), history, held)
-            assert (trained(buffer), buffer._ledger.numbers(GroupState.SAMPLED)) == ([0, 1, 2, 3], [4, 5])
-        await buffer.publish(weights(3), held)
-        for snapshot, done, sampled, needle in [
-            (weights(2), [], [], "learner of version 2 cannot rejoin: another began at 3"),
-            (weights(4), [(4, [6, 9])], [], r"groups \[9\] of the learner are lost here"),
-            (weights(4), [(4, [6, 7])], [0], r"groups \[0\] of the learner are lost here"),
-        ]:
-            before = await buffer.journal()
-            with pytest.raises(RunError, match=needle):
-                await buffer.rejoin(snapshot, done, sampled)
-            assert (await buffer.journal(), buffer.version) == (before, 3)
-
-    asyncio.run(scenario())
-
-
-def test_a_learner_that_dies_again_and_again_takes_what_it_had_trained_since_its_checkpoint(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        place = Place(tmp_path)
-        buffer = await place.started(max_staleness=2)
-        await fill(buffer, 6)
-        await train(buffer)
-        index = (await place.save(buffer, 1)).journal_index
-        leases = await fill(buffer, 2)
-        for life in range(1, 4):
-            await train(buffer)
-            await train(buffer)
-            await buffer.sample()
-            (lease, *_) = await grant(buffer, 4)
-            assert (await buffer.gauges())["groups_trained"] == 6
-            version = await buffer.rewind(index, 1)
-            assert version == first_version(life, 1)
-            assert (await buffer.submit("a", [finished(lease)])).late == [lease.number]
-            with pytest.raises(RuntimeError, match=f"published, expected {version}"):
-                await buffer.publish(weights(buffer.version + 1), [])
-            await buffer.publish(weights(version), [])
-            assert trained(buffer) == [0, 1]
-            assert buffer._ledger.numbers(GroupState.FINISHED) == [2, 3, 4, 5, *leases]
-            queued = buffer._ledger.numbers(GroupState.QUEUED)
-            assert len(queued) == 4  # they wait until fewer than 6 groups below them are active
-            with pytest.raises(TimeoutError):
-                await asyncio.wait_for(buffer.lease("a", 1), 0.01)
-        await buffer.settle(index + 1)
-        with pytest.raises(LedgerError, match="settled"):
-            await buffer.rewind(index, 1)
-        assert buffer._ledger.numbers(GroupState.QUEUED) == queued
-        assert (await buffer.gauges())["violations"] == 0
-
-    asyncio.run(scenario())
-
-
-def test_a_damaged_segment_is_named_and_a_missing_one_too(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        place = Place(tmp_path)
-        buffer = await place.started()
-        for _ in range(2):
-            await fill(buffer, 2)
-        path = place.segments / "segment-00000001.arrow"
-        whole = path.read_bytes()
-        path.write_bytes(whole.replace(b"group 1", b"group 7"))
-        with pytest.raises(RunError, match=r"segment-00000001.arrow is missing or damaged: the checksum"):
-            place.buffer()
-        path.unlink()
-        with pytest.raises(RunError, match=r"journal in .* breaks off: entries 0 to 2 are in no file; restore the"):
-            place.buffer()
-        path.write_bytes(whole)
-        assert place.buffer()._ledger.numbers(GroupState.FINISHED) == [0, 1, 2, 3]
-
-    asyncio.run(scenario())
-
-
-@pytest.mark.parametrize("damaged", [False, True])
-def test_any_sound_journal_of_a_checkpoint_will_do(damaged: bool, tmp_path: Path) -> None:
-    async def scenario() -> None:
-        place = Place(tmp_path)
-        buffer = await place.started()
-        for step in (1, 2):
-            await fill(buffer, 2)
-            await train(buffer)
-            checkpoint = await place.save(buffer, step)
-        await buffer.settle(min(one.journal_index for one in place.checkpoints.checkpoints()))
-        await fill(buffer, 2)
-        if damaged:
-            place.file(checkpoint, JOURNAL_FILE).write_bytes(b"damaged")
-        found = place.buffer()._ledger
-        entries = buffer._ledger.journal()
-        assert found.journal()[: len(entries)][:-2] == entries[:-2]
-        assert found.numbers(GroupState.FINISHED) == [4, 5]
-
-    asyncio.run(scenario())
-
-
-@pytest.mark.parametrize("damaged", [False, True])
-def test_bytes_come_back_from_a_checkpoint_or_their_groups_are_generated_again(damaged: bool, tmp_path: Path) -> None:
-    async def scenario() -> None:
-        place = Place(tmp_path)
-        buffer = await place.started(max_staleness=2)
-        await fill(buffer, 6)
-        await train(buffer)
-        checkpoint = await place.save(buffer, 1)
-        await buffer.settle(checkpoint.journal_index)
-        await train(buffer)  # 2 and 3, in no durable checkpoint
-        if damaged:
-            place.file(checkpoint, GROUPS_FILE).write_bytes(b"damaged")
-        (place.segments / "segment-00000001.arrow").unlink()
-        for life in (1, 2):  # the second finds what the first wrote
-            buffer = place.buffer(max_staleness=2)
-            missing = [2, 3, 4, 5] if damaged else []
-            assert buffer._ledger.numbers(GroupState.QUEUED) == missing
-            assert (await buffer.gauges())["lost_groups"] == len(missing), life
-            assert sorted(buffer._held) == ([] if damaged else [2, 3, 4, 5])
-        if damaged:  # the learner had trained 2 and 3
-            with pytest.raises(RunError, match=r"groups \[2, 3\] of the learner are lost here"):
-                await buffer.rejoin(weights(2), [(2, [2, 3])], [])
-        version = await buffer.rewind(checkpoint.journal_index, 1)
-        await buffer.publish(weights(version), [])
-        if damaged:
-            assert await fill(buffer, 4) == [2, 3, 4, 5]
-        assert [(await train(buffer))[1] for _ in range(2)] == [[2, 3], [4, 5]]
-
-    asyncio.run(scenario())
-
-
-def test_trained_groups_whose_bytes_are_lost_are_missed_only_by_a_learner_that_returns(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        place = Place(tmp_path)
-        buffer = await place.started()
-        await fill(buffer, 2)
-        history = [await train(buffer)]
-        await fill(buffer, 2)
-        await place.save(buffer, 1)
-        commit(place.checkpoints, 0, 0, Export(0, encode_journal([]), b"", {"life": 0, "counters": {}, "drained": []}))
-        groups = SegmentFolder(place.segments)
-        _, notes = groups.read_all(1)
-        groups.delete(1)
-        groups.next_number = 1
-        groups.write([], notes)
+async def test_a_life_is_used_up_however_short_it_was_and_no_lease_or_version_is_given_twice(tmp_path: Path) -> None:
+    place, leases, versions = Place(tmp_path), set(), []
+    for life in range(4):
         buffer = place.buffer()
-        await buffer.rejoin(weights(1), history, [])
-        assert ((await buffer.gauges())["lost_groups"], trained(buffer)) == (0, [0, 1])
-        await buffer.rewind(0, 0)
-        assert ((await buffer.gauges())["lost_groups"], buffer._ledger.numbers(GroupState.QUEUED)) == (2, [0, 1])
-
-    asyncio.run(scenario())
-
-
-def test_an_export_is_of_one_moment_though_other_calls_go_on(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        place = Place(tmp_path)
-        buffer = await place.started(max_staleness=3)
-        await fill(buffer, 4)
-        leases = await grant(buffer, 4)
-        batch = await buffer.sample()
-        before = buffer._ledger.journal()
-        gate = Gate(buffer._store)
-        exporting = asyncio.ensure_future(buffer.export())
-        while not gate.begun:
-            await asyncio.sleep(0.001)
-        submitting = asyncio.ensure_future(buffer.submit("a", [finished(lease) for lease in leases]))
-        assert await buffer.fail("a", leases[0].number, leases[0].attempt, "node lost", False)
-        await buffer.publish(weights(1), batch.numbers)
-        assert not exporting.done()
-        gate.let_through(3)
-        assert (await submitting).accepted == [5, 6, 7]
-        export = await exporting
-        assert export.journal_index == len(before)
-        assert decode_journal(export.journal) == [tuple(entry) for entry in before]
-        groups = decode_segment(export.groups, name="export")[0]
-        assert {group.number for group in groups} == {0, 1, 2, 3}
-        await place.save(buffer, 1)
-        assert trained(place.buffer(max_staleness=3)) == batch.numbers
-
-    asyncio.run(scenario())
+        versions.append(await buffer.rewind(0, 0) if life else 0)
+        if life != 2:  # there nothing at all is published
+            await buffer.publish(weights(versions[-1]), [])
+            leases |= {(lease.number, lease.attempt) for lease in await grant(buffer, 4)}
+        if life == 3:
+            assert (await buffer.submit("a", [result(Lease(0, 0, 1, 0, 1.0))])).late == [0]
+    assert len(leases) == 12
+    assert versions == sorted(set(versions))
+    for _ in range(3):  # a rewind uses up a life as well, though nothing is left to do
+        versions.append(await place.buffer().rewind(0, 0))
+    assert versions == sorted(set(versions))
 
 
-def test_memory_of_trained_groups_is_free_and_their_files_go_when_they_are_settled(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        place = Place(tmp_path)
-        buffer = await place.started()
-        await fill(buffer, 2)
-        assert (await buffer.gauges())["held_bytes"] == 14
+async def test_a_settled_life_is_not_forgotten_with_its_files(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    buffer = await place.started()
+    await fill(buffer, 2)
+    await train(buffer)
+    index = (await place.save(buffer, 1)).journal_index
+    await buffer.settle(index)
+    seen = set()
+    for _ in range(3):
+        buffer = place.buffer()
+        await buffer.rejoin(weights(1), [], [])
+        (lease,) = await grant(buffer, 1)
+        seen.add((lease.number, lease.attempt))
+    assert len(seen) == 3
+
+
+async def test_a_prompt_that_was_set_aside_for_its_data_stays_so(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    buffer = await place.started()
+    for _ in range(2):
+        (lease,) = await grant(buffer, 1)
+        assert await buffer.fail("a", lease.number, lease.attempt, "its reward raised", True)
+    assert await place.buffer().quarantine() == [(0, "its reward raised")]
+
+
+async def test_until_a_learner_tells_where_it_is_results_are_taken_and_nothing_is_given(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    buffer = await place.started(admission="drop_when_stale")
+    leases = await grant(buffer, 4)
+    await buffer.submit("a", [result(leases[0])])
+    buffer = place.buffer(admission="drop_when_stale")
+    leasing = asyncio.ensure_future(buffer.lease("b", 1))
+    reply = await buffer.submit("a", [result(lease) for lease in leases[:3]])
+    assert (reply.accepted, reply.late) == ([1, 2], [0])
+    await asyncio.sleep(0.01)
+    assert not leasing.done()
+    for call in (buffer.sample(), buffer.publish(weights(0), []), buffer.export(), buffer.settle(0)):
+        with pytest.raises(RejoinFirst, match="rejoin or rewind comes first"):
+            await call
+    await buffer.rejoin(weights(0), [], [])
+    batch, lease = await asyncio.gather(buffer.sample(), leasing)
+    assert (batch.numbers, [one.number for one in lease.leases]) == ([0, 1], [4])
+    gauges = await buffer.gauges()
+    assert (gauges["violations"], gauges["stale_discards"]) == (0, 0)
+
+
+async def test_a_learner_rejoins_with_what_the_buffer_lost(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    buffer = await place.started(max_staleness=3)
+    await fill(buffer, 8)
+    history = [await train(buffer), await train(buffer)]
+    held = (await buffer.sample()).numbers
+    buffer = place.buffer(max_staleness=3)
+    assert (trained(buffer), buffer._ledger.numbers(GroupState.FINISHED)) == ([], list(range(8)))
+    for _ in range(2):  # repeating it changes nothing
+        await buffer.rejoin(weights(2), history, held)
+        assert (trained(buffer), buffer._ledger.numbers(GroupState.SAMPLED)) == ([0, 1, 2, 3], [4, 5])
+    await buffer.publish(weights(3), held)
+    for snapshot, done, sampled, needle in [
+        (weights(2), [], [], "learner of version 2 cannot rejoin: another began at 3"),
+        (weights(4), [(4, [6, 9])], [], r"groups \[9\] of the learner are lost here"),
+        (weights(4), [(4, [6, 7])], [0], r"groups \[0\] of the learner are lost here"),
+    ]:
+        before = await buffer.journal()
+        with pytest.raises(RunError, match=needle):
+            await buffer.rejoin(snapshot, done, sampled)
+        assert (await buffer.journal(), buffer.version) == (before, 3)
+
+
+async def test_a_learner_that_dies_again_and_again_takes_what_it_had_trained_since_its_checkpoint(
+    tmp_path: Path,
+) -> None:
+    place = Place(tmp_path)
+    buffer = await place.started(max_staleness=2)
+    await fill(buffer, 6)
+    await train(buffer)
+    index = (await place.save(buffer, 1)).journal_index
+    leases = await fill(buffer, 2)
+    for life in range(1, 4):
         await train(buffer)
-        gauges = await buffer.gauges()
-        assert (gauges["held_bytes"], gauges["spilled_bytes"]) == (0, 14)
-        await buffer.submit("a", [finished(lease, spread=0.0) for lease in await grant(buffer, 2)])
-        checkpoint = await place.save(buffer, 1)
-        assert place.names() == [f"segment-0000000{n}.arrow" for n in range(4)]
-        await buffer.settle(checkpoint.journal_index)
-        await buffer._store.settle()
-        assert place.names() == ["segment-00000003.arrow"]  # it ends where the checkpoint does
-        gauges = await buffer.gauges()
-        assert (gauges["held_bytes"], gauges["spilled_bytes"], gauges["segments"]) == (0, 0, 1)
+        await train(buffer)
+        await buffer.sample()
+        (lease, *_) = await grant(buffer, 4)
+        assert (await buffer.gauges())["groups_trained"] == 6
+        version = await buffer.rewind(index, 1)
+        assert version == first_version(life, 1)
+        assert (await buffer.submit("a", [result(lease)])).late == [lease.number]
+        with pytest.raises(RuntimeError, match=f"published, expected {version}"):
+            await buffer.publish(weights(buffer.version + 1), [])
+        await buffer.publish(weights(version), [])
+        assert trained(buffer) == [0, 1]
+        assert buffer._ledger.numbers(GroupState.FINISHED) == [2, 3, 4, 5, *leases]
+        queued = buffer._ledger.numbers(GroupState.QUEUED)
+        assert len(queued) == 4  # they wait until fewer than 6 groups below them are active
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(buffer.lease("a", 1), 0.01)
+    await buffer.settle(index + 1)
+    with pytest.raises(LedgerError, match="settled"):
+        await buffer.rewind(index, 1)
+    assert buffer._ledger.numbers(GroupState.QUEUED) == queued
+    assert (await buffer.gauges())["violations"] == 0
 
-    asyncio.run(scenario())
+
+async def test_a_damaged_segment_is_named_and_a_missing_one_too(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    buffer = await place.started()
+    for _ in range(2):
+        await fill(buffer, 2)
+    path = place.segments / "segment-00000001.arrow"
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"group 1", b"group 7"))
+    with pytest.raises(RunError, match=r"segment-00000001.arrow is missing or damaged: the checksum"):
+        place.buffer()
+    path.unlink()
+    with pytest.raises(RunError, match=r"journal in .* breaks off: entries 0 to 2 are in no file; restore the"):
+        place.buffer()
+    path.write_bytes(whole)
+    assert place.buffer()._ledger.numbers(GroupState.FINISHED) == [0, 1, 2, 3]
 
 
-def test_entries_of_a_file_that_could_not_be_written_are_in_the_next(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        place = Place(tmp_path)
-        buffer = await place.started()
-        leases = await grant(buffer, 4)
-        mortal = Mortal(buffer._store._folder, "full")
-        buffer._store._folder = mortal  # pyright: ignore[reportAttributeAccessIssue]
-        with pytest.raises(RunError, match="no space left"):
-            await buffer.submit("a", [finished(leases[0])])
-        assert (await buffer.submit("a", [finished(lease) for lease in leases[:2]])).accepted == [0, 1]
-        mortal.fate = "full"
-        with pytest.raises(RunError, match="no space left"):
-            await buffer.rewind(0, 0)
-        version = await buffer.rewind(0, 0)
-        assert version == first_version(2, 0)
-        found = place.buffer()._ledger
-        assert found.journal()[: buffer._ledger.length] == buffer._ledger.journal()
-        assert (found.numbers(GroupState.FINISHED), found.numbers(GroupState.QUEUED)) == ([0, 1], [2, 3])
+@pytest.mark.parametrize("damaged", [False, True])
+async def test_any_sound_journal_of_a_checkpoint_will_do(damaged: bool, tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    buffer = await place.started()
+    for step in (1, 2):
+        await fill(buffer, 2)
+        await train(buffer)
+        checkpoint = await place.save(buffer, step)
+    await buffer.settle(min(one.journal_index for one in place.checkpoints.checkpoints()))
+    await fill(buffer, 2)
+    if damaged:
+        place.file(checkpoint, JOURNAL_FILE).write_bytes(b"damaged")
+    found = place.buffer()._ledger
+    entries = buffer._ledger.journal()
+    assert found.journal()[: len(entries)][:-2] == entries[:-2]
+    assert found.numbers(GroupState.FINISHED) == [4, 5]
 
-    asyncio.run(scenario())
+
+@pytest.mark.parametrize("damaged", [False, True])
+async def test_bytes_come_back_from_a_checkpoint_or_their_groups_are_generated_again(
+    damaged: bool, tmp_path: Path
+) -> None:
+    place = Place(tmp_path)
+    buffer = await place.started(max_staleness=2)
+    await fill(buffer, 6)
+    await train(buffer)
+    checkpoint = await place.save(buffer, 1)
+    await buffer.settle(checkpoint.journal_index)
+    await train(buffer)  # 2 and 3, in no durable checkpoint
+    if damaged:
+        place.file(checkpoint, GROUPS_FILE).write_bytes(b"damaged")
+    (place.segments / "segment-00000001.arrow").unlink()
+    for life in (1, 2):  # the second finds what the first wrote
+        buffer = place.buffer(max_staleness=2)
+        missing = [2, 3, 4, 5] if damaged else []
+        assert buffer._ledger.numbers(GroupState.QUEUED) == missing
+        assert (await buffer.gauges())["lost_groups"] == len(missing), life
+        assert sorted(buffer._held) == ([] if damaged else [2, 3, 4, 5])
+    if damaged:  # the learner had trained 2 and 3
+        with pytest.raises(RunError, match=r"groups \[2, 3\] of the learner are lost here"):
+            await buffer.rejoin(weights(2), [(2, [2, 3])], [])
+    version = await buffer.rewind(checkpoint.journal_index, 1)
+    await buffer.publish(weights(version), [])
+    if damaged:
+        assert await fill(buffer, 4) == [2, 3, 4, 5]
+    assert [(await train(buffer))[1] for _ in range(2)] == [[2, 3], [4, 5]]
+
+
+async def test_trained_groups_whose_bytes_are_lost_are_missed_only_by_a_learner_that_returns(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    buffer = await place.started()
+    await fill(buffer, 2)
+    history = [await train(buffer)]
+    await fill(buffer, 2)
+    await place.save(buffer, 1)
+    commit(place.checkpoints, 0, 0, Export(0, encode_journal([]), b"", {"life": 0, "counters": {}, "drained": []}))
+    groups = SegmentFolder(place.segments)
+    _, notes = groups.read_all(1)
+    groups.delete(1)
+    groups.next_number = 1
+    groups.write([], notes)
+    buffer = place.buffer()
+    await buffer.rejoin(weights(1), history, [])
+    assert ((await buffer.gauges())["lost_groups"], trained(buffer)) == (0, [0, 1])
+    await buffer.rewind(0, 0)
+    assert ((await buffer.gauges())["lost_groups"], buffer._ledger.numbers(GroupState.QUEUED)) == (2, [0, 1])
+
+
+async def test_an_export_is_of_one_moment_though_other_calls_go_on(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    buffer = await place.started(max_staleness=3)
+    await fill(buffer, 4)
+    leases = await grant(buffer, 4)
+    batch = await buffer.sample()
+    before = buffer._ledger.journal()
+    gate = Gate(buffer._store)
+    exporting = asyncio.ensure_future(buffer.export())
+    while not gate.begun:
+        await asyncio.sleep(0.001)
+    submitting = asyncio.ensure_future(buffer.submit("a", [result(lease) for lease in leases]))
+    assert await buffer.fail("a", leases[0].number, leases[0].attempt, "node lost", False)
+    await buffer.publish(weights(1), batch.numbers)
+    assert not exporting.done()
+    gate.let_through(3)
+    assert (await submitting).accepted == [5, 6, 7]
+    export = await exporting
+    assert export.journal_index == len(before)
+    assert decode_journal(export.journal) == [tuple(entry) for entry in before]
+    groups = decode_segment(export.groups, name="export")[0]
+    assert {group.number for group in groups} == {0, 1, 2, 3}
+    await place.save(buffer, 1)
+    assert trained(place.buffer(max_staleness=3)) == batch.numbers
+
+
+async def test_memory_of_trained_groups_is_free_and_their_files_go_when_they_are_settled(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    buffer = await place.started()
+    await fill(buffer, 2)
+    assert (await buffer.gauges())["held_bytes"] == 14
+    await train(buffer)
+    gauges = await buffer.gauges()
+    assert (gauges["held_bytes"], gauges["spilled_bytes"]) == (0, 14)
+    await buffer.submit("a", [result(lease, spread=0.0) for lease in await grant(buffer, 2)])
+    checkpoint = await place.save(buffer, 1)
+    assert place.names() == [f"segment-0000000{n}.arrow" for n in range(4)]
+    await buffer.settle(checkpoint.journal_index)
+    await buffer._store.settle()
+    assert place.names() == ["segment-00000003.arrow"]  # it ends where the checkpoint does
+    gauges = await buffer.gauges()
+    assert (gauges["held_bytes"], gauges["spilled_bytes"], gauges["segments"]) == (0, 0, 1)
+
+
+async def test_entries_of_a_file_that_could_not_be_written_are_in_the_next(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    buffer = await place.started()
+    leases = await grant(buffer, 4)
+    mortal = Mortal(buffer._store._folder, "full")
+    buffer._store._folder = mortal  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(RunError, match="no space left"):
+        await buffer.submit("a", [result(leases[0])])
+    assert (await buffer.submit("a", [result(lease) for lease in leases[:2]])).accepted == [0, 1]
+    mortal.fate = "full"
+    with pytest.raises(RunError, match="no space left"):
+        await buffer.rewind(0, 0)
+    version = await buffer.rewind(0, 0)
+    assert version == first_version(2, 0)
+    found = place.buffer()._ledger
+    assert found.journal()[: buffer._ledger.length] == buffer._ledger.journal()
+    assert (found.numbers(GroupState.FINISHED), found.numbers(GroupState.QUEUED)) == ([0, 1], [2, 3])

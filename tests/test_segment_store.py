@@ -4,24 +4,21 @@ import asyncio
 import os
 import random
 import resource
-from collections.abc import Coroutine
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from segment_fixtures import Gate
+from segment_fixtures import Gate, until
 
 from common import segment_folder
 from common.errors import RunError, UserError
 from common.lease import FinishedGroup
 from common.segment_folder import SegmentFolder
 from common.segment_store import SegmentStore, StoredGroup
-
-T = TypeVar("T")
 
 
 def group(number: int, *, attempt: int = 1, size: int = 100) -> FinishedGroup:
@@ -31,15 +28,6 @@ def group(number: int, *, attempt: int = 1, size: int = 100) -> FinishedGroup:
 
 def names(folder: Path) -> list[str]:
     return sorted(os.listdir(folder))
-
-
-def run(scenario: Coroutine[Any, Any, T]) -> T:
-    return asyncio.run(asyncio.wait_for(scenario, 30.0))
-
-
-async def until(condition: Any) -> None:
-    while not condition():
-        await asyncio.sleep(0.001)
 
 
 async def recovered(folder: Path, memory_bytes: int = 2**20) -> tuple[list[FinishedGroup], int]:
@@ -52,21 +40,18 @@ async def recovered(folder: Path, memory_bytes: int = 2**20) -> tuple[list[Finis
 
 
 @pytest.mark.parametrize("memory_bytes", [2**20, 0])
-def test_groups_come_back_as_they_were(memory_bytes: int, tmp_path: Path) -> None:
-    async def scenario() -> None:
-        store = SegmentStore(tmp_path, memory_bytes=memory_bytes)
-        groups = [group(3, size=0), group(7, attempt=2, size=70_000)]
-        stored = await store.write(groups)
-        assert [(one.number, one.attempt, one.oldest_version, one.size) for one in stored] == [
-            (3, 1, 2, 0),
-            (7, 2, 6, 70_000),
-        ]
-        assert stored[1].group == (groups[1] if memory_bytes else None)
-        assert await store.read(stored[::-1]) == groups[::-1]
-        assert await recovered(tmp_path) == (groups, 0)
-        assert await recovered(tmp_path, 0) == (groups, 0)
-
-    run(scenario())
+async def test_groups_come_back_as_they_were(memory_bytes: int, tmp_path: Path) -> None:
+    store = SegmentStore(tmp_path, memory_bytes=memory_bytes)
+    groups = [group(3, size=0), group(7, attempt=2, size=70_000)]
+    stored = await store.write(groups)
+    assert [(one.number, one.attempt, one.oldest_version, one.size) for one in stored] == [
+        (3, 1, 2, 0),
+        (7, 2, 6, 70_000),
+    ]
+    assert stored[1].group == (groups[1] if memory_bytes else None)
+    assert await store.read(stored[::-1]) == groups[::-1]
+    assert await recovered(tmp_path) == (groups, 0)
+    assert await recovered(tmp_path, 0) == (groups, 0)
 
 
 def test_segments_are_arrow_files_that_others_can_read(tmp_path: Path) -> None:
@@ -77,16 +62,16 @@ def test_segments_are_arrow_files_that_others_can_read(tmp_path: Path) -> None:
     assert table.schema.metadata[segment_folder.VERSION_KEY] == b"2"
 
 
-def test_every_write_is_a_new_file_and_numbers_go_on_after_the_highest(tmp_path: Path) -> None:
+async def test_every_write_is_a_new_file_and_numbers_go_on_after_the_highest(tmp_path: Path) -> None:
     async def write(number: int) -> None:
         await SegmentStore(tmp_path, memory_bytes=0).write([group(number)])
 
-    run(write(0))
+    await write(0)
     first = (tmp_path / "segment-00000000.arrow").read_bytes()
     (tmp_path / "segment-00000041.arrow").write_bytes(first)
     (tmp_path / "segment-00000099.arrow.partial").write_bytes(b"not ours")
-    run(write(1))
-    run(write(2))
+    await write(1)
+    await write(2)
     assert names(tmp_path) == [
         *[f"segment-000000{n}.arrow" for n in ("00", "41", "42", "43")],
         "segment-00000099.arrow.partial",
@@ -94,199 +79,175 @@ def test_every_write_is_a_new_file_and_numbers_go_on_after_the_highest(tmp_path:
     assert (tmp_path / "segment-00000000.arrow").read_bytes() == first
 
 
-def test_a_write_is_acknowledged_only_when_its_file_is_closed(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        store = SegmentStore(tmp_path, memory_bytes=2**20)
-        gate = Gate(store)
-        call = asyncio.ensure_future(store.write([group(0)]))
-        await until(lambda: gate.begun)
-        await asyncio.sleep(0.02)
-        assert not call.done()
-        gate.let_through(1)
-        await call
-        assert SegmentFolder(tmp_path).read(0) == [group(0)]
-
-    run(scenario())
+async def test_a_write_is_acknowledged_only_when_its_file_is_closed(tmp_path: Path) -> None:
+    store = SegmentStore(tmp_path, memory_bytes=2**20)
+    gate = Gate(store)
+    call = asyncio.ensure_future(store.write([group(0)]))
+    await until(lambda: gate.begun)
+    await asyncio.sleep(0.02)
+    assert not call.done()
+    gate.let_through(1)
+    await call
+    assert SegmentFolder(tmp_path).read(0) == [group(0)]
 
 
-def test_what_arrives_while_a_segment_is_written_shares_the_next(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        store = SegmentStore(tmp_path, memory_bytes=2**20)
-        gate = Gate(store)
-        calls = [asyncio.ensure_future(store.write([group(0)]))]
-        await until(lambda: gate.begun)
-        calls += [asyncio.ensure_future(store.write([group(n), group(n + 10)])) for n in (1, 2, 3)]
-        await asyncio.sleep(0)
-        gate.let_through(2)
-        stored = await asyncio.gather(*calls)
-        assert [[(one.number, one.segment.number) for one in own] for own in stored] == [
-            [(0, 0)],
-            *[[(n, 1), (n + 10, 1)] for n in (1, 2, 3)],
-        ]
-        assert names(tmp_path) == ["segment-00000000.arrow", "segment-00000001.arrow"]
-        assert store.gauges()["segment_bytes"] == sum(path.stat().st_size for path in tmp_path.iterdir())
-        gate.let_through()
-        assert await store.write([]) == []
-        await store.settle()
-        assert names(tmp_path) == ["segment-00000000.arrow", "segment-00000001.arrow"]  # nobody's journal: no use
-
-    run(scenario())
+async def test_what_arrives_while_a_segment_is_written_shares_the_next(tmp_path: Path) -> None:
+    store = SegmentStore(tmp_path, memory_bytes=2**20)
+    gate = Gate(store)
+    calls = [asyncio.ensure_future(store.write([group(0)]))]
+    await until(lambda: gate.begun)
+    calls += [asyncio.ensure_future(store.write([group(n), group(n + 10)])) for n in (1, 2, 3)]
+    await asyncio.sleep(0)
+    gate.let_through(2)
+    stored = await asyncio.gather(*calls)
+    assert [[(one.number, one.segment.number) for one in own] for own in stored] == [
+        [(0, 0)],
+        *[[(n, 1), (n + 10, 1)] for n in (1, 2, 3)],
+    ]
+    assert names(tmp_path) == ["segment-00000000.arrow", "segment-00000001.arrow"]
+    assert store.gauges()["segment_bytes"] == sum(path.stat().st_size for path in tmp_path.iterdir())
+    gate.let_through()
+    assert await store.write([]) == []
+    await store.settle()
+    assert names(tmp_path) == ["segment-00000000.arrow", "segment-00000001.arrow"]  # nobody's journal: no use
 
 
 # -- memory ---------------------------------------------------------------------------------------------------------
 
 
-def test_memory_keeps_the_lowest_numbers_and_the_rest_is_read_back(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        store = SegmentStore(tmp_path, memory_bytes=350)
-        stored = []
-        for number in (5, 1, 4, 2, 3):
-            stored += await store.write([group(number)])
-        assert sorted(one.number for one in stored if one.group) == [1, 2, 3]
-        gauges = store.gauges()
-        assert (gauges["held_bytes"], gauges["spilled_bytes"], gauges["segments"]) == (300, 200, 5)
-        assert await store.read(stored) == [group(number) for number in (5, 1, 4, 2, 3)]
-        assert (await store.write([group(0, size=1000)]))[0].group is None  # alone it is more than the bound
-        store.drop(stored[1:])
-        await store.write([group(9)])
-        gauges = store.gauges()
-        assert (gauges["held_bytes"], gauges["spilled_bytes"]) == (100, 1100)
-
-    run(scenario())
+async def test_memory_keeps_the_lowest_numbers_and_the_rest_is_read_back(tmp_path: Path) -> None:
+    store = SegmentStore(tmp_path, memory_bytes=350)
+    stored = []
+    for number in (5, 1, 4, 2, 3):
+        stored += await store.write([group(number)])
+    assert sorted(one.number for one in stored if one.group) == [1, 2, 3]
+    gauges = store.gauges()
+    assert (gauges["held_bytes"], gauges["spilled_bytes"], gauges["segments"]) == (300, 200, 5)
+    assert await store.read(stored) == [group(number) for number in (5, 1, 4, 2, 3)]
+    assert (await store.write([group(0, size=1000)]))[0].group is None  # alone it is more than the bound
+    store.drop(stored[1:])
+    await store.write([group(9)])
+    gauges = store.gauges()
+    assert (gauges["held_bytes"], gauges["spilled_bytes"]) == (100, 1100)
 
 
-def test_a_file_goes_when_all_its_groups_are_dropped(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        store = SegmentStore(tmp_path, memory_bytes=100)
-        one, two = await store.write([group(0), group(1)])
-        await store.write([group(2)])
-        store.drop([one])
-        await store.settle()
-        assert names(tmp_path) == ["segment-00000000.arrow", "segment-00000001.arrow"]
-        assert await store.read([two]) == [group(1)]
+async def test_a_file_goes_when_all_its_groups_are_dropped(tmp_path: Path) -> None:
+    store = SegmentStore(tmp_path, memory_bytes=100)
+    one, two = await store.write([group(0), group(1)])
+    await store.write([group(2)])
+    store.drop([one])
+    await store.settle()
+    assert names(tmp_path) == ["segment-00000000.arrow", "segment-00000001.arrow"]
+    assert await store.read([two]) == [group(1)]
+    store.drop([two])
+    await store.settle()
+    assert names(tmp_path) == ["segment-00000001.arrow"]
+    assert store.gauges()["segments"] == 1
+    with pytest.raises(RuntimeError, match=r"groups \[1\] were dropped before"):
         store.drop([two])
-        await store.settle()
-        assert names(tmp_path) == ["segment-00000001.arrow"]
-        assert store.gauges()["segments"] == 1
-        with pytest.raises(RuntimeError, match=r"groups \[1\] were dropped before"):
-            store.drop([two])
-        with pytest.raises(RuntimeError, match=r"groups \[1\] were dropped before"):
-            await store.read([two])
-
-    run(scenario())
+    with pytest.raises(RuntimeError, match=r"groups \[1\] were dropped before"):
+        await store.read([two])
 
 
-def test_a_file_stays_while_it_is_read(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        store = SegmentStore(tmp_path, memory_bytes=0)
-        stored = await store.write([group(0)])
-        gate = Gate(store, "read")
-        reading = asyncio.ensure_future(store.read(stored))
-        await until(lambda: gate.begun == 1)
-        store.drop(stored)
-        await store.settle()
-        assert names(tmp_path) == ["segment-00000000.arrow"]
-        gate.let_through()
-        assert await reading == [group(0)]
-        await store.settle()
-        assert names(tmp_path) == []
-        stored = await store.write([group(1)])
-        reading = asyncio.ensure_future(store.read(stored))
-        await until(lambda: gate.begun == 2)
-        store.drop(stored)
-        reading.cancel()
-        await asyncio.gather(reading, return_exceptions=True)
-        await store.settle()
-        assert (reading.cancelled(), names(tmp_path)) == (True, [])
-        gate.let_through()  # its thread finds no file, and nobody minds
-
-    run(scenario())
+async def test_a_file_stays_while_it_is_read(tmp_path: Path) -> None:
+    store = SegmentStore(tmp_path, memory_bytes=0)
+    stored = await store.write([group(0)])
+    gate = Gate(store, "read")
+    reading = asyncio.ensure_future(store.read(stored))
+    await until(lambda: gate.begun == 1)
+    store.drop(stored)
+    await store.settle()
+    assert names(tmp_path) == ["segment-00000000.arrow"]
+    gate.let_through()
+    assert await reading == [group(0)]
+    await store.settle()
+    assert names(tmp_path) == []
+    stored = await store.write([group(1)])
+    reading = asyncio.ensure_future(store.read(stored))
+    await until(lambda: gate.begun == 2)
+    store.drop(stored)
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+    await store.settle()
+    assert (reading.cancelled(), names(tmp_path)) == (True, [])
+    gate.let_through()  # its thread finds no file, and nobody minds
 
 
 # -- cancellation ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("when", ["waiting", "being written", "written"])
-def test_a_cancelled_write_keeps_nothing_and_its_companions_everything(when: str, tmp_path: Path) -> None:
-    async def scenario() -> None:
-        store = SegmentStore(tmp_path, memory_bytes=150)
-        gate = Gate(store)
-        first = asyncio.ensure_future(store.write([group(0)]))
-        await until(lambda: gate.begun)
-        gone, stays = (asyncio.ensure_future(store.write([group(number)])) for number in (1, 2))
-        await asyncio.sleep(0)
-        if when == "waiting":
-            gone.cancel()
-        if when == "written":
-            write_segment = store._write_segment
+async def test_a_cancelled_write_keeps_nothing_and_its_companions_everything(when: str, tmp_path: Path) -> None:
+    store = SegmentStore(tmp_path, memory_bytes=150)
+    gate = Gate(store)
+    first = asyncio.ensure_future(store.write([group(0)]))
+    await until(lambda: gate.begun)
+    gone, stays = (asyncio.ensure_future(store.write([group(number)])) for number in (1, 2))
+    await asyncio.sleep(0)
+    if when == "waiting":
+        gone.cancel()
+    if when == "written":
+        write_segment = store._write_segment
 
-            async def then_cancel(calls: Any) -> None:
-                await write_segment(calls)
-                gone.cancel()  # its result is there, but it has not gone on yet
+        async def then_cancel(calls: Any) -> None:
+            await write_segment(calls)
+            gone.cancel()  # its result is there, but it has not gone on yet
 
-            store._write_segment = then_cancel
-        gate.let_through(1)
-        if when == "being written":
-            await until(lambda: gate.begun == 2)
-            gone.cancel()
-        gate.let_through(1)
-        await asyncio.gather(first, gone, stays, return_exceptions=True)
-        assert gone.cancelled()
-        await store.settle()
-        assert await store.read(await stays) == [group(2)]
-        assert sum(store.gauges()[key] for key in ("held_bytes", "spilled_bytes")) == 200
-        store.drop([*await first, *await stays])
-        await store.settle()
-        assert names(tmp_path) == []
-
-    run(scenario())
+        store._write_segment = then_cancel
+    gate.let_through(1)
+    if when == "being written":
+        await until(lambda: gate.begun == 2)
+        gone.cancel()
+    gate.let_through(1)
+    await asyncio.gather(first, gone, stays, return_exceptions=True)
+    assert gone.cancelled()
+    await store.settle()
+    assert await store.read(await stays) == [group(2)]
+    assert sum(store.gauges()[key] for key in ("held_bytes", "spilled_bytes")) == 200
+    store.drop([*await first, *await stays])
+    await store.settle()
+    assert names(tmp_path) == []
 
 
-def test_a_segment_whose_calls_are_all_cancelled_goes(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        store = SegmentStore(tmp_path, memory_bytes=2**20)
-        gate = Gate(store)
-        under_way = asyncio.ensure_future(store.write([group(0)]))
-        await until(lambda: gate.begun)
-        waiting = asyncio.ensure_future(store.write([group(1)]))
-        await asyncio.sleep(0)
-        under_way.cancel()
-        waiting.cancel()
-        gate.let_through(1)
-        await store.settle()
-        assert (gate.begun, names(tmp_path), store.gauges()["held_bytes"]) == (1, [], 0)
-
-    run(scenario())
+async def test_a_segment_whose_calls_are_all_cancelled_goes(tmp_path: Path) -> None:
+    store = SegmentStore(tmp_path, memory_bytes=2**20)
+    gate = Gate(store)
+    under_way = asyncio.ensure_future(store.write([group(0)]))
+    await until(lambda: gate.begun)
+    waiting = asyncio.ensure_future(store.write([group(1)]))
+    await asyncio.sleep(0)
+    under_way.cancel()
+    waiting.cancel()
+    gate.let_through(1)
+    await store.settle()
+    assert (gate.begun, names(tmp_path), store.gauges()["held_bytes"]) == (1, [], 0)
 
 
 # -- errors ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_fails_the_calls_of_its_segment_and_no_others(tmp_path: Path) -> None:
+async def test_a_full_disk_fails_the_calls_of_its_segment_and_no_others(tmp_path: Path) -> None:
     """A limit on file size stands in for a full disk: the write really fails in its middle."""
 
-    async def scenario() -> None:
-        store = SegmentStore(tmp_path, memory_bytes=2**30)
-        before = await store.write([group(0)])
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
-        try:
-            failed = await asyncio.gather(
-                store.write([group(1, size=2**21)]), store.write([group(2)]), return_exceptions=True
-            )
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        for error in failed:
-            assert isinstance(error, RunError)
-            assert f"{tmp_path}/segment-00000001.arrow cannot be written" in str(error)
-            assert "File too large; make room there" in str(error)
-        assert names(tmp_path) == ["segment-00000000.arrow"]
-        assert store.gauges()["held_bytes"] == 100
-        after = await store.write([group(1)])
-        assert await store.read([*before, *after]) == [group(0), group(1)]
-        assert names(tmp_path) == ["segment-00000000.arrow", "segment-00000002.arrow"]
-
-    run(scenario())
+    store = SegmentStore(tmp_path, memory_bytes=2**30)
+    before = await store.write([group(0)])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+    try:
+        failed = await asyncio.gather(
+            store.write([group(1, size=2**21)]), store.write([group(2)]), return_exceptions=True
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    for error in failed:
+        assert isinstance(error, RunError)
+        assert f"{tmp_path}/segment-00000001.arrow cannot be written" in str(error)
+        assert "File too large; make room there" in str(error)
+    assert names(tmp_path) == ["segment-00000000.arrow"]
+    assert store.gauges()["held_bytes"] == 100
+    after = await store.write([group(1)])
+    assert await store.read([*before, *after]) == [group(0), group(1)]
+    assert names(tmp_path) == ["segment-00000000.arrow", "segment-00000002.arrow"]
 
 
 def test_a_folder_that_is_gone_and_a_second_writer_are_named(tmp_path: Path) -> None:
@@ -305,16 +266,13 @@ def test_a_folder_that_is_gone_and_a_second_writer_are_named(tmp_path: Path) -> 
         folder.write([group(1)])
 
 
-def test_a_group_that_cannot_be_encoded_leaves_no_file_and_nobody_waiting(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        store = SegmentStore(tmp_path, memory_bytes=0)
-        strange: Any = "text"
-        with pytest.raises(Exception, match="not a float"):
-            await store.write([replace(group(0), spread=strange)])
-        await store.write([group(1)])
-        assert names(tmp_path) == ["segment-00000001.arrow"]
-
-    run(scenario())
+async def test_a_group_that_cannot_be_encoded_leaves_no_file_and_nobody_waiting(tmp_path: Path) -> None:
+    store = SegmentStore(tmp_path, memory_bytes=0)
+    strange: Any = "text"
+    with pytest.raises(Exception, match="not a float"):
+        await store.write([replace(group(0), spread=strange)])
+    await store.write([group(1)])
+    assert names(tmp_path) == ["segment-00000001.arrow"]
 
 
 @pytest.mark.parametrize("folder", ["nowhere://x/y", "file", "file/below"])
@@ -333,37 +291,34 @@ def test_a_negative_bound_is_refused(tmp_path: Path) -> None:
 # -- recovery -------------------------------------------------------------------------------------------------------
 
 
-def test_a_later_process_goes_on_with_what_it_finds(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        first = SegmentStore(tmp_path, memory_bytes=2**20)
-        stored = await first.write([group(0), group(1)])
-        stored += await first.write([group(2)])
-        first.drop(stored[:1])
-        with pytest.raises(RuntimeError, match="before the first write"):
-            first.recover()
-        second = SegmentStore(tmp_path, memory_bytes=200)
-        found = second.recover().groups
-        # group 0 is back too: its companion kept the file; the ledger knows better
-        assert [(one.number, one.attempt, one.group is None) for one in found] == [
-            (0, 1, False),
-            (1, 1, False),
-            (2, 1, True),
-        ]
-        second.drop(found[:1])
-        await second.write([group(3)])
-        assert names(tmp_path) == [f"segment-0000000{n}.arrow" for n in range(3)]
-        second.drop(found[1:])
-        await second.settle()
-        assert names(tmp_path) == ["segment-00000002.arrow"]
-
-    run(scenario())
+async def test_a_later_process_goes_on_with_what_it_finds(tmp_path: Path) -> None:
+    first = SegmentStore(tmp_path, memory_bytes=2**20)
+    stored = await first.write([group(0), group(1)])
+    stored += await first.write([group(2)])
+    first.drop(stored[:1])
+    with pytest.raises(RuntimeError, match="before the first write"):
+        first.recover()
+    second = SegmentStore(tmp_path, memory_bytes=200)
+    found = second.recover().groups
+    # group 0 is back too: its companion kept the file; the ledger knows better
+    assert [(one.number, one.attempt, one.group is None) for one in found] == [
+        (0, 1, False),
+        (1, 1, False),
+        (2, 1, True),
+    ]
+    second.drop(found[:1])
+    await second.write([group(3)])
+    assert names(tmp_path) == [f"segment-0000000{n}.arrow" for n in range(3)]
+    second.drop(found[1:])
+    await second.settle()
+    assert names(tmp_path) == ["segment-00000002.arrow"]
 
 
-def test_an_empty_folder_holds_nothing(tmp_path: Path) -> None:
-    assert run(recovered(tmp_path / "new" / "folder")) == ([], 0)
+async def test_an_empty_folder_holds_nothing(tmp_path: Path) -> None:
+    assert await recovered(tmp_path / "new" / "folder") == ([], 0)
 
 
-def test_a_half_written_last_segment_was_never_acknowledged(tmp_path: Path) -> None:
+async def test_a_half_written_last_segment_was_never_acknowledged(tmp_path: Path) -> None:
     """At whatever byte the process died."""
     folder = SegmentFolder(tmp_path)
     folder.write([group(0)])
@@ -373,31 +328,28 @@ def test_a_half_written_last_segment_was_never_acknowledged(tmp_path: Path) -> N
     assert len(whole) == size
     for length in [*range(40), *range(40, size - 1, 7), size - 1]:
         path.write_bytes(whole[:length])
-        assert run(recovered(tmp_path)) == ([group(0)], 1)
+        assert await recovered(tmp_path) == ([group(0)], 1)
         assert names(tmp_path) == ["segment-00000000.arrow"]
 
 
-def test_a_segment_after_a_half_written_one_gets_a_number_of_its_own(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        (tmp_path / "segment-00000005.arrow").write_bytes(b"ARROW1\0\0")
-        store = SegmentStore(tmp_path, memory_bytes=0)
-        assert (store.recover()).half_written == 1
-        await store.write([group(1)])
-        assert names(tmp_path) == ["segment-00000006.arrow"]
-
-    run(scenario())
-    assert run(recovered(tmp_path)) == ([group(1)], 0)
+async def test_a_segment_after_a_half_written_one_gets_a_number_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "segment-00000005.arrow").write_bytes(b"ARROW1\0\0")
+    store = SegmentStore(tmp_path, memory_bytes=0)
+    assert store.recover().half_written == 1
+    await store.write([group(1)])
+    assert names(tmp_path) == ["segment-00000006.arrow"]
+    assert await recovered(tmp_path) == ([group(1)], 0)
 
 
-def test_a_segment_cut_short_that_is_not_the_last_is_damage(tmp_path: Path) -> None:
+async def test_a_segment_cut_short_that_is_not_the_last_is_damage(tmp_path: Path) -> None:
     folder = SegmentFolder(tmp_path)
     for number in range(2):
         folder.write([group(number)])
     os.truncate(folder.file(0), 900)
     with pytest.raises(RunError, match=r"segment-00000000.arrow is missing or damaged: .*move it away: its groups"):
-        run(recovered(tmp_path))
+        await recovered(tmp_path)
     os.remove(folder.file(0))
-    assert run(recovered(tmp_path)) == ([group(1)], 0)
+    assert await recovered(tmp_path) == ([group(1)], 0)
 
 
 def test_any_damaged_byte_is_named_or_harmless(tmp_path: Path) -> None:
@@ -522,4 +474,4 @@ def test_random_sequences(memory_bytes: int, seed: int, operations: list[str]) -
             await model.check()
         assert await model.store.read(list(model.held)) == list(model.held.values())
 
-    run(scenario())
+    asyncio.run(scenario())

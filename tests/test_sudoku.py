@@ -243,7 +243,7 @@ def test_a_file_replaces_the_test_split_only(tmp_path: Path) -> None:
     row = f"{generated.prompt},{generated.fields['solution']}"
     file.write_text(f"Puzzle,Solution\n{PUZZLE},{SOLUTION}\n\n{row}\n")
     task = build_task(SudokuConfig(file=str(file)))
-    assert task.test_size == 2
+    assert task.size("test") == 2
     assert task.example("test", 0) == EXAMPLE
     assert task.example("train", 0) != generated  # it is a test puzzle now
     assert task.example("train", 1) == build_task(SudokuConfig()).example("train", 1)
@@ -283,7 +283,7 @@ def test_overlap_of_d1_puzzles_with_training() -> None:
 @needs_benchmarks
 def test_d1_puzzles_are_solved_by_their_solutions_and_never_trained_on() -> None:
     task = build_task(SudokuConfig(file=str(PUZZLES), blanks_min=8, blanks_max=8))
-    assert task.test_size == 500
+    assert task.size("test") == 500
     test = [task.example("test", index) for index in range(500)]
     assert all(task.reward(task.rewards(example, example.fields["solution"])) == 1.0 for example in test)
     assert all(is_solved(example.fields["solution"]) for example in test)

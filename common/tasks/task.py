@@ -102,11 +102,6 @@ class Task(ABC):
         """Names of the reward components."""
         return self._config.components
 
-    @property
-    def test_size(self) -> int | None:
-        """Number of test examples; None where they are generated without end."""
-        return self.size("test")
-
     def size(self, split: Split) -> int | None:
         """How far the cursor of a split goes; None: without end. Raises UserError for data that cannot be used."""
         return None

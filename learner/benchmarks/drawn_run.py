@@ -12,9 +12,10 @@ from learner.run_directory import EVALUATION, RunDirectory
 from learner.run_record import RunRecord
 
 CELLS = 16
+GROUP = 5  # completions of one
 
 
-def draw_run(root: Path, name: str, *, steps: int, per_step: int, group: int = 5, seed: int = 0, **rest: Any) -> Path:
+def draw_run(root: Path, name: str, *, steps: int, per_step: int, seed: int = 0, **rest: Any) -> Path:
     """Make a finished run and return its directory.
 
     Args:
@@ -22,7 +23,6 @@ def draw_run(root: Path, name: str, *, steps: int, per_step: int, group: int = 5
         name: its `run.name`.
         steps: of the learner.
         per_step: completions of each.
-        group: completions of a group.
         seed: of all that is drawn.
         rest: further keys, `section__key=value`.
     """
@@ -34,7 +34,7 @@ def draw_run(root: Path, name: str, *, steps: int, per_step: int, group: int = 5
     numbers = iter(range(1_000_000_000))
     for step in range(1, steps + 1):
         share = step / steps
-        record.add(_rows(generator, step, share, per_step, group, numbers))
+        record.add(_rows(generator, step, share, per_step, numbers))
         if step % 50 == 0 or step == steps:
             record.write()
         run.append_metrics(_metrics(generator, step, share))
@@ -42,10 +42,10 @@ def draw_run(root: Path, name: str, *, steps: int, per_step: int, group: int = 5
     return run.path
 
 
-def _rows(generator: np.random.Generator, step: int, share: float, count: int, group: int, numbers: Any) -> pa.Table:
+def _rows(generator: np.random.Generator, step: int, share: float, count: int, numbers: Any) -> pa.Table:
     rows = []
     for index in range(count):
-        if index % group == 0:
+        if index % GROUP == 0:
             number = next(numbers)
             puzzle = "".join(map(str, generator.integers(0, 5, CELLS)))
         nfe = int(generator.integers(2, 12))
@@ -54,7 +54,7 @@ def _rows(generator: np.random.Generator, step: int, share: float, count: int, g
         reveal = generator.integers(1, nfe + 1, CELLS)
         rows.append(
             {
-                **{"step": step, "version": step - 1, "group": number, "attempt": 0, "index": index % group},
+                **{"step": step, "version": step - 1, "group": number, "attempt": 0, "index": index % GROUP},
                 **{"prompt": puzzle, "completion": answer, "reward": reward, "earned": reward - 0.01 * nfe},
                 **{"advantage": reward - 0.5, "components": [("exact", float(reward > 0.9))], "nfe": nfe},
                 **{"gamma": float(generator.lognormal(-1, 0.5)), "staleness": int(generator.integers(0, 3))},

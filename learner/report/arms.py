@@ -4,12 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from scipy import stats
-
 from learner.report.run_data import RunData
+from learner.study.measures import interval
 
-CONFIDENCE = 0.95
 APART = ("run", "metrics", "evaluation.prompts")  # says where a run is, not what it computes
 LONGEST_LABEL = 60
 
@@ -49,11 +46,8 @@ class Arm:
 
 def estimate(values: Sequence[float]) -> Estimate:
     """Mean and half of Student's interval."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return Estimate(mean, float("nan"), len(values))
-    error = float(np.std(values, ddof=1)) / len(values) ** 0.5
-    return Estimate(mean, float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * error, len(values))
+    mean, half = interval(values)
+    return Estimate(mean, half if len(values) > 1 else float("nan"), len(values))
 
 
 def arms(runs: Sequence[RunData]) -> list[Arm]:

@@ -16,6 +16,7 @@ from learner.run_record import read_record
 
 compute: Any = arrow_compute
 EMBEDDED_BYTES = 1_500_000  # of groups in one report
+STANDOUTS = 5  # best completions, and as many worst
 STEPS_SHOWN = 8  # besides the groups that stand out: groups from so many steps, evenly spread
 SIDES = {16: 4, 81: 9}  # cells of a sudoku -> its side
 DIGITS = 4  # of numbers in the page
@@ -29,7 +30,7 @@ class Standout:
     row: dict[str, Any]
 
 
-def standouts(run: RunData, count: int = 5) -> tuple[list[Standout], list[Standout]]:
+def standouts(run: RunData) -> tuple[list[Standout], list[Standout]]:
     """The best and the worst completions by reward after cost; one of each group, latest first among equals."""
     record = run.record
     if not len(record):
@@ -38,7 +39,7 @@ def standouts(run: RunData, count: int = 5) -> tuple[list[Standout], list[Stando
     found = []
     for why, order in (("best", np.lexsort((-step, -earned))), ("worst", np.lexsort((-step, earned)))):
         _, first = np.unique(group[order], return_index=True)
-        chosen = order[np.sort(first)[:count]]
+        chosen = order[np.sort(first)[:STANDOUTS]]
         found.append([Standout(why, record.slice(int(at), 1).to_pylist()[0]) for at in chosen])
     return found[0], found[1]
 

@@ -154,10 +154,9 @@ def _ess_by_reveal_step(run: RunData) -> Figure:
     return figure
 
 
-def _running_mean(values: list[float], steps: int = 11) -> list[float]:
-    """Of each value and its neighbours, as far as there are any."""
-    half = steps // 2
-    return [float(np.mean(values[max(0, at - half) : at + half + 1])) for at in range(len(values))]
+def _running_mean(values: list[float]) -> list[float]:
+    """Of each value and five neighbours on either side, as far as there are any."""
+    return [float(np.mean(values[max(0, at - 5) : at + 6])) for at in range(len(values))]
 
 
 def frontier_figure(runs: Sequence[RunData]) -> Figure | None:
