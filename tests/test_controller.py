@@ -3,20 +3,18 @@
 import asyncio
 import errno
 import json
-from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError
 
 from common.config_file import parse_config
 from common.errors import RunError, UserError
 from common.ledger import GroupState
-from common.tasks import Example
 from learner import controller as controller_module
-from learner.controller import MOST_QUARANTINED, Controller
+from learner.buffer_gauges import MOST_QUARANTINED
+from learner.controller import Controller
 from learner.run_directory import RunDirectory
 
 
@@ -77,26 +75,17 @@ def test_failures_in_a_row_end_the_run_and_failures_between_results_do_not(tmp_p
     asyncio.run(scenario())
 
 
-def test_a_quarantined_example_may_hold_what_json_has_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Dated:
-        def example(self, split: str, index: int) -> Example:
-            return Example("when?", {"answer": date(2026, 1, 1)}, 1.0)
-
-    async def scenario() -> None:
-        monkeypatch.setattr(controller_module, "build_task", lambda _: Dated())
+def test_groups_that_fail_at_once_are_one_event(tmp_path: Path) -> None:
+    async def scenario() -> list[float]:
         controller = Controller(config=parse_config({"task": {"name": "sudoku"}}), directory=str(tmp_path))
         buffer = Buffer()
         controller._buffer, controller._fleet = buffer, Fleet()  # pyright: ignore[reportAttributeAccessIssue]
-        buffer.fail(1)
-        await controller._update_gauges()
-        buffer.fail(2)
-        await controller._update_gauges()
-        told = [values["quarantined"] for kind, values in await controller.events(0) if kind == "quarantine"]
-        assert told == [1, 3], "one event for all that were quarantined at once, so it says how many there are"
+        for groups in (1, 2, 0):
+            buffer.fail(groups)
+            await controller._update_gauges()
+        return [values["quarantined"] for kind, values in await controller.events(0) if kind == "quarantine"]
 
-    asyncio.run(scenario())
-    [kept, *_] = json.loads((tmp_path / "quarantine.json").read_text())
-    assert kept["example"] == {"prompt": "when?", "fields": {"answer": "2026-01-01"}, "difficulty": 1.0}
+    assert asyncio.run(scenario()) == [1, 3]
 
 
 def test_bytes_that_are_lost_are_told_once(tmp_path: Path) -> None:
@@ -111,50 +100,6 @@ def test_bytes_that_are_lost_are_told_once(tmp_path: Path) -> None:
 
     [text] = asyncio.run(scenario())
     assert text.startswith("the bytes of 3 groups that were finished are in no file")
-
-
-def test_an_evaluation_that_stands_still_says_what_its_workers_did(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        config = parse_config({"task": {"name": "sudoku"}, "run": {"stall_timeout": 0.5}})
-        controller = Controller(config=config, directory=str(tmp_path))
-        await controller._enter("evaluate")
-        watchdog = asyncio.create_task(controller._watch())
-        for done in range(5):
-            await asyncio.sleep(0.2)
-            await controller.evaluating(1, f"after: learned, greedy: {done} of 64 rewards")
-        assert not watchdog.done(), "what gets on, though slowly, is let be"
-        await watchdog
-
-    with pytest.raises(RunError, match=r"phase evaluate .*evaluation workers.*learned, greedy: 4 of 64 rewards"):
-        asyncio.run(scenario())
-
-
-def test_an_example_that_cannot_be_made_is_quarantined_without_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Broken:
-        def example(self, split: str, index: int) -> Example:
-            raise KeyError("question")
-
-    async def scenario() -> None:
-        monkeypatch.setattr(controller_module, "build_task", lambda _: Broken())
-        controller = Controller(config=parse_config({"task": {"name": "sudoku"}}), directory=str(tmp_path))
-        buffer = Buffer()
-        controller._buffer, controller._fleet = buffer, Fleet()  # pyright: ignore[reportAttributeAccessIssue]
-        buffer.fail(1)
-        await controller._update_gauges()
-
-    asyncio.run(scenario())
-    [kept] = json.loads((tmp_path / "quarantine.json").read_text())
-    assert (kept["example"], kept["reason"].splitlines()[-1]) == (None, "ValueError: no number")
-
-
-def test_a_learner_that_cannot_start_is_named_as_that(tmp_path: Path) -> None:
-    controller = Controller(config=parse_config({"task": {"name": "sudoku"}}), directory=str(tmp_path))
-    text = "Traceback ...\ncommon.errors.UserError: task.reward=a:b cannot be imported"
-    error = RayActorError(None, text, actor_init_failed=True)
-    with pytest.raises(RunError, match=r"^the learner cannot start: .*task\.reward=a:b cannot be imported"):
-        asyncio.run(controller._learner_died(error))
 
 
 def test_a_run_whose_plot_finds_no_room_has_not_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +146,7 @@ def test_a_run_that_ends_as_it_should_is_not_missed(
         monkeypatch.setattr(controller_module.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
 
         async def work() -> dict[str, Any]:
-            await controller._export()
+            await controller._metrics.open_endpoint({})
             assert (tmp_path / "_targets" / "first.json").exists()
             if end == "failed":
                 raise RunError("something went wrong")
