@@ -419,6 +419,8 @@ def inputs() -> Iterator[Case]:
     yield Case("train: benchmark", ["train", *TINY, "task.file=pairs.jsonl"], ["pairs.jsonl, row 1"])
     yield Case("eval: no benchmark", ["eval", "model", *TINY, "task.file=no.csv"], ["no.csv cannot be read"])
     yield Case("train: device", ["train", *TINY, "model.device=quantum"], ["model.device='quantum'"])
+    for device in ("xpu", "hpu"):  # what torch raises for these is no RuntimeError
+        yield Case(f"train: device {device}", ["train", *TINY, f"model.device={device}"], [f"model.device='{device}'"])
     yield Case("train: host", ["train", *TINY, "metrics.host=no.such.host.invalid"], ["metrics.host"])
     yield Case("train: odd host", ["train", *TINY, f"metrics.host={'a' * 80}.b"], ["metrics.host"])
     yield Case("train: another's host", ["train", *TINY, "metrics.host=192.0.2.77"], ["192.0.2.77"])
