@@ -23,6 +23,7 @@ from common.errors import RunError, one_line
 from common.keyed_random import derive
 from common.policy import Policy
 from common.tasks.task import Example, Split, Task
+from common.trajectory import Completion
 
 log = logging.getLogger(__name__)
 
@@ -144,21 +145,7 @@ class Evaluator:
         """
         config = self.config
         chosen = range(len(self.examples)) if prompts is None else prompts
-        slots = min(config.rollout.slots, len(chosen))
-        engine = DenoisingEngine.of(self.policy, config, rule=setting.rule, slots=slots)
-        completions = engine.generate(
-            (
-                Request(
-                    prompt_ids=self._prompt_ids[index],
-                    seed=derive(config.run.seed, EVALUATION_SEED, index),
-                    group=index,
-                    temperature=setting.temperature,
-                    threshold=setting.parameter if thresholds is None else float(thresholds[index]),
-                )
-                for index in chosen
-            ),
-            lambda done: progress(f"{done} of {len(chosen)} completions"),
-        )
+        completions = self._completed(setting, thresholds, chosen, progress)
         texts = [self.policy.decode(c.completion_ids.tolist()) for c in completions]
         outcomes = self._scored([self.examples[index] for index in chosen], texts, progress)
         failures = {index: found for index, found in zip(chosen, outcomes, strict=True) if isinstance(found, Exception)}
@@ -191,6 +178,24 @@ class Evaluator:
             completions=tuple(texts),
             failures=tuple(one_line(found) if isinstance(found, Exception) else "" for found in outcomes),
         )
+
+    def _completed(
+        self, setting: Setting, thresholds: np.ndarray | None, chosen: range, progress: Callable[[str], None]
+    ) -> list[Completion]:
+        """A completion of each chosen prompt; a prompt's draws are keyed by its place among all."""
+        slots = min(self.config.rollout.slots, len(chosen))
+        engine = DenoisingEngine.of(self.policy, self.config, rule=setting.rule, slots=slots)
+        requests = (
+            Request(
+                prompt_ids=self._prompt_ids[index],
+                seed=derive(self.config.run.seed, EVALUATION_SEED, index),
+                group=index,
+                temperature=setting.temperature,
+                threshold=setting.parameter if thresholds is None else float(thresholds[index]),
+            )
+            for index in chosen
+        )
+        return engine.generate(requests, lambda done: progress(f"{done} of {len(chosen)} completions"))
 
     def _scored(
         self, examples: list[Example], texts: list[str], progress: Callable[[str], None]

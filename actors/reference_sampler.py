@@ -150,7 +150,7 @@ def inverse_cdf(probabilities: list[float], u: float) -> int:
         total += p
         if total > u:
             return token
-    raise AssertionError(f"u={u} is above the total {total}")
+    raise RuntimeError(f"u={u} is above the total {total}")
 
 
 def select(

@@ -26,13 +26,20 @@ from typing import Any
 
 from pyarrow import fs
 
+from common.checkpoint_manifest import (
+    MANIFEST,
+    Checkpoint,
+    StoredFile,
+    canonical,
+    decode,
+    describe,
+    folder_name,
+)
 from common.errors import RunError, UserError, cause
 from common.location import below
 from common.new_folder import sync
 from common.place import FAILURES, Place
 
-SCHEMA_VERSION = "1"
-MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-([0-9]{6,})")
 _CHUNK = 2**20
 _MAKE_ROOM = "make room there, mend its permissions, or choose another run.root"
@@ -48,30 +55,6 @@ class CheckpointDamaged(RunError):
 
     def __str__(self) -> str:
         return "; ".join(self.args)
-
-
-@dataclass(frozen=True, slots=True)
-class StoredFile:
-    """What the manifest knows of one file."""
-
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """A committed checkpoint, as its manifest describes it."""
-
-    step: int
-    version: int
-    journal_index: int
-    facts: Mapping[str, Any]
-    files: Mapping[str, StoredFile]
-
-    @property
-    def name(self) -> str:
-        """Of its folder inside the store."""
-        return _folder_name(self.step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +96,7 @@ class CheckpointStore:
         Raises:
             RunError: when that cannot be removed, or no directory can be made to write into.
         """
-        name = _folder_name(step)
+        name = folder_name(step)
         self._remove(name)
         with _failure_named(f"checkpoint folder {self.name}/{name} cannot be made", _MAKE_ROOM):
             self._filesystem.create_dir(f"{self._path}/{name}", recursive=True)
@@ -142,14 +125,14 @@ class CheckpointStore:
             else:
                 gone = step < (newest_first[0].step if found is None else stay[0].step)
             if gone:
-                self._remove(_folder_name(step))
+                self._remove(folder_name(step))
         return stay
 
     def remove(self) -> None:
         """Remove everything, the folder too; what cannot be removed stays."""
         with suppress(RunError):
             for step in self._scan():
-                self._remove(_folder_name(step))
+                self._remove(folder_name(step))
             with suppress(*FAILURES):
                 self._filesystem.delete_dir(self._path)
 
@@ -210,7 +193,7 @@ class CheckpointStore:
                 faults.append(error.fault)
                 continue
             half_written = [
-                f"checkpoint {self.name}/{_folder_name(step)} is half-written, it has no {MANIFEST}"
+                f"checkpoint {self.name}/{folder_name(step)} is half-written, it has no {MANIFEST}"
                 for step, found in scan.items()
                 if found is None
             ]
@@ -268,11 +251,11 @@ class CheckpointStore:
     def _chunks(self, checkpoint: Checkpoint, name: str) -> Iterator[bytes]:
         """One file piece by piece. Raises CheckpointDamaged, at the latest instead of its end."""
         file = f"{checkpoint.name}/{name}"
-        digest, size, wanted = hashlib.sha256(), 0, checkpoint.files[name]
+        hashed, size, wanted = hashlib.sha256(), 0, checkpoint.files[name]
         try:
             with self._filesystem.open_input_stream(f"{self._path}/{file}", compression=None) as source:
                 while chunk := source.read(_CHUNK):
-                    digest.update(chunk)
+                    hashed.update(chunk)
                     size += len(chunk)
                     yield chunk
         except FileNotFoundError:
@@ -282,7 +265,7 @@ class CheckpointStore:
         else:
             if size != wanted.bytes:
                 fault = f"has {size} bytes instead of {wanted.bytes}"
-            elif digest.hexdigest() != wanted.sha256:
+            elif hashed.hexdigest() != wanted.sha256:
                 fault = "has another digest than it was committed with"
             else:
                 return
@@ -302,14 +285,14 @@ class CheckpointStore:
         ):
             listed = self._filesystem.get_file_info(fs.FileSelector(self._path, allow_not_found=True))
         names = (_NAME.fullmatch(info.base_name) for info in listed if info.type == fs.FileType.Directory)
-        steps = sorted(int(name[1]) for name in names if name and name[0] == _folder_name(int(name[1])))
+        steps = sorted(int(name[1]) for name in names if name and name[0] == folder_name(int(name[1])))
         return {step: self._look(step) for step in steps}
 
     def _look(self, step: int) -> Checkpoint | str | None:
-        file = f"{_folder_name(step)}/{MANIFEST}"
+        file = f"{folder_name(step)}/{MANIFEST}"
         try:
             with self._filesystem.open_input_stream(f"{self._path}/{file}", compression=None) as source:
-                return _decode(source.read(), step)
+                return decode(source.read(), step)
         except FileNotFoundError:
             return None
         except (*FAILURES, ValueError) as error:
@@ -324,7 +307,7 @@ class Draft:
     ) -> None:
         """For `CheckpointStore.begin`. Files wait in `waiting_room` for their upload; a local store has none."""
         self.step = step
-        self._folder = f"{store._path}/{_folder_name(step)}"
+        self._folder = f"{store._path}/{folder_name(step)}"
         self.path = Path(waiting_room.name if waiting_room else self._folder)
         self._store = store
         self._waiting_room = waiting_room
@@ -341,24 +324,22 @@ class Draft:
         """
         if self._ended:
             raise RuntimeError(f"draft of step {self.step} was {self._ended} before")
-        described = {
-            "schema": SCHEMA_VERSION,
-            "step": self.step,
-            "version": int(version),
-            "journal_index": int(journal_index),
-            "facts": json.loads(_canonical(dict(facts or {}))),
-            "files": self._secure_files(),
-        }
-        encoded = _encode({**described, "digest": _digest(described)})
+        encoded = describe(
+            step=self.step,
+            version=int(version),
+            journal_index=int(journal_index),
+            facts=json.loads(canonical(dict(facts or {}))),
+            files=self._secure_files(),
+        )
         self._write_manifest(encoded)
         self._end("committed")
-        return _decode(encoded, self.step)
+        return decode(encoded, self.step)
 
     def abandon(self) -> None:
         """Remove what was begun; nothing once committed. What cannot be removed stays half-written: no checkpoint."""
         if not self._ended:
             with suppress(RunError):
-                self._store._remove(_folder_name(self.step))
+                self._store._remove(folder_name(self.step))
             self._end("abandoned")
 
     def _end(self, how: str) -> None:
@@ -387,19 +368,19 @@ class Draft:
         local, filesystem, target = self._store._local, self._store._filesystem, f"{self._folder}/{name}"
         if not local and "/" in name:
             filesystem.create_dir(target.rpartition("/")[0], recursive=True)
-        digest, size = hashlib.sha256(), 0
+        hashed, size = hashlib.sha256(), 0
         with (
             (self.path / name).open("rb") as source,
             nullcontext() if local else filesystem.open_output_stream(target, compression=None) as sink,
         ):
             while chunk := source.read(_CHUNK):
-                digest.update(chunk)
+                hashed.update(chunk)
                 size += len(chunk)
                 if sink is not None:
                     sink.write(chunk)
             if local:
                 os.fsync(source.fileno())
-        return StoredFile(size, digest.hexdigest())
+        return StoredFile(size, hashed.hexdigest())
 
     def _write_manifest(self, encoded: bytes) -> None:
         filesystem, file = self._store._filesystem, f"{self._folder}/{MANIFEST}"
@@ -416,11 +397,7 @@ class Draft:
             raise
 
     def _failure_named(self, what: str) -> AbstractContextManager[None]:
-        return _failure_named(f"checkpoint {self._store.name}/{_folder_name(self.step)}: {what}", _MAKE_ROOM)
-
-
-def _folder_name(step: int) -> str:
-    return f"step-{step:06d}"
+        return _failure_named(f"checkpoint {self._store.name}/{folder_name(self.step)}: {what}", _MAKE_ROOM)
 
 
 def _age(checkpoint: Checkpoint) -> tuple[int, int]:
@@ -446,46 +423,3 @@ def _failure_named(what: str, way_out: str) -> Iterator[None]:
 
 def _raise(error: OSError) -> None:
     raise error
-
-
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def _digest(described: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_canonical(described).encode()).hexdigest()
-
-
-def _encode(manifest: Mapping[str, Any]) -> bytes:
-    return (json.dumps(manifest, indent=1, allow_nan=False) + "\n").encode()
-
-
-def _decode(encoded: bytes, step: int) -> Checkpoint:
-    """The checkpoint that a manifest describes. Raises ValueError when it is not what was written for `step`."""
-    try:
-        manifest = json.loads(encoded)
-        described = {key: value for key, value in manifest.items() if key != "digest"}
-        # the digest is of the meaning; the comparison finds what does not change it, such as other white space
-        sound = manifest["digest"] == _digest(described) and encoded == _encode(manifest)
-    except (ValueError, KeyError, AttributeError, RecursionError):
-        sound = False
-    if not sound:
-        raise ValueError("it is cut short, or has another digest than it was written with")
-    schema = described.get("schema")
-    if schema != SCHEMA_VERSION:
-        raise ValueError(
-            f"it has schema version {schema}, this code reads {SCHEMA_VERSION}; use the code that wrote it"
-        )
-    if described.get("step") != step:
-        raise ValueError(f"it is that of step {described.get('step')}, so its folder was renamed or copied")
-    try:
-        files = {name: StoredFile(**stored) for name, stored in described["files"].items()}
-        found = Checkpoint(step, described["version"], described["journal_index"], described["facts"], files)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"it lacks a field or has an odd one: {cause(error)}") from error
-    if not isinstance(found.version, int) or not isinstance(found.journal_index, int):
-        raise ValueError(f"version {found.version!r} or journal index {found.journal_index!r} is no whole number")
-    for name in files:
-        if name.startswith("/") or ".." in name.split("/"):
-            raise ValueError(f"it names a file outside its folder, {name!r}")
-    return found

@@ -17,7 +17,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from common.checkpoint_store import Checkpoint, CheckpointStore
+from common.checkpoint_manifest import Checkpoint
+from common.checkpoint_store import CheckpointStore
 from common.errors import RunError
 from common.journal import decode_journal
 from common.lease import FinishedGroup

@@ -88,13 +88,7 @@ class ReplayBuffer:
         Raises `UserError` for values under which nothing could ever be trained, `RunError` for files that are damaged.
         """
         policy = ADMISSIONS[admission](groups_per_step=groups_per_step, max_staleness=max_staleness)
-        if not lease_seconds > 0:
-            raise UserError(f"lease_seconds is {lease_seconds}; give more than the time one group takes to generate")
-        if groups_limit is not None and (groups_limit < 0 or groups_limit % groups_per_step):
-            raise UserError(
-                f"groups_limit is {groups_limit}, not a whole number of steps of {groups_per_step} groups, so the last "
-                f"step could never be filled; give {max(0, groups_limit) // groups_per_step * groups_per_step}"
-            )
+        _check_limits(lease_seconds, groups_limit, groups_per_step)
         self._lease_seconds = lease_seconds
         self._drop_no_spread = drop_no_spread
         self._clock = clock
@@ -473,6 +467,16 @@ class ReplayBuffer:
         async with self._changed:
             self._expire_overdue()
             self._set_timer()
+
+
+def _check_limits(lease_seconds: float, groups_limit: int | None, groups_per_step: int) -> None:
+    if not lease_seconds > 0:
+        raise UserError(f"lease_seconds is {lease_seconds}; give more than the time one group takes to generate")
+    if groups_limit is not None and (groups_limit < 0 or groups_limit % groups_per_step):
+        raise UserError(
+            f"groups_limit is {groups_limit}, not a whole number of steps of {groups_per_step} groups, so the last "
+            f"step could never be filled; give {max(0, groups_limit) // groups_per_step * groups_per_step}"
+        )
 
 
 def _lock(path: Path) -> FileLock:

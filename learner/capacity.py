@@ -7,7 +7,9 @@
 """
 
 import asyncio
+from collections.abc import Callable
 
+import ray
 from ray.util.placement_group import PlacementGroup
 
 from actors.cluster_state import pending_of, why_waiting
@@ -15,8 +17,13 @@ from actors.fleet import Fleet
 from actors.reward_actor import RewardActor, reward_demand
 from actors.scaling_policy import Reading, Reason, ScalingPolicy
 from common.config import Config
+from common.errors import UserError
 from common.metrics import CATALOGUE
+from learner.event_log import EventLog
 from learner.learner_ranks import reserved, unplaced
+
+MOST_ACTORS = 500  # half of `BUFFER_CALLS`: each may block one
+NODE_SECONDS = 3.0  # between two looks for nodes
 
 
 class Capacity:
@@ -45,6 +52,25 @@ class Capacity:
         """Ask for the learner's place."""
         self.group = reserved(self._config.learner)
 
+    async def keep_looking(
+        self, fleet: Callable[[], Fleet | None], events: EventLog, progress: Callable[[], None]
+    ) -> None:
+        """Look again and again; tell who waits when it lasts, and once there are enough nodes again, which is
+        progress."""
+        told = before = ""
+        while True:
+            await asyncio.sleep(NODE_SECONDS)
+            await self.look(fleet())
+            if before and not self.lacking:
+                progress()
+            if told and not self.wanting:
+                await events.warn("all have their nodes now")
+                told = ""
+            elif self.wanting and not told and before:
+                told = self.wanting
+                await events.warn(f"waiting for nodes: {told}")
+            before = self.wanting
+
     async def look(self, fleet: Fleet | None) -> None:
         """See who waits for nodes now."""
         self.learner = await asyncio.to_thread(unplaced, self.group, self._config.learner)
@@ -57,6 +83,26 @@ class Capacity:
         learner = f"the learner {self.learner}" if self.learner else ""
         self.lacking = learner or (rollout if fleet is not None and not fleet.working else "") or rewards
         self.wanting = "; ".join(filter(None, (learner, rollout, rewards)))
+
+    def check(self, actors: int) -> None:
+        """Raises UserError for a number of rollout actors that a person may not ask for."""
+        if not 1 <= actors <= MOST_ACTORS:
+            raise UserError(
+                f"{actors} rollout actors; a run needs at least 1 (to end it, stop it) and can have {MOST_ACTORS}"
+            )
+        least, most = self._config.rollout.min_actors, self._config.rollout.max_actors
+        if most is not None and not least <= actors <= most:
+            raise UserError(
+                f"{actors} rollout actors; this run scales itself between rollout.min_actors={least} and "
+                f"rollout.max_actors={most}; stop it and resume it with other bounds"
+            )
+
+    def shortage(self, actors: int) -> str:
+        """What is to be said where the cluster has too few CPUs for so many rollout actors; else nothing."""
+        rollout, learner = self._config.rollout, self._config.learner
+        wanted, cpus = actors * rollout.cpus + learner.ranks * learner.cpus, ray.cluster_resources().get("CPU", 0.0)
+        few = f"; they and the learner want {wanted:g} CPUs of {cpus:g}, so some wait until there are more"
+        return few if wanted > cpus else ""
 
     def propose(self, gauges: dict[str, float], fleet: Fleet, now: float) -> tuple[int, Reason] | None:
         """How many actors there should be, and why, by the buffer's gauges; None while nothing should change."""

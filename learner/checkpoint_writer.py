@@ -12,7 +12,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from common.checkpoint_store import Checkpoint, CheckpointStore
+from common.checkpoint_manifest import Checkpoint
+from common.checkpoint_store import CheckpointStore
 from common.errors import RunError, one_line
 from common.lease import Export
 from common.recovery import GROUPS_FILE, JOURNAL_FILE

@@ -6,8 +6,6 @@
 - The exit code says how the run ended (`EXIT`); a run that did not train all its steps never exits with 0.
 """
 
-import signal
-import threading
 import time
 from collections.abc import Callable, Mapping
 from shlex import quote
@@ -26,11 +24,11 @@ from learner.exporter import check_port
 from learner.parts import POLICY, Parts
 from learner.ray_connection import LOCAL, chosen_address, connect, dead_daemons
 from learner.run_directory import RunDirectory
+from learner.stop_signals import StopSignals
 from learner.trackers import check_trackers
 
 CONTROLLER = "controller"
 ENDING_SECONDS = 30.0
-STOP_WINDOW = 2.5  # seconds; Ray kills a job's driver 3 s after its SIGTERM (RAY_JOB_STOP_WAIT_TIME_S)
 MESSAGE_CHARACTERS = 2000
 ALIVE_SECONDS = 2.0  # between two looks at the local Ray
 CONTROLLER_FILE = "controller.json"  # in the run directory: where another process finds the controller
@@ -169,66 +167,46 @@ def _follow(
     except ValueError as error:  # a driver that began at the same moment was faster
         raise _taken(config.run.name) from error
     result = controller.run.remote()
-    signals: list[int] = []
-    alarm = threading.Timer(STOP_WINDOW, lambda: late())
-    alarm.daemon = True
 
-    phase = ""
+    def newest_step() -> int:
+        return max((one.step for one in directory.checkpoint_store(config).checkpoints()), default=-1)
 
-    def on_signal(number: int, _: Any) -> None:
-        if signals:
-            raise KeyboardInterrupt
-        signals.append(number)
-        show("signal", {"name": signal.Signals(number).name, "phase": phase})
-        controller.stop.remote(signal.Signals(number).name)
-        alarm.start()
+    with StopSignals(controller.stop.remote, newest_step, show) as signals:
+        try:
+            return _shown(controller, result, directory, signals, show)
+        except RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, UserError | RunError):  # ours, with the way out at its end
+                raise RunError(" ".join(str(cause).split())[:MESSAGE_CHARACTERS]) from error
+            named = "" if isinstance(cause, RayError) else f"{type(cause).__name__}: "
+            raise RunError(named + cause_line(cause)) from error
+        except RayActorError as error:
+            raise RunError(f"the controller died: {one_line(error)}") from error
 
-    def late() -> None:
-        if signals and signals[0] == signal.SIGINT:  # nothing kills this process soon
-            return
-        if phase != "train":
-            text = f"still ending {STOP_WINDOW:g} s after the signal; --resume goes on with phase {phase}"
-            show("warning", {"text": text})
-            return
-        newest = max((one.step for one in directory.checkpoint_store(config).checkpoints()), default=-1)
-        show(
-            "warning",
-            {
-                "text": f"no checkpoint yet {STOP_WINDOW:g} s after the signal: the step in hand takes longer. If this "
-                f"process is killed now (Ray: 3 s after SIGTERM), --resume goes on from step {newest}"
-            },
-        )
 
-    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        seen = 0
-        while True:
-            news = controller.events.remote(seen)
-            while not (ready := ray.wait([news, result], num_returns=1, timeout=ALIVE_SECONDS)[0]):
-                directory.check_lock()
-                if dead := dead_daemons():
-                    raise RunError(
-                        f"the local Ray is gone ({', '.join(dead)}): killed, out of memory, or ended by a signal to "
-                        "the whole process group; to stop a run, send signals to this process alone"
-                    )
-            if news in ready:
-                for kind, values in ray.get(news):
-                    seen += 1
-                    phase = values["phase"] if kind == "phase" else phase
-                    show(kind, values)
-                    if kind == "summary":
-                        return ray.get(result)
-            else:
+def _shown(
+    controller: Any,
+    result: Any,
+    directory: RunDirectory,
+    signals: StopSignals,
+    show: Callable[[str, dict[str, Any]], None],
+) -> dict[str, Any]:
+    """The controller's result, once all events up to the summary have been shown."""
+    seen = 0
+    while True:
+        news = controller.events.remote(seen)
+        while not (ready := ray.wait([news, result], num_returns=1, timeout=ALIVE_SECONDS)[0]):
+            directory.check_lock()
+            if dead := dead_daemons():
+                raise RunError(
+                    f"the local Ray is gone ({', '.join(dead)}): killed, out of memory, or ended by a signal to "
+                    "the whole process group; to stop a run, send signals to this process alone"
+                )
+        if news not in ready:
+            return ray.get(result)
+        for kind, values in ray.get(news):
+            seen += 1
+            signals.phase = values["phase"] if kind == "phase" else signals.phase
+            show(kind, values)
+            if kind == "summary":
                 return ray.get(result)
-    except RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, UserError | RunError):  # ours, with the way out at its end
-            raise RunError(" ".join(str(cause).split())[:MESSAGE_CHARACTERS]) from error
-        named = "" if isinstance(cause, RayError) else f"{type(cause).__name__}: "
-        raise RunError(named + cause_line(cause)) from error
-    except RayActorError as error:
-        raise RunError(f"the controller died: {one_line(error)}") from error
-    finally:
-        alarm.cancel()
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -146,14 +146,8 @@ async def measure_on_ray(
                 known = isinstance(error.cause, UserError | RunError)
                 raise (error.cause if known else RunError(f"evaluation: {one_line(error.cause)}")) from error
             except RayError as error:
-                if isinstance(error, RayActorError) and error.actor_init_failed:
-                    raise RunError(f"an evaluation worker cannot start: {cause_line(error)}") from error
                 deaths += 1
-                if failure_kind(error) is not FailureKind.INFRASTRUCTURE or deaths > most:
-                    raise RunError(
-                        f"an evaluation worker died {deaths} times (rollout.max_restarts={most}); the last: "
-                        f"{one_line(error)}"
-                    ) from error
+                _check_death(error, deaths, most)
                 if number is not None:
                     waiting.put_nowait(number)
                     number = None
@@ -175,6 +169,16 @@ async def measure_on_ray(
         for one in everyone:
             one.cancel()
         await asyncio.gather(*everyone, return_exceptions=True)
+
+
+def _check_death(error: RayError, deaths: int, most: int) -> None:
+    """Raises RunError unless the worker that died may be started again."""
+    if isinstance(error, RayActorError) and error.actor_init_failed:
+        raise RunError(f"an evaluation worker cannot start: {cause_line(error)}") from error
+    if failure_kind(error) is not FailureKind.INFRASTRUCTURE or deaths > most:
+        raise RunError(
+            f"an evaluation worker died {deaths} times (rollout.max_restarts={most}); the last: {one_line(error)}"
+        ) from error
 
 
 def _tell(listener: Any, place: int, doing: str) -> None:

@@ -84,7 +84,7 @@ def check_device(name: str, *, here: bool = True) -> None:
             raise RuntimeError(f"this machine has {count} CUDA devices for this build of torch")
         if device.type != "cuda" and here:
             torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:  # the last two: a build without it
         reason = str(error).split(". ")[0].splitlines()[0][:160]
         raise UserError(
             f"model.device={name!r} cannot be used here ({reason}); use cpu, or cuda with a CUDA build"

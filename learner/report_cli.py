@@ -1,5 +1,6 @@
-"""Commands that draw what a run did: `report`, `view`."""
+"""Commands that look at what a run did: `report`, `view`, `replay`."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,6 +56,39 @@ def view(
     found = RunData.read(run)
     shown = recorded_group(found, group)
     _write(view_page(shown), found.directory.place, f"view-{shown['group']}.html", out)
+
+
+@app.command()
+def replay(
+    run: Annotated[str, typer.Argument(help="A run: its folder, or its name below runs/.")],
+    group: Annotated[int, typer.Argument(help="Number of a group in its segments, set_aside or checkpoints.")],
+    weights: Annotated[
+        str | None, typer.Option(help="Policy to replay with; else the nearest that the run has.")
+    ] = None,
+    tolerance: Annotated[float, typer.Option(min=0.0, help="Largest difference that is none, in nats.")] = 1e-3,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Recompute a saved group's log-probs, rewards and loss terms, and say where they differ from its record.
+
+    Example: diffpo replay sudoku 3968
+    """
+    from json import dumps
+
+    from rich.console import Console
+
+    from learner.group_replay import replay_saved
+    from learner.replay_display import show
+    from learner.run_directory import RunDirectory
+
+    directory = RunDirectory.find(run)
+    source, found = replay_saved(directory, directory.config(), group, weights, tolerance)
+    if json:
+        typer.echo(dumps({"run": directory.name, "group": group} | source | found.as_dict()))
+    else:
+        console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+        show(source, found, console)
+    if not found.agrees:
+        raise RunError(f"group {group}: {found.verdict}")
 
 
 def _write(page: str, beside: Any, name: str, out: Path | None) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from common.checkpoint_store import MANIFEST
+from common.checkpoint_manifest import MANIFEST
 from common.errors import RunError, UserError
 from common.lease import FinishedGroup
 from common.location import is_uri

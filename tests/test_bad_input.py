@@ -22,7 +22,8 @@ from pydantic import BaseModel
 from ray.exceptions import ActorAlreadyExistsError
 
 import learner.warm_start
-from common.checkpoint_store import MANIFEST, CheckpointDamaged, CheckpointStore
+from common.checkpoint_manifest import MANIFEST
+from common.checkpoint_store import CheckpointDamaged, CheckpointStore
 from common.config import Config, ThresholdConfig
 from common.config_file import dump_config, load_config
 from common.errors import RunError, UserError
@@ -419,6 +420,8 @@ def inputs() -> Iterator[Case]:
     yield Case("train: benchmark", ["train", *TINY, "task.file=pairs.jsonl"], ["pairs.jsonl, row 1"])
     yield Case("eval: no benchmark", ["eval", "model", *TINY, "task.file=no.csv"], ["no.csv cannot be read"])
     yield Case("train: device", ["train", *TINY, "model.device=quantum"], ["model.device='quantum'"])
+    for device in ("xpu", "hpu"):  # what torch raises for these is no RuntimeError
+        yield Case(f"train: device {device}", ["train", *TINY, f"model.device={device}"], [f"model.device='{device}'"])
     yield Case("train: host", ["train", *TINY, "metrics.host=no.such.host.invalid"], ["metrics.host"])
     yield Case("train: odd host", ["train", *TINY, f"metrics.host={'a' * 80}.b"], ["metrics.host"])
     yield Case("train: another's host", ["train", *TINY, "metrics.host=192.0.2.77"], ["192.0.2.77"])
@@ -751,14 +754,14 @@ def test_a_damaged_journal_gives_way_to_an_older_one(tmp_path: Path, caplog: pyt
 
 @pytest.mark.parametrize("name", ["../outside", "/outside", "a/../../outside"])
 def test_a_manifest_that_leads_outside_is_damaged(tmp_path: Path, name: str) -> None:
-    from common.checkpoint_store import _digest, _encode
+    from common.checkpoint_manifest import digest, encode
 
     _, _, store = learner_actor(tmp_path)
     path = Path(store.name, "step-000006", MANIFEST)
     manifest = json.loads(path.read_text())
     described = {key: value for key, value in manifest.items() if key != "digest"}
     described["files"] = {name: {"bytes": 0, "sha256": ""}}
-    path.write_bytes(_encode({**described, "digest": _digest(described)}))
+    path.write_bytes(encode({**described, "digest": digest(described)}))
     assert [one.step for one in store.checkpoints()] == [3]
     [fault] = store.damaged()
     assert "outside its folder" in fault

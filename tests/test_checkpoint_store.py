@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import fs
 
-from common.checkpoint_store import Checkpoint, CheckpointDamaged, CheckpointStore, Found
+from common.checkpoint_manifest import Checkpoint
+from common.checkpoint_store import CheckpointDamaged, CheckpointStore, Found
 from common.errors import RunError, UserError
 
 FILES = {"model.bin": bytes(range(256)) * 9, "head/weights.gz": b"not really compressed", "empty": b""}
@@ -220,7 +221,7 @@ def test_a_folder_that_was_renamed_and_a_later_schema_are_named(tmp_path: Path) 
     (tmp_path / "checkpoints/step-5").mkdir()  # not a name of ours
     assert "step-000003/manifest.json is damaged: it is that of step 1" in "".join(store.damaged())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("common.checkpoint_store.SCHEMA_VERSION", "2")
+        patch.setattr("common.checkpoint_manifest.SCHEMA_VERSION", "2")
         write(store, 3)
     assert "schema version 2, this code reads 1; use the code that wrote it" in "".join(store.damaged())
 

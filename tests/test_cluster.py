@@ -16,7 +16,7 @@ from ray._private.state import state as cluster_state
 from ray.cluster_utils import Cluster
 from run_fixtures import ENDLESS, ROOT, command, rows, wait_for_step
 
-from learner.controller import NODE_SECONDS
+from learner.capacity import NODE_SECONDS
 from learner.ray_connection import _bind
 
 pytestmark = pytest.mark.slow

@@ -1,23 +1,20 @@
 """Controller: what the gauges of a run make it do, without Ray."""
 
-import asyncio
 import errno
 import json
 from contextlib import nullcontext
-from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError
 
 from common.config_file import parse_config
 from common.errors import RunError, UserError
 from common.ledger import GroupState
-from common.tasks import Example
 from learner import controller as controller_module
-from learner.controller import MOST_QUARANTINED, Controller
+from learner.buffer_gauges import MOST_QUARANTINED
+from learner.controller import Controller
 from learner.run_directory import RunDirectory
 
 
@@ -91,22 +88,12 @@ async def test_failures_in_a_row_end_the_run_and_failures_between_results_do_not
         await controller._update_gauges()
 
 
-async def test_a_quarantined_example_may_hold_what_json_has_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, controller: Controller, buffer: Buffer
-) -> None:
-    class Dated:
-        def example(self, split: str, index: int) -> Example:
-            return Example("when?", {"answer": date(2026, 1, 1)}, 1.0)
-
-    monkeypatch.setattr(controller_module, "build_task", lambda _: Dated())
-    buffer.fail(1)
-    await controller._update_gauges()
-    buffer.fail(2)
-    await controller._update_gauges()
+async def test_groups_that_fail_at_once_are_one_event(controller: Controller, buffer: Buffer) -> None:
+    for groups in (1, 2, 0):
+        buffer.fail(groups)
+        await controller._update_gauges()
     told = [values["quarantined"] for kind, values in await controller.events(0) if kind == "quarantine"]
-    assert told == [1, 3], "one event for all that were quarantined at once, so it says how many there are"
-    [kept, *_] = json.loads((tmp_path / "quarantine.json").read_text())
-    assert kept["example"] == {"prompt": "when?", "fields": {"answer": "2026-01-01"}, "difficulty": 1.0}
+    assert told == [1, 3]
 
 
 async def test_bytes_that_are_lost_are_told_once(controller: Controller, buffer: Buffer) -> None:
@@ -115,39 +102,6 @@ async def test_bytes_that_are_lost_are_told_once(controller: Controller, buffer:
         await controller._update_gauges()
     [text] = [values["text"] for kind, values in await controller.events(0) if kind == "warning"]
     assert text.startswith("the bytes of 3 groups that were finished are in no file")
-
-
-async def test_an_evaluation_that_stands_still_says_what_its_workers_did(tmp_path: Path) -> None:
-    controller = sudoku(tmp_path, run={"stall_timeout": 0.5})
-    await controller._enter("evaluate")
-    watchdog = asyncio.create_task(controller._watch())
-    for done in range(5):
-        await asyncio.sleep(0.2)
-        await controller.evaluating(1, f"after: learned, greedy: {done} of 64 rewards")
-    assert not watchdog.done(), "what gets on, though slowly, is let be"
-    with pytest.raises(RunError, match=r"phase evaluate .*evaluation workers.*learned, greedy: 4 of 64 rewards"):
-        await watchdog
-
-
-async def test_an_example_that_cannot_be_made_is_quarantined_without_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, controller: Controller, buffer: Buffer
-) -> None:
-    class Broken:
-        def example(self, split: str, index: int) -> Example:
-            raise KeyError("question")
-
-    monkeypatch.setattr(controller_module, "build_task", lambda _: Broken())
-    buffer.fail(1)
-    await controller._update_gauges()
-    [kept] = json.loads((tmp_path / "quarantine.json").read_text())
-    assert (kept["example"], kept["reason"].splitlines()[-1]) == (None, "ValueError: no number")
-
-
-async def test_a_learner_that_cannot_start_is_named_as_that(controller: Controller) -> None:
-    text = "Traceback ...\ncommon.errors.UserError: task.reward=a:b cannot be imported"
-    error = RayActorError(None, text, actor_init_failed=True)
-    with pytest.raises(RunError, match=r"^the learner cannot start: .*task\.reward=a:b cannot be imported"):
-        await controller._learner_died(error)
 
 
 async def test_a_run_whose_plot_finds_no_room_has_not_finished(
@@ -188,7 +142,7 @@ async def test_a_run_that_ends_as_it_should_is_not_missed(
     monkeypatch.setattr(controller_module.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
 
     async def work() -> dict[str, Any]:
-        await controller._export()
+        await controller._metrics.open_endpoint({})
         assert (tmp_path / "_targets" / "first.json").exists()
         if end == "failed":
             raise RunError("something went wrong")

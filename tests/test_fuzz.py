@@ -15,7 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common.checkpoint_store import MANIFEST, CheckpointStore
+from common.checkpoint_manifest import MANIFEST
+from common.checkpoint_store import CheckpointStore
 from common.config import Config
 from common.config_file import dump_config, load_config
 from common.errors import RunError, UserError
@@ -206,7 +207,7 @@ KEYS = ["step", "version", "journal_index", "facts", "files", "schema"]
 def test_a_manifest_with_a_right_digest_and_odd_content_is_damaged_or_sound(
     tmp_path: Path, changes: dict[str, Any], gone: set[str]
 ) -> None:
-    from common.checkpoint_store import _digest, _encode
+    from common.checkpoint_manifest import digest, encode
 
     store = CheckpointStore(tmp_path / "checkpoints")
     draft = store.begin(3)
@@ -214,7 +215,7 @@ def test_a_manifest_with_a_right_digest_and_odd_content_is_damaged_or_sound(
     path = tmp_path / "checkpoints/step-000003" / MANIFEST
     described = json.loads(path.read_bytes()) | changes
     described = {key: value for key, value in described.items() if key not in {*gone, "digest"}}
-    path.write_bytes(_encode({**described, "digest": _digest(described)}))
+    path.write_bytes(encode({**described, "digest": digest(described)}))
     assert len(store.checkpoints()) + len(store.damaged()) == 1
     try:
         store.newest_sound()

@@ -16,7 +16,8 @@ from pyarrow import fs
 from segment_fixtures import Gate
 
 from common.admission import ADMISSIONS
-from common.checkpoint_store import Checkpoint, CheckpointStore
+from common.checkpoint_manifest import Checkpoint
+from common.checkpoint_store import CheckpointStore
 from common.errors import RunError
 from common.journal import decode_journal, encode_journal
 from common.lease import Export, FinishedGroup, Lease, RejoinFirst

@@ -15,7 +15,7 @@ from test_cli import TINY, Diffpo, check_refused, diffpo  # noqa: F401
 from common.config import Config
 from common.config_file import load_config, parse_config
 from common.errors import UserError
-from learner import controller as controller_module
+from learner import run_metrics
 from learner import trackers as trackers_module
 from learner.controller import Controller
 from learner.resumption import resumed_config
@@ -129,7 +129,7 @@ def run_controller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sinks: dict[str, Callable[[], Sink]], steps: int = 5
 ) -> list[tuple[str, dict[str, Any]]]:
     """A controller that reports some steps to given trackers; its events."""
-    monkeypatch.setattr(controller_module, "open_trackers", lambda _, __, warn: Trackers(sinks, warn))
+    monkeypatch.setattr(run_metrics, "open_trackers", lambda _, __, warn: Trackers(sinks, warn))
 
     async def scenario() -> list[tuple[str, dict[str, Any]]]:
         controller = Controller(config=parse_config({"task": {"name": "sudoku"}}), directory=str(tmp_path))

@@ -44,7 +44,8 @@ import numpy as np
 import psutil
 from safetensors.numpy import load_file
 
-from common.checkpoint_store import MANIFEST, CheckpointStore
+from common.checkpoint_manifest import MANIFEST
+from common.checkpoint_store import CheckpointStore
 from common.config_file import dump_config, load_config, parse_config
 from common.errors import RunError, UserError
 from learner.benchmarks import Options

@@ -182,9 +182,7 @@ def frontier_figure(runs: Sequence[RunData]) -> Figure | None:
 
 
 def _draw_frontier(axes: Any, figure: Figure, run: RunData, policy: str, label: str, colour: str) -> None:
-    assert run.evaluation is not None
-    rows = run.evaluation["settings"][policy]
-    fixed = sorted((r["nfe"], r["accuracy"]) for r in rows if r["setting"].startswith("eb gamma="))
+    fixed = sorted((r["nfe"], r["accuracy"]) for r in run.settings(policy) if r["setting"].startswith("eb gamma="))
     if fixed:
         nfe, accuracy = zip(*fixed, strict=True)
         line(axes, figure, nfe, accuracy, label, colour, marker="o")

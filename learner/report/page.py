@@ -164,8 +164,7 @@ def _compared(arm: Arm) -> dict[str, Any]:
 
 
 def _settings(run: RunData) -> dict[str, Any]:
-    assert run.evaluation is not None
-    pairs = zip(run.evaluation["settings"]["before"], run.evaluation["settings"]["after"], strict=False)
+    pairs = zip(run.settings("before"), run.settings("after"), strict=False)
     rows = [
         {"setting": a["setting"], "values": [f"{one[key]:.3f}" for one in (a, b) for key in ("accuracy", "nfe")]}
         for a, b in pairs

@@ -181,10 +181,13 @@ class RunData:
         last = values[-max(1, round(LAST * len(values))) :]
         return sum(last) / len(last) if last else None
 
+    def settings(self, policy: str) -> list[dict[str, Any]]:
+        """The rows of the evaluation, of the policy before or after; none where the run has not been evaluated."""
+        return self.evaluation["settings"][policy] if self.evaluation is not None else []
+
     def setting(self, policy: str, name: str) -> dict[str, Any] | None:
-        """The row of a setting of the evaluation, of the policy before or after."""
-        rows = self.evaluation["settings"][policy] if self.evaluation is not None else []
-        return next((row for row in rows if row["setting"] == name), None)
+        """The row of one setting."""
+        return next((row for row in self.settings(policy) if row["setting"] == name), None)
 
 
 def _check_evaluation(found: Any) -> None:

@@ -1,0 +1,54 @@
+"""Commands that measure: `bench`, `study`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from learner.options import ConfigFile, Overrides
+
+app = typer.Typer()
+
+
+@app.command()
+def bench(
+    name: Annotated[
+        str, typer.Argument(help="Which measurement: async, chaos, engine, exporter, learner, main, report, scaling.")
+    ],
+    quick: Annotated[bool, typer.Option("--quick", help="A small version of the measurement.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on the last line.")] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs with seeds 0, 1, ...")] = 1,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Measurements that the documentation quotes.
+
+    Example: diffpo bench main --seeds 3 --json
+    """
+    from learner.benchmarks import run_benchmark
+
+    run_benchmark(name, quick=quick, as_json=json, seeds=seeds, config=config, overrides=overrides or [])
+
+
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="A study of deploy/studies, or a YAML file.")],
+    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds of every arm, in place of the study's.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at once; else one for every CPU.")] = None,
+    report: Annotated[bool, typer.Option("--report", help="Only write the report of what is finished.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of reports and results.")] = Path("docs/studies"),
+) -> None:
+    """A grid of arms and seeds, in parallel, resumed where it stopped; writes docs/studies/NAME.md.
+
+    Example: diffpo study quick
+    """
+    from rich.console import Console
+
+    from learner.study.grid import load_study
+    from learner.study.runner import Runner
+
+    console = Console(soft_wrap=True, highlight=False)
+    short, loaded = load_study(name, out=out)
+    runner = Runner(short, loaded, out=out, console=console, seeds=seeds)
+    path = runner.report(runner.finished()) if report else runner.run(jobs=jobs)
+    console.print(f"report: {path}")
