@@ -67,7 +67,7 @@ class RenewReply:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class Sample:
     """One step's groups by ascending number; no numbers once the buffer is closed.
 
     `generated` are the means over the groups accepted lately, a step's worth or more, those discarded for lack of
@@ -83,7 +83,6 @@ class Batch:
     version: int
     staleness: list[int]
     seconds: list[float]
-    waited_s: float
     generated: dict[str, float]
 
 

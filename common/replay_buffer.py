@@ -50,7 +50,7 @@ from common.checkpoint_store import CheckpointStore
 from common.circulation import STALE, TALLIES, Circulation
 from common.errors import RunError, UserError
 from common.journal import encode_journal
-from common.lease import Batch, Export, FinishedGroup, Lease, LeaseReply, RenewReply, SubmitReply
+from common.lease import Export, FinishedGroup, Lease, LeaseReply, RenewReply, Sample, SubmitReply
 from common.ledger import GroupState
 from common.recovery import NO_SPREAD, recover
 from common.segment_folder import encode_segment
@@ -248,13 +248,12 @@ class ReplayBuffer:
 
     # -- learner ------------------------------------------------------------------------------------------------
 
-    async def sample(self) -> Batch:
+    async def sample(self) -> Sample:
         """Called by the learner's loop before each step: finished -> sampled, for P groups by ascending number.
 
         Blocks until P groups may be taken or the buffer is closed. Takes nothing when it raises: RuntimeError when a
         group exceeds the staleness bound, RunError when one cannot be read back from its file.
         """
-        started = self._clock()
         read: dict[StoredGroup, FinishedGroup] = {}
         with self._sample_waits.running():
             while True:
@@ -268,8 +267,7 @@ class ReplayBuffer:
                     if len(payloads) == len(chosen):
                         version, ages, generated = self._groups.sample(numbers)
                         seconds = [self._seconds.pop(number, nan) for number in numbers]
-                        waited = self._clock() - started
-                        return Batch(numbers, payloads, version, ages, seconds, waited, generated)
+                        return Sample(numbers, payloads, version, ages, seconds, generated)
                 missing = [one for one, group in zip(chosen, groups, strict=True) if group is None]
                 read.update(zip(missing, await self._store.read(missing), strict=True))
 

@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import ActorUnavailableError
 
 from actors.failure import comes_back
-from common.lease import Batch, Export, RejoinFirst
+from common.lease import Export, RejoinFirst, Sample
 from common.weight_store import UNPUBLISHED, Snapshot, digest
 
 RETRY_SECONDS = 0.2
@@ -30,7 +30,7 @@ class BufferLink:
         self._base: tuple[str, list[Any]] = "", []
         self.closed = False
 
-    def sample(self) -> Batch:
+    def sample(self) -> Sample:
         """Blocks until a batch may be taken; no numbers once the buffer is closed."""
         return self._call(lambda: self._buffer.sample.remote())
 

@@ -20,7 +20,7 @@ from typing import Any
 from common.config import Config
 from common.config_file import dump_config
 from common.errors import RunError
-from common.lease import Batch, FinishedGroup
+from common.lease import FinishedGroup, Sample
 from common.segment_folder import SegmentFolder
 from learner.buffer_link import BufferLink
 from learner.checkpoint_writer import CheckpointWriter
@@ -158,7 +158,7 @@ class LearnerActor:
         if kept:
             link.settle(min(one.journal_index for one in kept), max(one.version for one in kept))
 
-    def _set_aside(self, link: BufferLink, sampled: Batch, reason: str) -> None:
+    def _set_aside(self, link: BufferLink, sampled: Sample, reason: str) -> None:
         """Keep a batch, with the weights that it met, for `diffpo replay`."""
         self._skipped += 1
         self._skipped_in_row += 1

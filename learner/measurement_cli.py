@@ -13,10 +13,12 @@ app = typer.Typer()
 @app.command()
 def bench(
     name: Annotated[
-        str, typer.Argument(help="Which measurement: async, chaos, engine, exporter, learner, main, report, scaling.")
+        str,
+        typer.Argument(help="Which one: all, async, chaos, engine, exporter, gpu, learner, main, report, scaling."),
     ],
     quick: Annotated[bool, typer.Option("--quick", help="A small version of the measurement.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on the last line.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Fail where a bound is broken that is no noise.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Runs with seeds 0, 1, ...")] = 1,
     config: ConfigFile = None,
     overrides: Overrides = None,
@@ -27,7 +29,7 @@ def bench(
     """
     from learner.benchmarks import run_benchmark
 
-    run_benchmark(name, quick=quick, as_json=json, seeds=seeds, config=config, overrides=overrides or [])
+    run_benchmark(name, quick=quick, as_json=json, check=check, seeds=seeds, config=config, overrides=overrides or [])
 
 
 @app.command()

@@ -16,7 +16,7 @@ from actors.evaluation import Evaluator, Setting
 from common.adapter import Base, adapt, adapted, learned_state
 from common.config import Config
 from common.errors import RunError, one_line
-from common.lease import Batch
+from common.lease import Sample
 from common.policy import THRESHOLD_CONFIG, Policy
 from common.policy_loading import load_policy, on_cpu, open_empty_policy, open_policy, read_learned
 from common.tasks import build_task
@@ -117,16 +117,16 @@ class PolicyTrainer:
         metrics = self._learner.step(batch, version=version)
         return metrics | {"learner_learning_rate": float(self._learner.scheduler.get_last_lr()[0])}
 
-    def recorded(self, batch: Batch) -> pa.Table | None:
+    def recorded(self, sample: Sample) -> pa.Table | None:
         return record_rows(
             self._tables,
             self._learner.observed(),
             self._policy.tokenizer,
             step=self.steps,
-            version=batch.version,
-            numbers=batch.numbers,
-            staleness=batch.staleness,
-            seconds=batch.seconds,
+            version=sample.version,
+            numbers=sample.numbers,
+            staleness=sample.staleness,
+            seconds=sample.seconds,
         )
 
     def weights(self) -> np.ndarray:

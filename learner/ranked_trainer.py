@@ -19,7 +19,7 @@ import ray
 from ray.exceptions import RayError
 
 from common.config import Config
-from common.lease import Batch
+from common.lease import Sample
 from learner.policy_trainer import PolicyTrainer
 from learner.rank_actor import ENDING
 from learner.ranks import Ranks
@@ -57,8 +57,8 @@ class RankedTrainer:
         self._order("train", list(payloads), version)
         return self._trainer.train(payloads, version)
 
-    def recorded(self, batch: Batch) -> pa.Table | None:
-        return self._trainer.recorded(batch)
+    def recorded(self, sample: Sample) -> pa.Table | None:
+        return self._trainer.recorded(sample)
 
     def weights(self) -> np.ndarray:
         self._order("weights")

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from common.errors import RunError
-from common.lease import Batch
+from common.lease import Sample
 
 Report = Callable[[str, dict[str, float]], None]
 
@@ -40,8 +40,8 @@ class Trainer(Protocol):
         """One step on a batch at a version; its metrics. Raises `BatchRefused` when the batch is at fault."""
         ...
 
-    def recorded(self, batch: Batch) -> pa.Table | None:
-        """What the run's record keeps of the batch that was trained last (`learner.record_rows`); None is nothing."""
+    def recorded(self, sample: Sample) -> pa.Table | None:
+        """What the run's record keeps of the sample that was trained last (`learner.record_rows`); None is nothing."""
         ...
 
     def weights(self) -> np.ndarray:

@@ -10,12 +10,12 @@ import ray
 from buffer_fixtures import unavailable
 from ray.exceptions import ActorDiedError, RayTaskError
 
-from common.lease import Batch, Export, RejoinFirst
+from common.lease import Export, RejoinFirst, Sample
 from common.weight_store import UNPUBLISHED
 from learner import buffer_link
 from learner.buffer_link import BufferLink
 
-BATCH = Batch([4, 5], [b"", b""], 2, [0, 0], [1.0, 1.0], 0.0, {})
+BATCH = Sample([4, 5], [b"", b""], 2, [0, 0], [1.0, 1.0], {})
 REPLIES: dict[str, Any] = {
     "sample": BATCH,
     "publish": False,

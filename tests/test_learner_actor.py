@@ -25,7 +25,7 @@ from common.checkpoint_store import CheckpointStore
 from common.config import Config
 from common.config_file import load_config
 from common.errors import RunError
-from common.lease import Batch, FinishedGroup
+from common.lease import FinishedGroup, Sample
 from common.place import Place
 from common.replay_buffer import ReplayBuffer
 from common.segment_store import SegmentStore
@@ -74,7 +74,7 @@ class ListTrainer:
             raise Killed
         return {"learner_loss": float(version)}
 
-    def recorded(self, batch: Batch) -> None:
+    def recorded(self, batch: Sample) -> None:
         return None
 
     def weights(self) -> np.ndarray:

@@ -23,7 +23,7 @@ from common.journal import decode_journal, encode_journal
 from common.lease import Export, FinishedGroup, Lease, RejoinFirst
 from common.ledger import GroupState, Ledger, LedgerError
 from common.recovery import GROUPS_FILE, JOURNAL_FILE
-from common.replay_buffer import Batch, ReplayBuffer
+from common.replay_buffer import ReplayBuffer, Sample
 from common.segment_folder import SegmentFolder, decode_segment, encode_segment
 from common.segment_store import SegmentStore
 from common.version import LINEAGE, first_version, step_of
@@ -85,7 +85,7 @@ class Learner:
     def __init__(self, version: int, step: int, params: Counter[int]) -> None:
         self.version, self.step, self.params = version, step, params
         self.history: list[tuple[int, list[int]]] = []
-        self.batches: list[Batch] = []
+        self.batches: list[Sample] = []
 
 
 class World:

@@ -16,7 +16,7 @@ from ray.exceptions import ActorUnavailableError, OwnerDiedError
 from actors import rollout_actor
 from actors.producer import Fault
 from actors.rollout_actor import RolloutActor
-from common.lease import Batch, FinishedGroup, Lease, LeaseReply, RejoinFirst
+from common.lease import FinishedGroup, Lease, LeaseReply, RejoinFirst, Sample
 from common.replay_buffer import ReplayBuffer
 from common.segment_store import SegmentStore
 from common.weight_store import Snapshot, digest
@@ -52,7 +52,7 @@ class Scene:
                 if name == "publish":
                     return None
 
-    def train(self) -> Batch:
+    def train(self) -> Sample:
         batch = self.asks("sample")
         self.publish(batch.numbers)
         return batch

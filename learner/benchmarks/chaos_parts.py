@@ -22,7 +22,7 @@ import typer
 from actors.rollout_actor import RolloutActor
 from common.config import Config
 from common.errors import RunError, Stopped, UserError
-from common.lease import Batch, FinishedGroup, LeaseReply, SubmitReply
+from common.lease import FinishedGroup, LeaseReply, Sample, SubmitReply
 from learner.benchmarks.event_model import Workload
 from learner.benchmarks.simulated_producer import MakeSimulated, SimulatedProducer
 from learner.parts import POLICY, Parts
@@ -65,7 +65,7 @@ class CountingTrainer:
         self._steps += 1
         return {}
 
-    def recorded(self, batch: Batch) -> None:
+    def recorded(self, sample: Sample) -> None:
         """Its completions are none to look at."""
 
     def weights(self) -> np.ndarray:

@@ -158,9 +158,9 @@ def page(found: dict[str, dict[str, Any]], now: str) -> str:
         f"Commit {now}, {time.strftime('%Y-%m-%d')}, {minutes:.0f} minutes in all. Machine: {machine()}.",
         "",
         "Ratios have both sides in the same run. ± is half the distance of the quartiles over repeats, of `main` the",
-        "standard deviation over seeds. A figure outside its bound is in bold. `diffpo bench NAME --quick --check` fails",
-        "for such a one where a shared machine can tell it from noise; CI runs it for engine, learner,",
-        "exporter and report.",
+        "standard deviation over seeds. A figure outside its bound is in bold. `diffpo bench NAME --quick --check`",
+        "fails for such a one where a shared machine can tell it from noise; CI runs it for engine, learner, exporter",
+        "and report.",
     ]
     for name, one in found.items():
         numbers = flat(one["result"])
