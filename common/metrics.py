@@ -201,7 +201,11 @@ CATALOGUE: dict[str, Metric] = {
         Metric("replay_group_staleness", "histogram", "Staleness of sampled groups, versions", bounds=VERSIONS),
         Metric("replay_staleness_bound", "gauge", "Bound on staleness that admission guarantees, versions; -1 is none"),
         Metric("replay_staleness_violations", "counter", "Groups beyond the bound; more than 0 is a defect"),
-        Metric("replay_restarts", "counter", "Times that the replay buffer, or the learner's return, began a new life"),
+        Metric(
+            "replay_restarts",
+            "counter",
+            "Lives of the replay buffer since the start: its deaths, and the learner's returns",
+        ),
         Metric("replay_lost_groups", "counter", "Groups that were acknowledged and whose bytes are in no file"),
         Metric("replay_rewound_groups", "counter", "Trained groups that a learner's return made finished again"),
         Metric("replay_skipped_groups", "counter", "Groups set aside because their batch could not be trained on"),

@@ -378,7 +378,7 @@ class ReplayBuffer:
             "batch_staleness_max": float(max(ages, default=0)),
             "batch_staleness_mean": sum(ages) / max(1, len(ages)),
             "staleness_bound": -1.0 if bound is None else bound,
-            "restarts": float(self._groups.life),
+            "life": float(self._groups.life),
             "version": float(self.version),
         }
 

@@ -10,6 +10,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
+from common.errors import UserError
+
 SPECIAL = ("<pad>", "<eos>", "<mask>", "<unk>")
 VOCABULARY_SIZE = 32
 
@@ -18,7 +20,15 @@ def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
     """A tokenizer whose vocabulary is the special tokens and the characters of `alphabet`, in order, padded to 32 ids.
 
     The padding ids are reserved names that no text contains; they keep the vocabulary the same for every small task.
+
+    Raises:
+        UserError: for an alphabet without characters.
     """
+    if not alphabet:
+        raise UserError(
+            "the task has no `alphabet`, and a new model's tokenizer needs every character of its prompts and "
+            "completions; set it in the task's class, or give a model in model.path"
+        )
     names = [*SPECIAL, *dict.fromkeys(alphabet)]
     names += [f"<reserved{index}>" for index in range(len(names), VOCABULARY_SIZE)]
     tokenizer = Tokenizer(WordLevel({name: index for index, name in enumerate(names)}, unk_token="<unk>"))

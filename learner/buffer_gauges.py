@@ -26,7 +26,6 @@ METRICS = {
     "lost_groups": "replay_lost_groups",
     "rewound_groups": "replay_rewound_groups",
     "skipped_groups": "replay_skipped_groups",
-    "restarts": "replay_restarts",
     "completions": "rollout_completions",
     "sample_wait_seconds": "learner_wait_seconds",
     "lease_wait_seconds": "rollout_wait_seconds",
@@ -55,6 +54,11 @@ class BufferGauges:
         """How many finished groups have no bytes any more, where that is new; else 0."""
         self.untrainable = ""
         """How many groups could not be trained, and why; empty while all could."""
+        self.restarts = 0.0
+        """Lives that the buffer has begun since the learner of this controller had its first weights published."""
+        self.learning = False
+        """To be set once that is so: before it, a resumed run begins lives without a death."""
+        self._first_life: float | None = None
         self._mark: tuple[float, ...] = ()
         self._quarantined = self._quarantined_before = self._lost = self._expired = 0.0
         self._told_of_deadline = False
@@ -71,6 +75,9 @@ class BufferGauges:
         self.lost = lost if lost > self._lost else 0.0
         self._lost = max(self._lost, lost)
         self._expired = gauges["expired_leases"]
+        if self.learning:
+            self._first_life = gauges["life"] if self._first_life is None else self._first_life
+            self.restarts = gauges["life"] - self._first_life
         if gauges["groups_discarded"] + quarantined > 0:
             self.untrainable = (
                 f": {gauges['no_spread_discards']:.0f} groups were discarded for equal rewards (a longer warm start, "

@@ -117,6 +117,8 @@ class Controller:
     async def report(self, kind: str, values: dict[str, float]) -> None:
         """Called by the learner after each step, and during the warm start."""
         self._watchdog.mark()
+        if kind == "started":
+            self._buffer_gauges.learning = True
         await self._metrics.report(kind, values)
 
     async def warn(self, text: str) -> None:
@@ -304,7 +306,8 @@ class Controller:
         if proposal is not None:
             await self._scale(self._fleet, *proposal)
         fleet |= self._capacity.gauges(self._fleet.wanted)
-        self._metrics.gauge(gauges, fleet | {"learner_restarts": float(self._learner.deaths)})
+        restarts = {"learner_restarts": float(self._learner.deaths), "replay_restarts": self._buffer_gauges.restarts}
+        self._metrics.gauge(gauges, fleet | restarts)
 
     async def _heed(self, gauges: dict[str, float], fleet: dict[str, float]) -> None:
         """Tell what the newest gauges show. Raises RunError when no prompt's group can be had any more."""

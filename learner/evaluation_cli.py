@@ -30,7 +30,7 @@ def evaluate(
 
     The same command goes on with an evaluation that was killed.
 
-    Example: diffpo eval runs/first/checkpoints/step-000200 -c deploy/configs/sudoku.yaml evaluation.prompts=256
+    Example: diffpo eval runs/sudoku/checkpoints/step-000120 -c deploy/configs/sudoku.yaml evaluation.prompts=256
     Example: diffpo eval runs/first/warm_start -c deploy/configs/sudoku.yaml --file puzzles.csv --actors 4
     """
     loaded = _load_for(folder, config, overrides, file=file, actors=actors, dry_run=dry_run)

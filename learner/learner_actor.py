@@ -61,6 +61,7 @@ class LearnerActor:
 
     def warm_start(self) -> None:
         """Make or load the weights that training starts from."""
+        self._note("makes or loads the weights that training starts from")
         self._trainer.warm_start(self._report)
         self._directory.keep_warm_start(self._start)
 

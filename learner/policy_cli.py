@@ -89,7 +89,7 @@ def export(
 ) -> None:
     """A policy as a plain Hugging Face folder, for other programs: model or adapter, and tokenizer.
 
-    Example: diffpo export runs/first/checkpoints/step-000200 first-merged --merge
+    Example: diffpo export runs/sudoku/checkpoints/step-000120 sudoku-plain
     """
     from common.local_copy import local_copy
     from learner.export import export as run

@@ -1,13 +1,15 @@
 """Preflight: everything a user can have got wrong, checked before anything expensive starts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from queue import SimpleQueue
+from traceback import extract_tb
 
 import torch
 
 from actors.reward_pool import RewardPool, Score
 from common.config import Config
-from common.errors import UserError, one_line
+from common.errors import RunError, UserError, one_line
 from common.policy_loading import check_cache_of_folder, on_cpu, open_rollout_policy, open_tokenizer
 from common.tasks import SPLITS, CustomConfig, Split, Task, build_task
 from learner.demonstrations import Demonstrations, checked_ids
@@ -30,6 +32,37 @@ def preflight(config: Config, *, trains: bool = True, evaluates: bool = True, he
     """
     check_device(config.model.device, here=here)
     task = build_task(config.task)
+    if isinstance(config.task, CustomConfig):
+        with errors_of(config.task):
+            check_task(config, task, trains=trains, evaluates=evaluates)
+            if trains or evaluates:
+                check_reward(config, task, "train" if trains else config.evaluation.split)
+    else:
+        check_task(config, task, trains=trains, evaluates=evaluates)
+    if evaluates:
+        check_cache_of_folder(config)
+    if config.model.lora is not None:  # targets that its layers do not have; on the CPU, its memory is not touched
+        open_rollout_policy(on_cpu(config), task)
+    return task
+
+
+@contextmanager
+def errors_of(task: CustomConfig) -> Iterator[None]:
+    """Whatever a user's own task raises becomes a UserError with the place where it was raised."""
+    try:
+        yield
+    except (UserError, RunError):
+        raise
+    except Exception as error:
+        at = extract_tb(error.__traceback__)[-1]
+        key = f"task.factory={task.factory}" if task.factory else f"task.reward={task.reward}"
+        raise UserError(
+            f"{key} failed at {at.filename}:{at.lineno} ({type(error).__name__}: {one_line(error)}); mend it"
+        ) from error
+
+
+def check_task(config: Config, task: Task, *, trains: bool, evaluates: bool) -> None:
+    """Sizes of the splits and texts of the examples. Raises UserError."""
     chosen = config.evaluation
     if evaluates:
         check_size(task, chosen.split, "evaluation.prompts", chosen.prompts)
@@ -39,13 +72,6 @@ def preflight(config: Config, *, trains: bool = True, evaluates: bool = True, he
             check_size(task, "validation", "evaluation.drift_prompts", chosen.drift_prompts)
     learns = config.model.path is None or not evaluates  # a given model too, where nothing but its warm start is asked
     check_texts(config, task, splits=SPLITS if trains or evaluates else (), learns=learns)
-    if evaluates:
-        check_cache_of_folder(config)
-    if config.model.lora is not None:  # targets that its layers do not have; on the CPU, its memory is not touched
-        open_rollout_policy(on_cpu(config), task)
-    if isinstance(config.task, CustomConfig) and (trains or evaluates):
-        check_reward(config, task, "train" if trains else chosen.split)
-    return task
 
 
 def check_size(task: Task, split: Split, key: str, prompts: int) -> None:

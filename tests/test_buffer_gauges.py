@@ -8,7 +8,7 @@ from common.metrics import CATALOGUE, split_labels
 from learner.buffer_gauges import METRICS, MOST_QUARANTINED, STALENESS_KEYS, BufferGauges, in_catalogue
 
 NOTHING = {f"groups_{state}": 0.0 for state in GroupState}
-NOTHING |= {"expired_leases": 0.0, "no_spread_discards": 0.0, "lost_groups": 0.0}
+NOTHING |= {"life": 0.0, "expired_leases": 0.0, "no_spread_discards": 0.0, "lost_groups": 0.0}
 
 
 def test_only_groups_that_can_be_trained_are_progress() -> None:
@@ -19,6 +19,17 @@ def test_only_groups_that_can_be_trained_are_progress() -> None:
         assert seen.progressed == progress, state
     seen.see(NOTHING | {"groups_finished": 3.0})
     assert not seen.progressed, "nothing new"
+
+
+def test_the_lives_that_a_resumed_run_begins_are_no_restarts() -> None:
+    seen = BufferGauges()
+    for life in (2.0, 3.0):  # from the files of the last run, and back to the checkpoint
+        seen.see(NOTHING | {"life": life})
+        assert seen.restarts == 0
+    seen.learning = True
+    for life, restarts in ((3.0, 0.0), (4.0, 1.0), (4.0, 1.0)):
+        seen.see(NOTHING | {"life": life})
+        assert seen.restarts == restarts
 
 
 def test_failures_in_a_row_are_too_many_and_failures_between_results_are_not() -> None:

@@ -17,6 +17,7 @@ from common.errors import UserError
 from common.tasks import build_task, check_task
 from common.tasks.custom import CustomTask
 from learner.evaluation_file import with_file
+from learner.preflight import preflight
 
 DOCS = Path(__file__).parents[1] / "docs/tasks.md"
 MODULE = """
@@ -181,7 +182,7 @@ def blocks() -> list[str]:
 
 
 def test_the_configuration_of_the_docs_is_one(folder: Path) -> None:
-    (text,) = re.findall(r"```yaml\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    text, _ = re.findall(r"```yaml\n(.*?)```", DOCS.read_text(), re.DOTALL)
     (folder / "run.yaml").write_text(text)
     config = load_config(folder / "run.yaml", ["task.name=gsm8k", "task.data=gsm8k/main"])
     assert (config.run.name, config.sampler.max_prompt_tokens) == ("first", 512)
@@ -219,3 +220,26 @@ def test_the_task_of_the_docs_works(folder: Path) -> None:
         UserError, match=r"task.reward_weights: reward component 'reward' is unknown; give one of right"
     ):
         build_task(configured("task.factory=my_task:ReverseTask").task)
+
+
+def test_the_run_of_the_docs_task_passes_every_check(folder: Path) -> None:
+    (folder / "my_task.py").write_text(blocks()[1])
+    _, text = re.findall(r"```yaml\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    (folder / "reverse.yaml").write_text(text)
+    assert preflight(load_config(folder / "reverse.yaml", [])).name == "reverse"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (("    alphabet = ", "    letters_ = "), "has no `alphabet`"),
+        (("return example.fields", "return example.answers"), r"my_task\.py:\d+ \(AttributeError: .*answers"),
+        (("        first = {", "        first = {}[split] or {"), r"my_task\.py:\d+ \(KeyError: "),
+    ],
+)
+def test_a_task_that_does_not_work_is_one_line_with_the_place(folder: Path, change: tuple[str, str], told: str) -> None:
+    (folder / "my_task.py").write_text(blocks()[1].replace("self.alphabet", "'abc'").replace(*change))
+    _, text = re.findall(r"```yaml\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    (folder / "reverse.yaml").write_text(text)
+    with pytest.raises(UserError, match=told):
+        preflight(load_config(folder / "reverse.yaml", []))

@@ -78,8 +78,8 @@ class Task(ABC):
     """Lives as long as a run; holds its configuration and, where they come from files, its examples."""
 
     name: str
-    alphabet: str
-    """Every character that compact prompts and completions can contain, for a character tokenizer."""
+    alphabet: str = ""
+    """Every character that compact prompts and completions can contain: a model that the run builds needs it."""
     trusted: ClassVar[bool] = False
     """Whether evaluation may score in its own process: for rewards that are fast and never fail. Not inherited."""
 
