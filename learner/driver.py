@@ -179,8 +179,7 @@ def _follow(
         if signals:
             raise KeyboardInterrupt
         signals.append(number)
-        show("signal", {"name": signal.Signals(number).name, "phase": phase})
-        controller.stop.remote(signal.Signals(number).name)
+        controller.stop.remote(signal.Signals(number).name)  # shown as its event: this may interrupt `show` itself
         alarm.start()
 
     def late() -> None:

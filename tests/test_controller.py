@@ -157,6 +157,41 @@ def test_a_learner_that_cannot_start_is_named_as_that(tmp_path: Path) -> None:
         asyncio.run(controller._learner_died(error))
 
 
+def test_a_stop_while_the_learner_starts_is_no_death_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ranks:
+        made = 0
+
+        def __init__(self, *_: Any) -> None:
+            Ranks.made += 1
+            self.killed = asyncio.Event()
+
+        async def warm_start(self) -> None:
+            await self.killed.wait()
+            raise RayActorError(None, "killed by ray.kill")
+
+        def kill(self) -> None:
+            self.killed.set()
+
+    async def scenario() -> tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]:
+        config = parse_config({"task": {"name": "sudoku"}, "metrics": {"port": -1}})
+        monkeypatch.setattr(controller_module, "LearnerRanks", Ranks)
+        monkeypatch.setattr(controller_module.ray, "get_runtime_context", lambda: SimpleNamespace(current_actor=None))
+        controller = Controller(config=config, directory=str(tmp_path))
+        monkeypatch.setattr(controller._capacity, "reserve", lambda: None)
+        running = asyncio.create_task(controller.run())
+        await asyncio.sleep(0.1)
+        await controller.stop("SIGTERM")
+        summary = await running
+        await asyncio.sleep(0.1)
+        return summary, await controller.events(0)
+
+    summary, events = asyncio.run(scenario())
+    assert summary["stopped"] == "SIGTERM"
+    assert [kind for kind, _ in events] == ["phase", "signal", "phase", "summary"]
+    assert events[1][1] == {"name": "SIGTERM", "phase": "warm_start"}
+    assert Ranks.made == 1
+
+
 def test_a_run_whose_plot_finds_no_room_has_not_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Evaluated:
         def __init__(self, *_: Any) -> None: ...

@@ -205,7 +205,7 @@ def shown(display: Any, file: io.StringIO) -> list[str]:
 def test_plain_lines_tell_every_event_and_some_steps() -> None:
     file = io.StringIO()
     assert shown(PlainDisplay(Console(file=file, soft_wrap=True, highlight=False), TOTALS), file) == [
-        "phase: train",
+        "phase: train (rollout actors start, then generate the groups of the first step)",
         "metrics: http://127.0.0.1:9464/metrics",
         "step 1/40: reward 0.025  NFE 7.90  gamma 0.312  staleness 1.5  ESS 0.88",
         "step 3/40: reward 0.075  NFE 7.70  gamma 0.312  staleness 1.5  ESS 0.88"
