@@ -27,7 +27,7 @@ from torch import Tensor
 
 from actors.cached_forward_pass import CachedForwardPass
 from actors.forward_pass import ForwardPass
-from actors.request import MODES, Failure, Request
+from actors.request import MODES, WAY_OUT, Failure, Request
 from actors.reveal_rules import ENTROPY_BOUND, REVEAL_RULES, RULES, SAMPLED_ENTROPY_BOUND
 from actors.rows import Rows
 from common.autocast import autocast
@@ -240,7 +240,8 @@ class DenoisingEngine:
         completions = [outcome for outcome in map(finished.get, handles) if isinstance(outcome, Completion)]
         failures = [outcome for outcome in finished.values() if isinstance(outcome, Failure)]
         if failures:
-            raise RunError(f"{len(failures)} of {len(handles)} requests failed; the first: {failures[0].reason}")
+            first = f"{failures[0].reason}; {WAY_OUT}"
+            raise RunError(f"{len(failures)} of {len(handles)} requests failed; the first: {first}")
         return completions
 
     def latent(self, handle: int) -> np.ndarray | None:
