@@ -259,6 +259,12 @@ def test_json_ends_with_the_error_of_a_run_that_failed(capsys: pytest.CaptureFix
     assert (rows[-1]["kind"], rows[-1]["error"]) == ("failed", "the learner died")
 
 
+def test_json_of_a_command_that_is_interrupted_ends_with_that(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyboardInterrupt), JsonDisplay():
+        raise KeyboardInterrupt
+    assert json.loads(capsys.readouterr().out)["error"] == "interrupted"
+
+
 def test_flags_that_contradict_each_other_are_refused() -> None:
     for flags in ({"quiet": True, "json": True}, {"quiet": False, "json": True, "dry_run": True}):
         with pytest.raises(UserError, match="--json"):
