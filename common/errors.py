@@ -43,5 +43,10 @@ def cause(error: BaseException) -> str:
     return one_line(error)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch found no room, on the CPU or a GPU, which it does not tell by a MemoryError."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
 class Stopped(Exception):
     """A signal ended the command early; its message is the signal's name. Exit code 128 + the signal's number."""
