@@ -27,13 +27,13 @@ from torch import Tensor
 
 from actors.cached_forward_pass import CachedForwardPass
 from actors.forward_pass import ForwardPass
-from actors.request import MODES, Failure, Request
+from actors.request import MODES, WAY_OUT, Failure, Request
 from actors.reveal_rules import ENTROPY_BOUND, REVEAL_RULES, RULES, SAMPLED_ENTROPY_BOUND
 from actors.rows import Rows
 from common.autocast import autocast
 from common.behaviour import draw_tokens, reveal_statistics
 from common.config import Config
-from common.errors import RunError, UserError
+from common.errors import RunError, UserError, is_out_of_memory
 from common.keyed_random import GAMMA_STREAM, GATE_STREAM, uniform
 from common.policy import Policy
 from common.reveal_likelihood import draw_set, gate_logits, set_log_prob
@@ -240,7 +240,8 @@ class DenoisingEngine:
         completions = [outcome for outcome in map(finished.get, handles) if isinstance(outcome, Completion)]
         failures = [outcome for outcome in finished.values() if isinstance(outcome, Failure)]
         if failures:
-            raise RunError(f"{len(failures)} of {len(handles)} requests failed; the first: {failures[0].reason}")
+            first = f"{failures[0].reason}; {WAY_OUT}"
+            raise RunError(f"{len(failures)} of {len(handles)} requests failed; the first: {first}")
         return completions
 
     def latent(self, handle: int) -> np.ndarray | None:
@@ -282,7 +283,7 @@ class DenoisingEngine:
         try:
             return self._step()
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             count = len(self._handles)
             self.abandon()
@@ -506,8 +507,3 @@ def _rows(policy: Policy, slots: int, width: int, length: int, block: int) -> Ro
             f"slots={slots} rows of {width + length} tokens do not fit the memory of {policy.device}: "
             f"{str(error).splitlines()[0][:120]}; lower rollout.slots"
         ) from error
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """CUDA has an error of its own; on CPU torch raises a plain RuntimeError."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

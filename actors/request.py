@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 MODES = {"sample": 1, "mean": 2, "initial": 3}  # how a row takes its threshold from the policy; 0: it was given
+WAY_OUT = "weights that are not finite are damaged or have diverged: give another policy"
 
 
 @dataclass(frozen=True, kw_only=True)

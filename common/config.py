@@ -266,7 +266,7 @@ class ReplayConfig(Section):
     """Largest staleness of a trained group, in versions; 0 is synchronous."""
     admission: Literal["windowed_fifo", "strict_fifo", "aggregate_lead", "drop_when_stale"] = "windowed_fifo"
     """How staleness is limited; aggregate_lead limits its mean only, drop_when_stale discards what grew too old."""
-    lease_seconds: float = Field(default=120.0, gt=0, le=604_800)
+    lease_seconds: float = Field(default=120.0, ge=0.1, le=604_800)
     """Deadline of a lease; renewed while its actor lives."""
     keep_versions: int = Field(default=2, ge=1)
     """Weight versions kept in the object store."""
@@ -412,7 +412,7 @@ class LearnerConfig(Section):
 class EvaluationConfig(Section):
     """Held-out evaluation and the accuracy-NFE frontier."""
 
-    prompts: int = Field(default=1024, ge=1)
+    prompts: int = Field(default=1024, ge=1, le=1_000_000)
     """Held-out prompts, the same for every setting, so that comparisons are paired."""
     split: Literal["validation", "test"] = "test"
     """Split that the prompts come from."""

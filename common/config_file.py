@@ -51,12 +51,24 @@ def load_config(
             key = item.partition("=")[0]
             if "=" not in item or item.startswith("-") or not all(key.split(".")):
                 raise UserError(f"override {item!r} is not of the form key.sub=value, e.g. learner.steps=20")
+            _check_override(item)
         tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides or [])))
         data = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except UNREADABLE as error:
         where = without_secrets(f"config {path or ''} {overrides or ''}")
         raise UserError(f"{where}: {shown(error)}") from error
     return parse_config(data)
+
+
+def _check_override(item: str) -> None:
+    """Name the one that is no YAML: a command line may have dozens."""
+    try:
+        OmegaConf.from_dotlist([item])
+    except UNREADABLE as error:
+        raise UserError(
+            f"override {without_secrets(item)[:200]!r} of the config is no YAML ({shown(error)[:300]}); quote text "
+            "that has characters of YAML's own"
+        ) from error
 
 
 def _read(path: str | Path, text: bytes | None) -> Any:
@@ -140,6 +152,8 @@ def _explain(item: Any) -> str:
         return f"unknown task {given!r}; known tasks: {known}" if given else f"task.name is missing; one of: {known}"
     if item["type"] == "missing" and key == "task":
         return f"task is missing; give --config FILE or task.name=NAME ({', '.join(_task_names())})"
+    if item["type"] == "literal_error":
+        return f"{key}: {repr(item['input'])[:200]} is unknown; known: {item['ctx']['expected']}"
     message = item["msg"].removeprefix("Value error, ")
     shown = "" if item["type"] == "value_error" else f" (given {repr(item['input'])[:200]})"
     return f"{key}: {message}{shown}"

@@ -43,5 +43,11 @@ def cause(error: BaseException) -> str:
     return one_line(error)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was no room, on the CPU or a GPU: torch does not tell it by a MemoryError."""
+    torch_said = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return torch_said or isinstance(error, MemoryError)
+
+
 class Stopped(Exception):
     """A signal ended the command early; its message is the signal's name. Exit code 128 + the signal's number."""

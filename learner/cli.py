@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from common.errors import RunError, Stopped, UserError, shown
+from common.errors import RunError, Stopped, UserError, is_out_of_memory, one_line, shown
 from learner import (
     catalogue_cli,
     control_cli,
@@ -76,6 +76,11 @@ def main() -> None:
         sys.exit(2)
     except (RunError, OSError, MemoryError) as error:  # the last two: the machine has no room, or a file went away
         typer.echo(f"run failed: {shown(error) or type(error).__name__}", err=True)
+        sys.exit(1)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        typer.echo(f"run failed: too little memory ({one_line(error)}); diffpo plan says what it takes", err=True)
         sys.exit(1)
     except Stopped as stop:
         sys.exit(128 + signal.Signals[str(stop)].value)

@@ -134,6 +134,7 @@ class Controller:
         """Called by the driver on a signal: the learner finishes its step, writes a checkpoint, and the run ends."""
         self._stop_reason = reason
         self._stopping.set()
+        await self._events.tell("signal", {"name": reason, "phase": self._phase})
         if self._buffer is not None:
             await patiently(lambda: self._buffer.close.remote())
 
@@ -275,7 +276,10 @@ class Controller:
         task, stop = asyncio.ensure_future(work), asyncio.ensure_future(self._stopping.wait())
         await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
         stop.cancel()
-        return task.result() if task.done() else None
+        if task.done():
+            return task.result()
+        task.cancel()  # else it takes the end of its parts for a death, and starts them again
+        return None
 
     async def _enter(self, phase: str) -> None:
         self._phase = phase

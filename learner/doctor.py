@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 
 from common.errors import UserError, one_line, without_secrets
+from common.location import is_uri
 
 GIGABYTE = 10**9
 LEAST_DISK = 1 * GIGABYTE  # a tiny run, its checkpoints and Ray's logs
@@ -72,10 +73,14 @@ def examine(checks: Iterable[Check]) -> list[Finding]:
     return found
 
 
-def checks(*, root: Path, starts_ray: bool = False) -> list[Check]:
-    """All of them, in the order of a report; `root` is where runs are to lie."""
+def checks(*, root: str | Path, starts_ray: bool = False) -> list[Check]:
+    """All of them, in the order of a report; `root` is where runs are to lie, a folder or a URI."""
+
+    def room() -> Iterable[Finding]:
+        return disk(root)
+
     last: list[Check] = [start_of_ray] if starts_ray else []
-    return [python, machine, packages, extras, torch_build, gpu, ray_cluster, ports, lambda: disk(root), *last]
+    return [python, machine, packages, extras, torch_build, gpu, ray_cluster, ports, room, *last]
 
 
 def python() -> Iterator[Finding]:
@@ -177,7 +182,7 @@ def gpu() -> Iterator[Finding]:
 
 def ray_cluster() -> Iterator[Finding]:
     """Which Ray runs would use, and whether it answers."""
-    from learner.ray_connection import LOCAL, chosen_address, probe
+    from learner.ray_connection import LOCAL, chosen_address, host_and_port, probe
 
     address = chosen_address()
     if address in (LOCAL, "auto"):
@@ -185,6 +190,8 @@ def ray_cluster() -> Iterator[Finding]:
     else:
         shown = without_secrets(address)
         try:
+            if host_and_port(address) is None:
+                raise OSError("no host:port")
             probe(address)
             yield Finding("Ray", "address", f"{shown} answers (RAY_ADDRESS)")
         except OSError as error:
@@ -231,10 +238,13 @@ def ports() -> Iterator[Finding]:
         yield Finding("ports", "metrics", f"{LOOPBACK} has none ({error.strerror})", State.MISSING, way_out)
 
 
-def disk(root: Path) -> Iterator[Finding]:
+def disk(root: str | Path) -> Iterator[Finding]:
     """Room for runs, for Ray's files and for its objects."""
-    there = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.exists())
-    if os.access(there, os.W_OK | os.X_OK):
+    path = Path(root).absolute()
+    there = next(folder for folder in (path, *path.parents) if os.path.exists(folder))  # Path.exists may raise
+    if is_uri(str(root)):
+        yield Finding("disk", f"runs ({without_secrets(str(root))})", "an object store, which is not looked at here")
+    elif os.access(there, os.W_OK | os.X_OK):
         yield _disk(f"runs ({there})", there, "choose another run.root")
     else:
         yield Finding("disk", f"runs ({there})", "cannot be written to", State.MISSING, "choose another run.root")

@@ -1,7 +1,6 @@
 """The command `diffpo doctor`."""
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,7 +11,7 @@ app = typer.Typer()
 @app.command()
 def doctor(
     start_ray: Annotated[bool, typer.Option("--start-ray", help="Start a local Ray too, or join RAY_ADDRESS.")] = False,
-    root: Annotated[Path, typer.Option(help="Where runs shall lie.")] = Path("runs"),
+    root: Annotated[str, typer.Option(help="Where runs shall lie: a folder, or a URI.")] = "runs",
     json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """What of this machine and its packages a run needs; 1 when something is missing. Put it into bug reports.

@@ -30,6 +30,7 @@ from learner.trackers import check_trackers
 CONTROLLER = "controller"
 ENDING_SECONDS = 30.0
 MESSAGE_CHARACTERS = 2000
+LAST_NEWS_SECONDS = 1.0
 ALIVE_SECONDS = 2.0  # between two looks at the local Ray
 CONTROLLER_FILE = "controller.json"  # in the run directory: where another process finds the controller
 
@@ -202,6 +203,8 @@ def _shown(
                     f"the local Ray is gone ({', '.join(dead)}): killed, out of memory, or ended by a signal to "
                     "the whole process group; to stop a run, send signals to this process alone"
                 )
+        if news not in ready:  # what was told last may come after the result
+            ready += ray.wait([news], num_returns=1, timeout=LAST_NEWS_SECONDS)[0]
         if news not in ready:
             return ray.get(result)
         for kind, values in ray.get(news):

@@ -2,6 +2,11 @@
 
 from typing import Any
 
+FIRST = {  # of phases in which nothing is told for a while, what that is spent on
+    "warm_start": " (the learner starts)",
+    "train": " (rollout actors start, then generate the groups of the first step)",
+    "evaluate": " (workers start, then answer every prompt in every setting)",
+}
 SCALED = {
     "command": "as asked",
     "learner_waits": "the learner waits for groups",
@@ -14,7 +19,7 @@ SCALED = {
 def line(kind: str, values: dict[str, Any]) -> str | None:
     """Of an event that is told once; None of those that come with every step, and of others."""
     if kind == "phase":
-        return f"phase: {values['phase']}"
+        return f"phase: {values['phase']}{FIRST.get(values['phase'], '')}"
     if kind == "metrics":
         return f"metrics: http://{values['address']}/metrics"
     if kind == "signal":

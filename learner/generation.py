@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.text import Text
 
 from actors.engine import DenoisingEngine
-from actors.request import Failure, Request
+from actors.request import WAY_OUT, Failure, Request
 from common.config import ModelConfig, ThresholdConfig
 from common.errors import RunError, UserError
 from common.policy import Policy
@@ -72,7 +72,7 @@ def generate(folder: Path, choice: Choice, console: Console, *, show_steps: bool
     )
     outcome = _watch(engine, handle, policy, console) if show_steps else _run(engine)
     if isinstance(outcome, Failure):
-        raise RunError(outcome.reason)
+        raise RunError(f"{outcome.reason}; {WAY_OUT}")
     drawn = int((outcome.reveal_step <= outcome.nfe).sum())
     console.print(policy.decode(outcome.completion_ids.tolist()), markup=False, style="bold")
     console.print(

@@ -29,6 +29,8 @@ class JsonDisplay:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._others.__exit__(None, None, None)
+        if isinstance(error, KeyboardInterrupt):
+            self._write("failed", {"error": "interrupted"})
         if isinstance(error, UserError | RunError | OSError | MemoryError) and not isinstance(error, BrokenPipeError):
             self._write("failed", {"error": shown(error) or type(error).__name__})
 

@@ -132,6 +132,11 @@ class PolicyTrainer:
     def weights(self) -> np.ndarray:
         how = {"narrow": self._narrow, "keep": self._ranks.leads}
         (wrong,) = self._ranks.sum(not_finite(self._policy, **how))
+        if wrong and not self.steps:
+            raise RunError(
+                f"{wrong:.0f} of the weights to start from are not finite; start another run with another model.path "
+                "or warm start"
+            )
         if wrong:
             raise RunError(
                 f"{wrong:.0f} of the published weights are not finite after step {self.steps}; "

@@ -90,9 +90,15 @@ def _bind(*, loopback: bool) -> None:
 
 def probe(address: str) -> None:
     """Open a connection to `host:port`: Ray itself tries for minutes where nothing listens (measured)."""
+    found = host_and_port(address)
+    if found is not None:
+        socket.create_connection(found, timeout=PROBE_SECONDS).close()
+
+
+def host_and_port(address: str) -> tuple[str, int] | None:
+    """Of `host:port` or `ray://host:port`; None of anything else."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=PROBE_SECONDS).close()
+    return (host, int(port)) if host and port.isdecimal() else None
 
 
 def dead_daemons() -> list[str]:

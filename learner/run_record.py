@@ -93,9 +93,10 @@ def read_record(run: Place, *, columns: list[str] | None = None) -> pa.Table:
         columns: some of them; None is all.
 
     Raises:
-        pa.ArrowException, OSError, ValueError: when a file cannot be read, or is of another version.
+        pa.ArrowException, OSError: when the folder cannot be looked at.
+        ValueError: when a file cannot be read, or is of another version; names it.
     """
-    tables = [_read(run / FOLDER, name, columns) for name, *_ in _files(run / FOLDER)]
+    tables = [_named(run / FOLDER, name, columns) for name, *_ in _files(run / FOLDER)]
     empty = SCHEMA.empty_table()
     return pa.concat_tables(tables) if tables else empty.select(columns) if columns else empty
 
@@ -105,12 +106,19 @@ def _files(place: Place) -> list[tuple[str, int, int]]:
     return sorted(((one[0], int(one[1]), int(one[2])) for one in found if one), key=lambda file: file[1:])
 
 
+def _named(place: Place, name: str, columns: list[str] | None) -> pa.Table:
+    try:
+        return _read(place, name, columns)
+    except (*FAILURES, ValueError) as error:
+        raise ValueError(f"{name}: {cause(error)}") from error
+
+
 def _read(place: Place, name: str, columns: list[str] | None = None) -> pa.Table:
     wanted = SCHEMA.names if columns is None else columns
     table = place.read_parquet(name, wanted)
     lacks = [column for column in wanted if column not in table.column_names]
     if lacks:
-        raise ValueError(f"{name} is of another version, it lacks {', '.join(lacks)}")
+        raise ValueError(f"it is of another version and lacks {', '.join(lacks)}")
     return table.select(wanted).cast(pa.schema([SCHEMA.field(column) for column in wanted]))
 
 

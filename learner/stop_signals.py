@@ -20,7 +20,7 @@ class StopSignals:
         Args:
             stop: called with the name of the first signal.
             newest_step: of the newest checkpoint; asked for when the run has not ended in `STOP_WINDOW`.
-            show: called with what a person should know, as two events, `signal` and `warning`.
+            show: called with what a person should know then, as an event `warning`.
         """
         self._stop, self._newest_step, self._show = stop, newest_step, show
         self._first: int | None = None
@@ -43,9 +43,7 @@ class StopSignals:
         if self._first is not None:
             raise KeyboardInterrupt
         self._first = number
-        name = signal.Signals(number).name
-        self._show("signal", {"name": name, "phase": self.phase})
-        self._stop(name)
+        self._stop(signal.Signals(number).name)  # told by the run, as its event: this may interrupt `show` itself
         self._alarm.start()
 
     def _late(self) -> None:

@@ -200,7 +200,7 @@ OVERRIDES: dict[str, tuple[list[str], list[str]]] = {
     "an option": (["learner.steps=3", "--", "--steps=3"], ["key.sub=value"]),
     "unknown": (["learner.stpes=3"], ["did you mean learner.steps?"]),
     "without section": (["steps=3"], ["did you mean warm_start.steps or learner.steps?"]),
-    "broken YAML": (["run.name=[1"], ["run.name"]),
+    "broken YAML": (["learner.steps=3", "run.name=[1"], ["override 'run.name=[1' of the config is no YAML"]),
     "python tag": (["run.name=!!python/object/apply:os.getcwd []"], ["python/object"]),
     "deep": (["run.name=" + "[" * 400], ["config"]),
     "of a list's entry": (["evaluation.gammas[0]=1"], ["evaluation.gammas"]),
@@ -209,7 +209,8 @@ OVERRIDES: dict[str, tuple[list[str], list[str]]] = {
     "credentials in a query": (["run.checkpoints=abfs://a@b/c?client_secret=OPEN-SESAME"], ["client_secret=***"]),
     "not UTF-8": (["run.root=\udcff"], ["run.root", "surrogates"]),
     "credentials, malformed": (["s3://KEY:OPEN-SESAME@bucket"], ["s3://***@bucket"]),
-    "credentials, unknown key": (["run.chekpoints=s3://KEY:OPEN-SESAME@b", "a.b=[1"], ["***"]),
+    "credentials, unknown key": (["run.chekpoints=s3://KEY:OPEN-SESAME@b"], ["***"]),
+    "credentials, no YAML": (["run.chekpoints=[s3://KEY:OPEN-SESAME@b"], ["***"]),
 }
 CONTRADICTIONS: dict[str, tuple[list[str], str]] = {
     "heads": (["model.heads=3"], "heads=3 does not divide"),

@@ -297,6 +297,12 @@ def test_a_loss_that_is_not_finite_ends_with_one(diffpo: Diffpo) -> None:
     assert ended.err.count("\n") == 1
 
 
+def test_a_model_beyond_the_memory_is_one_line(diffpo: Diffpo) -> None:
+    ended = diffpo("sft", *TINY, f"model.hidden_size={10**12}")
+    assert (ended.code, ended.err.count("\n")) == (1, 1)
+    assert ended.err.startswith("run failed: too little memory (")
+
+
 def test_ctrl_c_ends_with_130(diffpo: Diffpo, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt

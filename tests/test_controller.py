@@ -1,5 +1,6 @@
 """Controller: what the gauges of a run make it do, without Ray."""
 
+import asyncio
 import errno
 import json
 from contextlib import nullcontext
@@ -8,11 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 
 from common.config_file import parse_config
 from common.errors import RunError, UserError
 from common.ledger import GroupState
 from learner import controller as controller_module
+from learner import learner_lives
 from learner.buffer_gauges import MOST_QUARANTINED
 from learner.controller import Controller
 from learner.run_directory import RunDirectory
@@ -102,6 +105,39 @@ async def test_bytes_that_are_lost_are_told_once(controller: Controller, buffer:
         await controller._update_gauges()
     [text] = [values["text"] for kind, values in await controller.events(0) if kind == "warning"]
     assert text.startswith("the bytes of 3 groups that were finished are in no file")
+
+
+async def test_a_stop_while_the_learner_starts_is_no_death_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ranks:
+        made = 0
+
+        def __init__(self, *_: Any) -> None:
+            Ranks.made += 1
+            self.killed = asyncio.Event()
+
+        async def warm_start(self) -> None:
+            await self.killed.wait()
+            raise RayActorError(None, "killed by ray.kill")
+
+        def kill(self) -> None:
+            self.killed.set()
+
+    monkeypatch.setattr(learner_lives, "LearnerRanks", Ranks)
+    monkeypatch.setattr(controller_module.ray, "get_runtime_context", lambda: SimpleNamespace(current_actor=None))
+    controller = sudoku(tmp_path, metrics={"port": -1})
+    monkeypatch.setattr(controller._capacity, "reserve", lambda: None)
+    running = asyncio.create_task(controller.run())
+    await asyncio.sleep(0.1)
+    await controller.stop("SIGTERM")
+    summary = await running
+    await asyncio.sleep(0.1)
+    events = await controller.events(0)
+    assert summary["stopped"] == "SIGTERM"
+    assert [kind for kind, _ in events] == ["phase", "signal", "phase", "summary"]
+    assert events[1][1] == {"name": "SIGTERM", "phase": "warm_start"}
+    assert Ranks.made == 1
 
 
 async def test_a_run_whose_plot_finds_no_room_has_not_finished(

@@ -205,7 +205,7 @@ def shown(display: Any, file: io.StringIO) -> list[str]:
 def test_plain_lines_tell_every_event_and_some_steps() -> None:
     file = io.StringIO()
     assert shown(PlainDisplay(Console(file=file, soft_wrap=True, highlight=False), TOTALS), file) == [
-        "phase: train",
+        "phase: train (rollout actors start, then generate the groups of the first step)",
         "metrics: http://127.0.0.1:9464/metrics",
         "step 1/40: reward 0.025  NFE 7.90  gamma 0.312  staleness 1.5  ESS 0.88",
         "step 3/40: reward 0.075  NFE 7.70  gamma 0.312  staleness 1.5  ESS 0.88"
@@ -257,6 +257,12 @@ def test_json_ends_with_the_error_of_a_run_that_failed(capsys: pytest.CaptureFix
         failing()
     rows = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
     assert (rows[-1]["kind"], rows[-1]["error"]) == ("failed", "the learner died")
+
+
+def test_json_of_a_command_that_is_interrupted_ends_with_that(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyboardInterrupt), JsonDisplay():
+        raise KeyboardInterrupt
+    assert json.loads(capsys.readouterr().out)["error"] == "interrupted"
 
 
 def test_flags_that_contradict_each_other_are_refused() -> None:

@@ -139,6 +139,25 @@ def test_a_ray_that_does_not_answer(monkeypatch: Patch) -> None:
     assert "RAY_ADDRESS" in one.advice
 
 
+@pytest.mark.parametrize("address", ["garbage", " ", "LOCAL", "ray://", "head:", "head:6379:", "head:²"])
+def test_an_address_that_is_none_does_not_answer(monkeypatch: Patch, address: str) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    one = found(doctor_module.ray_cluster, "address")
+    assert (one.state, "no host:port" in one.found) == (State.MISSING, True)
+
+
+@pytest.mark.parametrize(
+    ("root", "said"),
+    [("s3://KEY:OPEN-SESAME@bucket/runs", "s3://***@bucket/runs"), ("x" * 5000, "runs"), ("a\0b", "runs")],
+)
+def test_a_root_that_is_no_folder_here(root: str, said: str) -> None:
+    [check] = [one for one in checks(root=root) if one.__name__ == "room"]
+    findings = examine([check])
+    assert said in findings[0].name
+    assert all(one.part == "disk" for one in findings), "none stumbled"
+    assert "SESAME" not in str(findings)
+
+
 def test_a_ray_that_answers(monkeypatch: Patch) -> None:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))

@@ -96,5 +96,5 @@ def test_a_model_that_is_not_finite_fails_with_the_step(make_policy, tmp_path: P
     policy: Policy = make_policy(double=False)
     policy.model.lm_head.weight.data.fill_(float("nan"))
     policy.save(tmp_path)
-    with pytest.raises(RunError, match="not finite: request 1, version 0, step 1"):
+    with pytest.raises(RunError, match=r"not finite: request 1, version 0, step 1; .*give another policy"):
         shown(tmp_path, CHOICE)

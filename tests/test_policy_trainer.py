@@ -115,6 +115,13 @@ def test_what_ranks_will_share_out_is_opened_on_the_cpu(warm_start: Path, tmp_pa
     assert {p.device.type for p in trainer._policy.parameters()} == {"cpu"}
 
 
+def test_a_start_that_is_not_finite_is_not_blamed_on_training(trainer: PolicyTrainer) -> None:
+    with torch.no_grad():
+        next(iter(trainer._policy.parameters())).fill_(float("nan"))
+    with pytest.raises(RunError, match="the weights to start from are not finite; start another run with another"):
+        trainer.weights()
+
+
 def lose(file: Path) -> None:
     file.unlink()
 

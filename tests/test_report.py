@@ -189,7 +189,7 @@ def test_a_record_of_another_version_is_said(run: Path, lacks: str) -> None:
     shown = page_of(run).words
     assert ("record/ cannot be read" in shown) == (lacks != "token_weight"), "that is for the viewer alone"
     assert "Reveal viewer" not in shown
-    with pytest.raises(UserError, match=f"is of another version, it lacks {lacks}; restore"):
+    with pytest.raises(UserError, match=f"parquet: it is of another version and lacks {lacks}; restore"):
         recorded_group(RunData.read(str(run)))
 
 

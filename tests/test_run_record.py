@@ -17,6 +17,16 @@ TOKENIZER = character_tokenizer("0123")
 GROUP = 2
 
 
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    record = RunRecord(Place(tmp_path), groups=1, warn=print)
+    for step in (1, 2):
+        record.add(rows(step, {step: [0.0, 1.0]}))
+        record.write()
+    (tmp_path / "record" / "steps-000002-000002.parquet").write_bytes(b"torn")
+    with pytest.raises(ValueError, match=r"steps-000002-000002\.parquet: "):
+        read_record(Place(tmp_path))
+
+
 def group_of(number: int, rewards: list[float]) -> pa.Table:
     """Completions `12`, then the end; the second position is drawn first."""
     ids = TOKENIZER.convert_tokens_to_ids(["1", "2"])

@@ -182,7 +182,7 @@ def test_the_event_loop_does_not_wait_for_a_tracker(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        (["metrics.trackers=[mlflow]"], ["metrics.trackers.0", "'tensorboard' or 'wandb'", "mlflow"]),
+        (["metrics.trackers=[mlflow]"], ["metrics.trackers.0: 'mlflow' is unknown; known: 'tensorboard' or 'wandb'"]),
         (["metrics.trackers=3"], ["metrics.trackers"]),
         (["metrics.wandb_project=a/b"], ["metrics.wandb_project", "a/b"]),
     ],

@@ -94,7 +94,9 @@ def recorded_group(run: RunData, group: int | None = None) -> dict[str, Any]:
     try:
         rows = read_record(run.directory.place)
     except (*FAILURES, ValueError) as error:
-        raise UserError(f"{run.directory.name}/record cannot be read: {error}; restore it from a copy") from error
+        raise UserError(
+            f"{run.directory.name}/record cannot be read: {error}; restore that file from a copy, or move it away"
+        ) from error
     table = rows.filter(compute.is_valid(rows["tokens"]))
     if group is None and len(table):
         group = table["group"][-1].as_py()
