@@ -1,4 +1,4 @@
-"""New folder: written under another name beside it, and there when it is complete; and what a full disk says."""
+"""New folder: written under another name beside it, there when it is complete, readable as others are."""
 
 import os
 import shutil
@@ -30,6 +30,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         with writing(target):
             partial.chmod(0o777 & ~_umask())  # mkdtemp's is for its owner alone
             yield partial
+            open_to_all(partial)
             os.rename(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -46,6 +47,12 @@ def writing(folder: Path) -> Iterator[None]:
         if not (isinstance(error, OSError | SafetensorError) or type(error) is Exception):
             raise
         raise RunError(f"{folder} cannot be written ({cause(error)}); make room there") from error
+
+
+def open_to_all(folder: Path) -> None:
+    """Files as the umask has them: safetensors makes its own for their owner alone."""
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o666 & ~_umask())
 
 
 def sync(path: str | Path) -> None:

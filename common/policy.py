@@ -32,6 +32,7 @@ from common.calibration import Calibration
 from common.config import RolloutConfig
 from common.errors import UserError
 from common.family import SHIFT_KEY
+from common.new_folder import open_to_all
 from common.prompt import prompt_ids
 from common.threshold import ThresholdHead
 from common.vocabulary import read_vocabulary
@@ -222,6 +223,7 @@ class Policy(nn.Module):
         self.tokenizer.save_pretrained(folder)
         own = {f"{CALIBRATION}{name}": value for name, value in parts["calibration"].items()}
         save_file(parts["head"] | own, folder / THRESHOLD_WEIGHTS)
+        open_to_all(folder)
         partial = folder / f"{THRESHOLD_CONFIG}.partial"  # by it others know that all is there: not even an empty one
         partial.write_text(self.head.config.model_dump_json())
         partial.replace(folder / THRESHOLD_CONFIG)

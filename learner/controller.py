@@ -70,6 +70,7 @@ class Controller:
             config, self._directory.name, parts, self._capacity, self._events, progress=self._watchdog.mark
         )
         self._buffer: Any = None
+        self._actor_restarts = 0.0
         self._buffer_gauges = BufferGauges()
         self._quarantine = QuarantineReport(config, self._directory)
         self._fleet: Fleet | None = None
@@ -317,6 +318,9 @@ class Controller:
         """Tell what the newest gauges show. Raises RunError when no prompt's group can be had any more."""
         seen = self._buffer_gauges
         seen.see(gauges)
+        if (restarts := fleet.get("rollout_restarts", 0.0)) > self._actor_restarts:
+            self._actor_restarts = restarts
+            await self._events.warn(f"a rollout actor died and is started again ({restarts:.0f} so far)")
         if seen.progressed:
             self._watchdog.mark()
         self._watchdog.untrainable = seen.untrainable

@@ -31,7 +31,7 @@ GOOD_MEMORY = 2 * GIGABYTE
 GOOD_SHARED = 1 * GIGABYTE
 LEAST_FILES, GOOD_FILES = 256, 1024
 OLDEST_PYTHON = (3, 11)
-DASHBOARD = 8265
+DASHBOARD, AGENT = 8265, 52365
 LOOPBACK = "127.0.0.1"
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -224,11 +224,12 @@ def start_of_ray() -> Iterator[Finding]:
 
 def ports() -> Iterator[Finding]:
     """Whether a run can listen."""
-    with socket.socket() as asked:
-        asked.settimeout(1.0)
-        taken = asked.connect_ex((LOOPBACK, DASHBOARD)) == 0
-    said = "in use, by Ray's dashboard or another program" if taken else "free"
-    yield Finding("ports", f"{DASHBOARD} (Ray's dashboard)", said)
+    for port, name in ((DASHBOARD, "Ray's dashboard"), (AGENT, "its agent, which jobs need")):
+        with socket.socket() as asked:
+            asked.settimeout(1.0)
+            taken = asked.connect_ex((LOOPBACK, port)) == 0
+        said = "in use, by a Ray or another program" if taken else "free"
+        yield Finding("ports", f"{port} ({name})", said)
     try:
         with socket.socket() as probe:
             probe.bind((LOOPBACK, 0))

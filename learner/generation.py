@@ -12,14 +12,17 @@ from rich.text import Text
 from actors.engine import DenoisingEngine
 from actors.request import WAY_OUT, Failure, Request
 from common.config import ModelConfig, ThresholdConfig
+from common.config_file import load_config
 from common.errors import RunError, UserError
 from common.policy import Policy
 from common.policy_loading import load_policy
 from common.prompt import has_unknown
 from common.trajectory import Completion
 from learner.preflight import check_device
+from learner.run_directory import RUN_CONFIG
 
-BLANK = "░"
+BLANK, STOP = "░", "·"
+USUAL_TOKENS = 16
 SECONDS_SHOWN = 0.15  # of each step on a terminal, so that the eye can follow
 
 
@@ -82,6 +85,12 @@ def generate(folder: Path, choice: Choice, console: Console, *, show_steps: bool
     return outcome
 
 
+def usual_tokens(folder: Path) -> int:
+    """The completion length of the run that wrote a checkpoint, where the folder says which it was."""
+    file = folder / RUN_CONFIG
+    return load_config(file).sampler.max_completion_tokens if file.is_file() else USUAL_TOKENS
+
+
 def checked_prompt(policy: Policy, text: str) -> tuple[int, ...]:
     """The prompt's ids.
 
@@ -135,6 +144,7 @@ def _latent(policy: Policy, ids: np.ndarray, before: np.ndarray | None, title: s
         new = before is None or before[position] == policy.vocabulary.mask_id
         if token == policy.vocabulary.mask_id:
             text.append(BLANK, style="dim")
-        elif token not in stops:
-            text.append(str(policy.tokenizer.decode([token])), style="bold green" if new else "default")
+        else:
+            shown = STOP if token in stops else str(policy.tokenizer.decode([token]))
+            text.append(shown, style="bold green" if new else "default")
     return text

@@ -24,13 +24,12 @@ from common.lease import FinishedGroup, Sample
 from common.segment_folder import SegmentFolder
 from learner.buffer_link import BufferLink
 from learner.checkpoint_writer import CheckpointWriter
-from learner.run_directory import WHY, RunDirectory
+from learner.run_directory import RUN_CONFIG, WHY, RunDirectory
 from learner.run_record import RunRecord
 from learner.trainer import BatchRefused, Trainer
 
 log = logging.getLogger(__name__)
 
-RUN_CONFIG = "run_config.yaml"
 MakeTrainer = Callable[[Config, Path], Trainer]
 
 

@@ -10,6 +10,7 @@ from actors.evaluation import Point
 from actors.frontier import frontier_points
 
 COLOURS = ("#6b7280", "#c2410c", "#1d4ed8", "#15803d")
+ENTROPY_BOUND = {"entropy_bound", "sampled_entropy_bound"}
 MARKERS = {"confidence": ("s", "confidence"), "top_k": ("^", "fixed tokens per step")}
 
 
@@ -29,18 +30,18 @@ def draw_pareto(points: Mapping[str, list[Point]], *, title: str) -> bytes:
             capsize=2,
             label=f"{name}: entropy bound, fixed gamma",
         )
-        for rule, (marker, label) in MARKERS.items():
+        for rule in sorted({p.setting.rule for p in found} - ENTROPY_BOUND):
             other = [p for p in found if p.setting.rule == rule]
-            if other:
-                axes.plot(
-                    [p.mean_nfe for p in other],
-                    [p.accuracy for p in other],
-                    linestyle="none",
-                    marker=marker,
-                    markerfacecolor="none",
-                    color=colour,
-                    label=f"{name}: {label}",
-                )
+            marker, label = MARKERS.get(rule, ("D", rule))
+            axes.plot(
+                [p.mean_nfe for p in other],
+                [p.accuracy for p in other],
+                linestyle="none",
+                marker=marker,
+                markerfacecolor="none",
+                color=colour,
+                label=f"{name}: {label}",
+            )
         learned = [p for p in found if p.setting.parameter == "mean" and p.setting.temperature == 0]
         if learned:
             axes.plot(

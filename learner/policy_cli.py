@@ -14,7 +14,7 @@ app = typer.Typer()
 def generate(
     model: Annotated[str, typer.Argument(help=POLICY)],
     prompt: Annotated[str, typer.Argument(help="What to complete.")],
-    tokens: Annotated[int, typer.Option(help="Length of the completion.")] = 16,
+    tokens: Annotated[int | None, typer.Option(help="Length of the completion; else that of its run, or 16.")] = None,
     block: Annotated[int | None, typer.Option(help="Block length; a divisor of the tokens.")] = None,
     rule: Annotated[str, typer.Option(help="Reveal rule, a name of docs/engine.md.")] = "entropy_bound",
     threshold: Annotated[float | None, typer.Option(help="The rule's parameter; else the learned threshold.")] = None,
@@ -33,12 +33,13 @@ def generate(
     from rich.console import Console
 
     from common.local_copy import local_copy
-    from learner.generation import Choice
+    from learner.generation import Choice, usual_tokens
     from learner.generation import generate as run
 
+    folder = local_copy(model)
     choice = Choice(
         prompt=prompt,
-        tokens=tokens,
+        tokens=usual_tokens(folder) if tokens is None else tokens,
         block=block,
         rule=rule,
         threshold=threshold,
@@ -49,7 +50,7 @@ def generate(
         raw=raw,
         mask_token=mask_token,
     )
-    run(local_copy(model), choice, Console(highlight=False, soft_wrap=True), show_steps=steps)
+    run(folder, choice, Console(highlight=False, soft_wrap=True), show_steps=steps)
 
 
 @app.command()

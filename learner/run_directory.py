@@ -53,6 +53,7 @@ from learner.run_lock import RunLock
 
 CONFIG_FILE = "config.yaml"
 EVALUATION = "evaluation.json"
+RUN_CONFIG = "run_config.yaml"  # in a checkpoint: the configuration of the run that wrote it
 METRICS = "metrics.jsonl"
 PARETO = "pareto.png"
 ROOT = Path("runs")

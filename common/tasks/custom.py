@@ -143,7 +143,7 @@ def build_custom(config: CustomConfig) -> Task:
     try:
         check_weights(config.reward_weights, task.components)
     except ValueError as error:
-        raise UserError(f"task.reward_weights: {one_line(error)}") from error
+        raise UserError(f"task.reward_weights: {one_line(error)} (`components` of the factory's task)") from error
     return task
 
 
