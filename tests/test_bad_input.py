@@ -522,7 +522,7 @@ def inputs() -> Iterator[Case]:
     yield Case("study: --seeds", ["study", "study.yaml", "--seeds", "0"], ["seeds"])
     yield Case("study: result", ["study", "study.yaml", "--out", "o", "--report"], ["one-seed0.json"], write(
         "o/study/one-seed0.json", "{"))  # fmt: skip
-    yield Case("bench: unknown", ["bench", "luck"], ["benchmark 'luck' is unknown; known: async"])
+    yield Case("bench: unknown", ["bench", "luck"], ["benchmark 'luck' is unknown; known: all, async"])
     yield Case("bench: path", ["bench", "../main"], ["is unknown"])
     yield Case("bench: async configured", ["bench", "async", "learner.steps=3"], ["takes no configuration"])
     yield Case("bench: engine configured", ["bench", "engine", "-c", "good.yaml"], ["takes no configuration"])

@@ -29,7 +29,9 @@ from learner.study.single_run import SingleRun
 
 # additive cost: an untrained model never solves countdown, and then only NFE tells completions apart
 @pytest.mark.parametrize(
-    ("config", "staleness", "cost"), [("sudoku", 0, "multiplicative"), ("countdown", 2, "additive")]
+    ("config", "staleness", "cost"),
+    [("sudoku", 0, "multiplicative"), pytest.param("countdown", 2, "additive", marks=pytest.mark.slow)],
+    [("sudoku", 0, "multiplicative"), pytest.param("countdown", 2, "additive", marks=pytest.mark.slow)],
 )
 def test_runs_to_the_end(config: str, staleness: int, cost: str, tmp_path: Path) -> None:
     """Warm start, asynchronous (and synchronous) training, evaluation, plot; every token within the bound."""
@@ -110,6 +112,7 @@ def test_sigterm_ends_with_a_checkpoint_and_metrics_were_served(tmp_path: Path) 
     assert not (run / "evaluation.json").exists()
 
 
+@pytest.mark.slow
 def test_a_dead_fleet_ends_the_run_with_its_cause(tmp_path: Path) -> None:
     """A killed actor is replaced while training goes on; when restarts are exhausted the run fails and says why."""
     process = start("sudoku", tmp_path, ENDLESS, "rollout.max_restarts=1")
@@ -125,6 +128,7 @@ def test_a_dead_fleet_ends_the_run_with_its_cause(tmp_path: Path) -> None:
     assert time.monotonic() - killed < 60
 
 
+@pytest.mark.slow
 def test_rollout_actors_are_added_and_drained_while_the_run_trains(tmp_path: Path) -> None:
     """`diffpo scale` from another process: nothing is lost or leased twice, and training goes on."""
     run = tmp_path / "run"
@@ -201,6 +205,7 @@ def test_a_run_survives_its_learner_its_buffer_and_its_driver(tmp_path: Path) ->
     assert f"has finished its {steps} steps" in again.stderr
 
 
+@pytest.mark.slow
 def test_a_run_in_which_nothing_can_be_trained_ends(tmp_path: Path) -> None:
     """A model that never solves countdown yields groups of equal rewards; discarding them is not progress."""
     process = start("countdown", tmp_path, "warm_start.steps=0", "replay.drop_no_spread=true", "run.stall_timeout=15")
@@ -246,6 +251,7 @@ def listening(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+@pytest.mark.slow
 def test_job_submission_trains_to_the_end(ray_head, tmp_path: Path) -> None:
     """`ray job submit --working-dir . -- python -m learner train …` on a local head; submitted again it resumes."""
     environment, address = ray_head

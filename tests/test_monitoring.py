@@ -245,6 +245,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 @needs_prometheus
 @pytest.mark.timeout(400)
+@pytest.mark.slow
 def test_a_server_scrapes_a_run_and_finds_every_metric_that_rules_and_dashboard_use(
     server: Server, tmp_path: Path
 ) -> None:

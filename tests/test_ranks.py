@@ -348,6 +348,7 @@ def rank_actors(of: psutil.Process) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_takes_the_others_along_and_the_run_goes_on(tmp_path: Path) -> None:
     """Adapters, published as bfloat16, by two ranks, of which one is killed; later the run is stopped."""
     base = [sys.executable, "-m", "learner", "train", "--config", "deploy/configs/sudoku.yaml"]
