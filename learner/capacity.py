@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable
 
 import ray
-from ray.util.placement_group import PlacementGroup
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from actors.cluster_state import pending_of, why_waiting
 from actors.fleet import Fleet
@@ -51,6 +51,12 @@ class Capacity:
     def reserve(self) -> None:
         """Ask for the learner's place."""
         self.group = reserved(self._config.learner)
+
+    def release(self) -> None:
+        """Give the learner's place back; called once no learner comes any more, since others wait for it."""
+        if self.group is not None:
+            remove_placement_group(self.group)
+            self.group = None
 
     async def keep_looking(
         self, fleet: Callable[[], Fleet | None], events: EventLog, progress: Callable[[], None]

@@ -197,6 +197,7 @@ class Controller:
             await self._enter("train")
             reached = await self._train()
         self._learner.end()
+        self._capacity.release()  # for the evaluation
         evaluation = None
         if not self._stopping.is_set():
             if reached["steps"] < config.learner.steps:

@@ -87,6 +87,7 @@ def test_the_suite_measures_what_is_missing_and_writes_the_page(calls: list[str]
     assert "| `identical` | 1 | **0.5** |" in text
     assert "| `speedup_v32k` | >= 6 | 50 ± 1.25 |" in text
     assert "## chaos" not in text
+    assert "Not measured at this commit: `chaos`." in text
     calls.clear()
     with pytest.raises(RunError):
         suite.run_suite(quick=False, as_json=False, console=QUIET)

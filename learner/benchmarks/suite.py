@@ -162,6 +162,9 @@ def page(found: dict[str, dict[str, Any]], now: str) -> str:
         "fails for such a one where a shared machine can tell it from noise; CI runs it for engine, learner, exporter",
         "and report.",
     ]
+    missing = [f"`{name}`" for name in MEASURED if name not in found and name != "gpu"]
+    if missing:
+        lines += ["", f"Not measured at this commit: {', '.join(missing)}."]
     for name, one in found.items():
         numbers = flat(one["result"])
         lines += [
