@@ -71,7 +71,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         return {"seconds": 60.0, "result": {"identical": 0.5, "speedup_v32k": 50.0, "speedup_v32k_spread": 1.25}}
 
     monkeypatch.setattr(suite, "measured", measured)
-    monkeypatch.setattr(suite, "commit", lambda: "abc1234")
+    monkeypatch.setattr(suite, "measured_commit", lambda: "abc1234")
     monkeypatch.setattr(suite.torch.cuda, "is_available", lambda: False)
     (tmp_path / "docs").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -101,7 +101,7 @@ def test_a_quick_suite_leaves_the_page_alone(calls: list[str]) -> None:
 
 
 def test_code_that_changed_is_measured_again(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suite, "commit", lambda: "abc1234+")
+    monkeypatch.setattr(suite, "measured_commit", lambda: "abc1234+")
     for _ in range(2):
         with pytest.raises(RunError):
             suite.run_suite(quick=True, as_json=False, console=QUIET)

@@ -31,7 +31,6 @@ from learner.study.single_run import SingleRun
 @pytest.mark.parametrize(
     ("config", "staleness", "cost"),
     [("sudoku", 0, "multiplicative"), pytest.param("countdown", 2, "additive", marks=pytest.mark.slow)],
-    [("sudoku", 0, "multiplicative"), pytest.param("countdown", 2, "additive", marks=pytest.mark.slow)],
 )
 def test_runs_to_the_end(config: str, staleness: int, cost: str, tmp_path: Path) -> None:
     """Warm start, asynchronous (and synchronous) training, evaluation, plot; every token within the bound."""
