@@ -64,7 +64,6 @@ def functions_travel_by_value() -> None:
         cloudpickle.register_pickle_by_value(module)
 
 
-@pytest.mark.slow
 def test_a_failed_run_is_named_the_others_go_on_and_only_it_is_run_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
