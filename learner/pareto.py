@@ -8,9 +8,9 @@ from matplotlib.ticker import ScalarFormatter
 
 from actors.evaluation import Point
 from actors.frontier import frontier_points
+from actors.reveal_rules import ENTROPY_BOUND
 
 COLOURS = ("#6b7280", "#c2410c", "#1d4ed8", "#15803d")
-ENTROPY_BOUND = {"entropy_bound", "sampled_entropy_bound"}
 MARKERS = {"confidence": ("s", "confidence"), "top_k": ("^", "fixed tokens per step")}
 
 
@@ -30,7 +30,7 @@ def draw_pareto(points: Mapping[str, list[Point]], *, title: str) -> bytes:
             capsize=2,
             label=f"{name}: entropy bound, fixed gamma",
         )
-        for rule in sorted({p.setting.rule for p in found} - ENTROPY_BOUND):
+        for rule in sorted({p.setting.rule for p in found}.difference(ENTROPY_BOUND)):
             other = [p for p in found if p.setting.rule == rule]
             marker, label = MARKERS.get(rule, ("D", rule))
             axes.plot(
