@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from common.location import below, is_uri
 from common.section import Section
@@ -19,6 +19,7 @@ from common.tasks import TaskConfig
 from common.version import LINEAGE
 
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9_./-]{0,250}[A-Za-z0-9])?$")]
+Where = Annotated[str, AfterValidator(os.path.expanduser)]  # shells leave the tilde of run.root=~/runs
 Increasing = Annotated[tuple[Annotated[float, Field(le=1e6)], ...], Field(min_length=1)]
 SMALLEST_GAMMA = 1e-9  # nats; what is smaller counts as this wherever a logarithm is taken
 SMALLEST_REWARD_MEMORY = 64 * 2**20  # bytes
@@ -46,7 +47,7 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     """The masked diffusion language model: a folder in Hugging Face layout, or a small one built from sizes."""
 
-    path: str | None = None
+    path: Where | None = None
     """Folder of a checkpoint: LLaDA, Dream and others as they are published (docs/models.md), what `diffpo convert`
     wrote, or a checkpoint of a run, or a URI (s3://…) of one, of which every node makes a copy; null builds a small
     model and warm-starts it."""
@@ -196,7 +197,7 @@ class SamplerConfig(Section):
 class RolloutConfig(Section):
     """The fleet of rollout actors."""
 
-    actors: int = Field(default=1, ge=1)
+    actors: int = Field(default=1, ge=1, le=500)
     """Rollout actors; with `max_actors`, those that a run begins with."""
     min_actors: int = Field(default=1, ge=1)
     """Fewest rollout actors, where the run scales itself."""
@@ -470,7 +471,7 @@ class RunConfig(Section):
 
     name: str = Field(default="run", coerce_numbers_to_str=True, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
     """Run id: also the Ray namespace and the directory below `root`."""
-    root: str = "runs"
+    root: Where = "runs"
     """Folder or URI (s3://…, gs://…) that holds run directories; inside a submitted Ray job a relative folder is taken
     from the home directory, since Ray deletes the job's own working directory."""
     seed: int = Field(default=0, ge=0, lt=1 << 63)
@@ -481,7 +482,7 @@ class RunConfig(Section):
     """Learner steps between checkpoints; 0 writes only the last."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints that stay; groups trained since the oldest of them stay too, in RUN/segments."""
-    checkpoints: str | None = None
+    checkpoints: Where | None = None
     """Folder or URI (s3://…, gs://…) below which the checkpoints are written; null is RUN/checkpoints."""
     record_groups: int = Field(default=1, ge=0)
     """Groups of each learner step whose completions are kept position by position, for `diffpo report` and `view`."""

@@ -155,6 +155,7 @@ BAD = [
     ("sampler.max_prompt_tokens=500", ["516", "model.max_positions=512", "raise"]),
     ("rollout.slots=4", ["rollout.slots=4", "learner.group_size=8"]),
     ("rollout.actors=0", ["rollout.actors", "given 0"]),
+    ("rollout.actors=501", ["rollout.actors", "500", "given 501"]),
     ("rollout.reward_memory_bytes=67108863", ["rollout.reward_memory_bytes: 67108863", "67108864 (64 MiB)", "or more"]),
     ("rollout.reward_timeout=1e9", ["rollout.reward_timeout", "604800"]),
     ("replay.max_staleness=-1", ["replay.max_staleness", "given -1"]),
@@ -191,6 +192,13 @@ def test_a_bad_value_is_refused_in_one_line(override: str, expected: list[str]) 
     message = refusal(override)
     for part in expected:
         assert part in message
+
+
+@pytest.mark.parametrize("key", ["run.root", "run.checkpoints", "model.path"])
+def test_a_tilde_is_the_home_directory(key: str) -> None:
+    section, name = key.split(".")
+    config = load_config(None, ["task.name=sudoku", f"{key}=~/there"])
+    assert getattr(getattr(config, section), name) == str(Path.home() / "there")
 
 
 @pytest.mark.parametrize("key", ["run.root", "model.path"])

@@ -74,7 +74,7 @@ def run(options: Options) -> dict[str, Any]:
     add(ratio("speedup_v32", repeats, partial(speedup, small, few)))
     add({"nfe_cv_v32": nfe_cv(small, few)})
     wide = policy_of(SMALL, 32_000)
-    add({"speedup_v32k": speedup(wide, 2 if quick else REQUESTS)})
+    add({"speedup_v32k": speedup(wide, GROUP if quick else REQUESTS)})
     for cache in ("prefix", "dual"):
         add(caching(large, cache, repeats, large_few))
     if not quick:
