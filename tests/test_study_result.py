@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from rich.console import Console
 from study_fixtures import ROOT, result, study
 
 from common.errors import UserError
+from learner.study.grid import load_study
 from learner.study.measures import MEASURES, POINTS, SAVING, lookup
 from learner.study.result import ADAPTER
 from learner.study.runner import Runner
 
 KEPT = sorted((ROOT / "docs/studies").glob("*/*.json"))
+PAGES = sorted({path.parent.name for path in KEPT})
 Change = Callable[[dict[str, Any]], Any]
 
 
@@ -112,3 +115,15 @@ def test_claims_may_name_what_runs_write() -> None:
     for measure in MEASURES:
         assert any(lookup(kept, measure) is not None for kept in found), measure
     assert set(POINTS) == set(found[0]["validation"][0])
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_says_what_its_results_and_its_study_say(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *given, **named: None)
+    shutil.copytree(ROOT / "docs/studies" / name, tmp_path / name)
+    short, loaded = load_study(name, out=tmp_path)
+    runner = Runner(short, loaded, out=tmp_path, work=tmp_path / "work", console=Console())
+    made = runner.report(runner.finished())
+    assert made.read_text() == (ROOT / "docs/studies" / f"{name}.md").read_text()
