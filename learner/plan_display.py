@@ -50,8 +50,8 @@ def show(model: Model, activations: Activations, settings: Settings, *, gpu: flo
     table.add_row("together", *(_count(_sum(a, b)) for a, b in zip(ranks, actors, strict=True)))
     console.print(table)
     console.print(
-        f"GPUs of {gpu / 1e9:g} GB of which {RESERVE:.0%} stay free; none: what ranks do not share is too much: lower "
-        "learner.micro_batch_tokens (learner) or rollout.slots (rollout)"
+        f"With model.device=cuda, on GPUs of {gpu / 1e9:g} GB of which {RESERVE:.0%} stay free; none: what ranks do "
+        "not share is too much: lower learner.micro_batch_tokens (learner) or rollout.slots (rollout)"
     )
 
 

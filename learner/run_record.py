@@ -85,18 +85,26 @@ class RunRecord:
             self._warn(f"{self._place} lacks completions, it cannot be written: {cause(error)}")
 
 
-def read_record(run: Place, *, columns: list[str] | None = None) -> pa.Table:
+def read_record(run: Place, *, columns: list[str] | None = None, unread: list[str] | None = None) -> pa.Table:
     """All rows that a run has kept so far, in order of steps; none of a run that has kept nothing.
 
     Args:
         run: the run directory.
         columns: some of them; None is all.
+        unread: files that cannot be read, or are of another version, are named here with the reason, and left out.
 
     Raises:
         pa.ArrowException, OSError: when the folder cannot be looked at.
-        ValueError: when a file cannot be read, or is of another version; names it.
+        ValueError: when a file cannot be read, without `unread`; names it.
     """
-    tables = [_named(run / FOLDER, name, columns) for name, *_ in _files(run / FOLDER)]
+    tables = []
+    for name, *_ in _files(run / FOLDER):
+        try:
+            tables.append(_named(run / FOLDER, name, columns))
+        except ValueError as error:
+            if unread is None:
+                raise
+            unread.append(str(error))
     empty = SCHEMA.empty_table()
     return pa.concat_tables(tables) if tables else empty.select(columns) if columns else empty
 

@@ -193,6 +193,19 @@ def test_a_record_of_another_version_is_said(run: Path, lacks: str) -> None:
         recorded_group(RunData.read(str(run)))
 
 
+def test_one_damaged_file_hides_no_other(run: Path) -> None:
+    file = next((run / "record").iterdir())
+    group = pq.read_table(file)["group"][0].as_py()
+    file.with_name("steps-000007-000007.parquet").write_bytes(b"PAR1 torn")
+    shown = page_of(run).words
+    assert "A file of record/ cannot be read and is left out: steps-000007-000007.parquet: " in shown
+    assert "Reveal viewer" in shown
+    data = RunData.read(str(run))
+    assert recorded_group(data, group)["group"] == group
+    with pytest.raises(UserError, match=r"record cannot be read whole: steps-000007-000007.parquet: .*; restore"):
+        recorded_group(data, 12345)
+
+
 def test_steps_that_were_done_again_count_once(run: Path) -> None:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     again = [row | {"seconds": 1.0, "rollout_generated_reward": 0.9} for row in rows[3:]]

@@ -59,8 +59,8 @@ def slowest(run: RunData, count: int = 8) -> list[dict[str, Any]]:
 def shown_groups(run: RunData, wanted: list[int]) -> list[dict[str, Any]]:
     """Groups for the viewer, those that are wanted first, as long as there is room: see `group_view`."""
     try:
-        rows = read_record(run.directory.place)
-    except (*FAILURES, ValueError):
+        rows = read_record(run.directory.place, unread=[])  # which they are is told by `RunData.record`
+    except FAILURES:
         return []
     table = rows.filter(compute.is_valid(rows["tokens"]))
     steps = np.unique(table["step"].to_numpy())
@@ -91,12 +91,11 @@ def recorded_group(run: RunData, group: int | None = None) -> dict[str, Any]:
     Raises:
         UserError: when it is not recorded position by position; says which are.
     """
+    unread: list[str] = []
     try:
-        rows = read_record(run.directory.place)
-    except (*FAILURES, ValueError) as error:
-        raise UserError(
-            f"{run.directory.name}/record cannot be read: {error}; restore that file from a copy, or move it away"
-        ) from error
+        rows = read_record(run.directory.place, unread=unread)
+    except FAILURES as error:
+        raise UserError(f"{run.directory.name}/record cannot be read: {error}; mend its permissions") from error
     table = rows.filter(compute.is_valid(rows["tokens"]))
     if group is None and len(table):
         group = table["group"][-1].as_py()
@@ -104,6 +103,11 @@ def recorded_group(run: RunData, group: int | None = None) -> dict[str, Any]:
     if len(mine):
         last = compute.max(mine["step"]).as_py()
         return group_view(run, mine.filter(compute.equal(mine["step"], last)))
+    if unread:
+        raise UserError(
+            f"{run.directory.name}/record cannot be read whole: {'; '.join(unread)}; restore from a copy what is "
+            "damaged, or move it away"
+        )
     numbers = sorted(set(table["group"].to_pylist()))
     some = ", ".join(map(str, numbers[-10:])) or "none yet: they are written with each checkpoint"
     if group is None:

@@ -107,12 +107,14 @@ class RunData:
     @cached_property
     def record(self) -> pa.Table:
         """Every completion that the run was trained on, without what it has position by position."""
+        unread: list[str] = []
         try:
-            found = read_record(self.directory.place, columns=LITTLE)
+            found = read_record(self.directory.place, columns=LITTLE, unread=unread)
         except UNREADABLE as error:
             self.notes.append(f"record/ cannot be read ({one_line(error)}): no completions.")
             return SCHEMA.empty_table().select(LITTLE)
-        if not len(found):
+        self.notes += [f"A file of record/ cannot be read and is left out: {why}." for why in unread]
+        if not len(found) and not unread:
             self.notes.append("No completions are recorded yet (they are written with each checkpoint).")
         return found
 
