@@ -122,11 +122,11 @@ class WindowedFifo:
 
     @classmethod
     def for_staleness(cls, *, groups_per_step: int, max_staleness: int) -> "WindowedFifo":
-        """The split of `(eta + 1) P + 1 = B + W` that the event model finds best (`diffpo bench async`, `splits`).
+        """How `(eta + 1) P + 1 = B + W` is split; what others gain is modelled (`diffpo bench async`, `splits`).
 
         Up to 2 all of it goes into tickets (0 is synchronous, 1 and 2 are strict FIFO): a window is paid for with
-        tickets, and with few of them the fleet waits. From 3 on a window of a quarter of a step costs nothing and lets
-        the learner pass a slow group.
+        tickets, and with few of them the fleet waits. From 3 on a window of a quarter of a step costs next to nothing
+        and lets the learner pass a slow group.
         """
         _check(max_staleness)
         window = 1 if max_staleness < 3 else groups_per_step // 4 + 1

@@ -228,8 +228,8 @@ class RolloutConfig(Section):
     reward_timeout: float = Field(default=10.0, gt=0, le=604_800)
     """Seconds that the rewards of one group may take; in evaluation, that of one prompt."""
     reward_memory_bytes: int = Field(default=2**30)
-    """Address space that rewards may take beyond what their process holds once the task is built (the built-in tasks:
-    0.17 GB, of which 56 MB resident; more where numpy finds more cores). At least 64 MiB; enforced on Linux."""
+    """Address space that rewards may take beyond what their process holds once the task is built. At least 64 MiB;
+    enforced on Linux."""
     max_restarts: int = Field(default=3, ge=0)
     """Restarts of one rollout actor (its node's preemption is none) before the run gives it up."""
     drain_seconds: float = Field(default=60.0, ge=0)

@@ -1,4 +1,4 @@
-"""Reveal likelihood: a reveal rule that draws its set, so that the set has a likelihood. *(ours; DESIGN 3.7)*
+"""Reveal likelihood: a reveal rule that draws its set, so that the set has a likelihood. *(ours; docs/method.md, 7)*
 
 The entropy bound is a step function of the weights: which positions are revealed changes with them, and no gradient
 sees it. Here the position of least entropy is always revealed, and every other active position `l` is revealed on its

@@ -1,6 +1,6 @@
 """Capacity: the nodes that a run wants, whether it has them, and how many rollout actors it should have.
 
-- The learner's place is reserved first, and for the whole run.
+- The learner's place is reserved first, and until training ends.
 - A run without a node for its learner, or for any of its rollout actors, waits for up to `run.capacity_timeout`: a
   cluster that scales itself may take minutes. It says what it waits for.
 - Where `rollout.max_actors` is given, `actors.scaling_policy` decides how many actors there are.

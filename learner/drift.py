@@ -1,4 +1,4 @@
-"""Threshold drift: what the learner does against it, besides training the threshold. *(ours; DESIGN 3.7)*
+"""Threshold drift: what the learner does against it, besides training the threshold. *(ours; docs/method.md, 7)*
 
 RL sharpens the distributions, an entropy-bounded rule then reveals more at the same gamma, and no gradient sees it.
 Two controllers hold the sampler where it was at the first batch; both read rollouts that are there anyway and cost no

@@ -68,7 +68,7 @@ class _Scored:
 
 @dataclass(frozen=True)
 class Terms:
-    """What the objective of `N` completions is made of [DESIGN 3.3 to 3.5]; logarithms in nats."""
+    """What the objective of `N` completions is made of (docs/method.md, 4 to 6); logarithms in nats."""
 
     advantage: Tensor
     """`[N]`."""

@@ -1,6 +1,6 @@
 """Objective: the importance weight, the clipped objective of the model, and that of the threshold policy.
 
-Short pure functions on tensors; DESIGN's sections in brackets. Log-probabilities in nats.
+Short pure functions on tensors; sections of docs/method.md in brackets. Log-probabilities in nats.
 """
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def log_ratio(proximal: Tensor, behaviour: Tensor, *, level: str = "token", scored: Tensor | None = None) -> Tensor:
-    """`ln(pi_prox / pi_behaviour)`, a constant for the gradient [3.3].
+    """`ln(pi_prox / pi_behaviour)`, a constant for the gradient [4].
 
     Args:
         proximal, behaviour: log-probabilities of one shape; `[N, L]` at level `sequence`.
@@ -37,7 +37,7 @@ def importance_weight(
     level: str = "token",
     scored: Tensor | None = None,
 ) -> Tensor:
-    """`w = min(C, pi_prox / pi_behaviour)`, a constant for the gradient [3.3].
+    """`w = min(C, pi_prox / pi_behaviour)`, a constant for the gradient [4].
 
     *(paper)* surrogate over true behaviour; *(ours)* the behaviour likelihood was recorded when the token was
     revealed, so the same ratio corrects staleness too. *(ours)* `self_normalised`: weights of mean 1, so that a
@@ -63,16 +63,16 @@ def importance_weight(
 def clipped_objective(
     current: Tensor, proximal: Tensor, weight: Tensor, advantage: Tensor, *, clip_low: float, clip_high: float
 ) -> Tensor:
-    """`w * min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)` with `rho = pi / pi_prox` [3.4]; to be maximised.
+    """`w * min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)` with `rho = pi / pi_prox` [5]; to be maximised.
 
-    PPO's clipped surrogate (arXiv 1707.06347) with asymmetric clip and the weight of [3.3]. Tensors broadcast.
+    PPO's clipped surrogate (arXiv 1707.06347) with asymmetric clip and the weight of [4]. Tensors broadcast.
     """
     ratio = (current - proximal.detach()).exp()
     return weight * torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
 
 
 def token_mean(values: Tensor, scored: Tensor, *, kind: str, completions: float, tokens: float) -> Tensor:
-    """Mean of per-token values `[N, L]` over the batch that these rows are a part of [3.4].
+    """Mean of per-token values `[N, L]` over the batch that these rows are a part of [5].
 
     `completion`: mean inside each completion, then over all `completions` (paper); `token`: over all `tokens` (d1).
     The denominators are the whole batch's, so that a sum over micro-batches is the batch's mean.

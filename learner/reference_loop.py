@@ -5,25 +5,25 @@ are written in, and nothing of `learner.learner`, whose step it unrolls: `diffpo
 and a `learner.micro_batch_tokens` that holds the batch ends with the very same weights, bit for bit (CPU; tested).
 
 The method is DiFFPO's (arXiv 2510.02212). Its full text could not be obtained: (paper) is known from its abstract,
-reviews and summaries, (ours) completes it; numbers are DESIGN's sections. Each learner step, with weights theta of the
-model and phi of the threshold head, and `mu = inner_updates`:
+reviews and summaries, (ours) completes it; numbers are sections of docs/method.md. Each learner step, with weights
+theta of the model and phi of the threshold head, and `mu = inner_updates`:
 
     c_1, c_2, ...                        the next prompts, G completions of each; i counts all N completions
-    gamma_i ~ p_phi(. | c)               a threshold per completion (paper; the head: ours)                     [3.5]
+    gamma_i ~ p_phi(. | c)               a threshold per completion (paper; the head: ours)                     [6]
     o_i     ~ pi_theta(. | c), gamma_i   reveal, by ascending entropy H, the longest prefix U with
-                                         sum_U H - max_U H <= gamma_i, until nothing is MASK (arXiv 2505.24857) [3.1]
-    R_i = max(r_i, 0) (1 - a NFE_i / L) + min(r_i, 0),   a = speed_weight (ours)                                [3.6]
-    A_i = (R_i - mean R) / (std R + 1e-4) inside the group (GRPO as in d1, arXiv 2504.12216)                    [3.6]
+                                         sum_U H - max_U H <= gamma_i, until nothing is MASK (arXiv 2505.24857) [1]
+    R_i = max(r_i, 0) (1 - a NFE_i / L) + min(r_i, 0),   a = speed_weight (ours)                                [2]
+    A_i = (R_i - mean R) / (std R + 1e-4) inside the group (GRPO as in d1, arXiv 2504.12216)                    [2]
 
     prox = (theta, phi); mu times:
       tau_i ~ U{0 .. NFE_i - 1};  s(l) = tau_i where t(l) > tau_i, else 0
-      pi(o^l) := pi(o^l | c, z_s(l))     2-MF (paper); m = 1 is d1; m of `distinct` values (ours)               [3.2]
-      w_l   = min(C, pi_prox(o^l) / pi_behaviour(o^l | c, z_{t(l)-1})), a constant for the gradient (paper)     [3.3]
+      pi(o^l) := pi(o^l | c, z_s(l))     2-MF (paper); m = 1 is d1; m of `distinct` values (ours)               [3]
+      w_l   = min(C, pi_prox(o^l) / pi_behaviour(o^l | c, z_{t(l)-1})), a constant for the gradient (paper)     [4]
       rho_l = pi_theta(o^l) / pi_prox(o^l)
-      J_model = mean_i mean_l w_l min(rho_l A_i, clip(rho_l, 1 - e_low, 1 + e_high) A_i)                        [3.4]
+      J_model = mean_i mean_l w_l min(rho_l A_i, clip(rho_l, 1 - e_low, 1 + e_high) A_i)                        [5]
                 over tokens up to and including the first stop token (mean in completions: paper; over tokens: d1)
       w_i   = min(C, p_prox(gamma_i | c) / p_behaviour(gamma_i | c)),  rho_i = p_phi(gamma_i | c) / p_prox(gamma_i | c)
-      J_threshold = mean_i [ w_i min(rho_i A_i, clip(rho_i, 1 - e_low, 1 + e_high) A_i) + b H(p_phi(. | c)) ]   [3.5]
+      J_threshold = mean_i [ w_i min(rho_i A_i, clip(rho_i, 1 - e_low, 1 + e_high) A_i) + b H(p_phi(. | c)) ]   [6]
                 same policy gradient, joint or alone (paper); clipped ratio, entropy bonus b where A_i != 0 (ours)
       (theta, phi) += AdamW(grad(J_model + k J_threshold)), gradient norm clipped, linear warm-up of the rates
 

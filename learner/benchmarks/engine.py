@@ -54,7 +54,7 @@ RULES = {
 
 
 def run(options: Options) -> dict[str, Any]:
-    """All measurements; each is printed as it comes, since the whole takes about 20 minutes (quick: one)."""
+    """All measurements; each is printed as it comes, since the whole takes a quarter of an hour (quick: one minute)."""
     torch.set_num_threads(1)
     quick = options.quick
     repeats = 1 if quick else 3

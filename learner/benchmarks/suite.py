@@ -156,7 +156,8 @@ def page(found: dict[str, dict[str, Any]], now: str) -> str:
     lines = [
         "# Benchmarks",
         "",
-        "Every figure of a benchmark that this project quotes, made by one command, which writes this page:",
+        "The figures of the benchmarks, made by one command, which writes this page; those of a GPU are in",
+        "[gpu.md](gpu.md):",
         "",
         "```bash",
         "diffpo bench all",
