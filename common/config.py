@@ -15,10 +15,11 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator, mod
 
 from common.location import below, is_uri
 from common.section import Section
+from common.spelling import LABEL, PROJECT, RUN_NAME
 from common.tasks import TaskConfig
 from common.version import LINEAGE
 
-Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9_./-]{0,250}[A-Za-z0-9])?$")]
+Label = Annotated[str, Field(pattern=LABEL)]
 Where = Annotated[str, AfterValidator(os.path.expanduser)]  # shells leave the tilde of run.root=~/runs
 Increasing = Annotated[tuple[Annotated[float, Field(le=1e6)], ...], Field(min_length=1)]
 SMALLEST_GAMMA = 1e-9  # nats; what is smaller counts as this wherever a logarithm is taken
@@ -452,7 +453,7 @@ class MetricsConfig(Section):
     """Port; 0 takes a free one (printed, and written to RUN/metrics_target.json), -1 switches the endpoint off."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Trackers that get the rows of metrics.jsonl too, e.g. [tensorboard, wandb]; docs/operations.md."""
-    wandb_project: str = Field(default="diffpo", min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$")
+    wandb_project: str = Field(default="diffpo", min_length=1, max_length=128, pattern=PROJECT)
     """Project of Weights & Biases that the run is shown in."""
 
     @field_validator("trackers", mode="before")
@@ -469,7 +470,7 @@ class MetricsConfig(Section):
 class RunConfig(Section):
     """Where the run lives and how it ends."""
 
-    name: str = Field(default="run", coerce_numbers_to_str=True, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
+    name: str = Field(default="run", coerce_numbers_to_str=True, pattern=RUN_NAME)
     """Run id: also the Ray namespace and the directory below `root`."""
     root: Where = "runs"
     """Folder or URI (s3://…, gs://…) that holds run directories; inside a submitted Ray job a relative folder is taken

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from common.config import Config
 from common.errors import UserError, shown, without_secrets
+from common.spelling import IN_WORDS
 from common.tasks import TASK_CONFIGS
 
 MOST_REFERENCES = 30  # aliases and `${...}` of a file: ten levels of three are 59,049 copies
@@ -154,6 +155,8 @@ def _explain(item: Any) -> str:
         return f"task is missing; give --config FILE or task.name=NAME ({', '.join(_task_names())})"
     if item["type"] == "literal_error":
         return f"{key}: {repr(item['input'])[:200]} is unknown; known: {item['ctx']['expected']}"
+    if item["type"] == "string_pattern_mismatch":
+        return f"{key}: {repr(item['input'])[:200]} is refused; it {IN_WORDS[item['ctx']['pattern']]}"
     message = item["msg"].removeprefix("Value error, ")
     shown = "" if item["type"] == "value_error" else f" (given {repr(item['input'])[:200]})"
     return f"{key}: {message}{shown}"

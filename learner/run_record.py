@@ -85,28 +85,29 @@ class RunRecord:
             self._warn(f"{self._place} lacks completions, it cannot be written: {cause(error)}")
 
 
-def read_record(run: Place, *, columns: list[str] | None = None, unread: list[str] | None = None) -> pa.Table:
-    """All rows that a run has kept so far, in order of steps; none of a run that has kept nothing.
+def read_record(run: Place, *, columns: list[str] | None = None) -> tuple[pa.Table, list[str]]:
+    """All rows that a run has kept so far, in order of steps, without files that cannot be read.
 
     Args:
         run: the run directory.
         columns: some of them; None is all.
-        unread: files that cannot be read, or are of another version, are named here with the reason, and left out.
+
+    Returns:
+        The rows, none of a run that has kept nothing; and each file that is damaged or of another version, with what
+        is wrong with it.
 
     Raises:
         pa.ArrowException, OSError: when the folder cannot be looked at.
-        ValueError: when a file cannot be read, without `unread`; names it.
     """
-    tables = []
-    for name, *_ in _files(run / FOLDER):
+    place, wanted = run / FOLDER, SCHEMA.names if columns is None else columns
+    tables = [SCHEMA.empty_table().select(wanted)]
+    unread = []
+    for name, *_ in _files(place):
         try:
-            tables.append(_named(run / FOLDER, name, columns))
-        except ValueError as error:
-            if unread is None:
-                raise
-            unread.append(str(error))
-    empty = SCHEMA.empty_table()
-    return pa.concat_tables(tables) if tables else empty.select(columns) if columns else empty
+            tables.append(_read(place, name, wanted))
+        except (*FAILURES, ValueError) as error:
+            unread.append(f"{name}: {cause(error)}")
+    return pa.concat_tables(tables), unread
 
 
 def _files(place: Place) -> list[tuple[str, int, int]]:
@@ -114,15 +115,7 @@ def _files(place: Place) -> list[tuple[str, int, int]]:
     return sorted(((one[0], int(one[1]), int(one[2])) for one in found if one), key=lambda file: file[1:])
 
 
-def _named(place: Place, name: str, columns: list[str] | None) -> pa.Table:
-    try:
-        return _read(place, name, columns)
-    except (*FAILURES, ValueError) as error:
-        raise ValueError(f"{name}: {cause(error)}") from error
-
-
-def _read(place: Place, name: str, columns: list[str] | None = None) -> pa.Table:
-    wanted = SCHEMA.names if columns is None else columns
+def _read(place: Place, name: str, wanted: list[str]) -> pa.Table:
     table = place.read_parquet(name, wanted)
     lacks = [column for column in wanted if column not in table.column_names]
     if lacks:

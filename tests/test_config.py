@@ -1,5 +1,7 @@
 """Config: what is shipped loads and survives a dump, and every mistake is one line with key, value and way out."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from common.config import Config
 from common.config_file import dump_config, load_config, parse_config
 from common.errors import UserError
+from common.spelling import IN_WORDS
 from common.tasks import TASK_CONFIGS
 
 CONFIGS = sorted((Path(__file__).parents[1] / "deploy/configs").glob("*.yaml"))
@@ -165,7 +168,9 @@ BAD = [
     ("evaluation.gammas=[-1,0.5]", ["gammas=[-1.0, 0.5]", ">= 0"]),
     ("evaluation.split=train", ["evaluation.split", "'train' is unknown; known: "]),
     ("metrics.port=70000", ["metrics.port", "65535", "given 70000"]),
-    ("run.name=a/b", ["run.name", "given 'a/b'"]),
+    ("run.name=a/b", ["run.name: 'a/b' is refused; it takes at most 63 letters, digits"]),
+    ("rollout.labels={zone: ' a'}", ["rollout.labels.zone: ' a' is refused; it takes at most 252 letters, digits"]),
+    ("metrics.wandb_project=a/b", ["metrics.wandb_project: 'a/b' is refused; it takes no '/'"]),
     ("run.name=", ["run.name", "given None"]),
     ("run.seed=-1", ["run.seed", "given -1"]),
     ("run.stall_timeout=0", ["run.stall_timeout", "given 0"]),
@@ -192,6 +197,11 @@ def test_a_bad_value_is_refused_in_one_line(override: str, expected: list[str]) 
     message = refusal(override)
     for part in expected:
         assert part in message
+
+
+def test_every_pattern_is_told_in_words() -> None:
+    patterns = re.findall(r'"pattern": ("(?:[^"\\]|\\.)*")', json.dumps(Config.model_json_schema()))
+    assert {json.loads(pattern) for pattern in patterns} == set(IN_WORDS)
 
 
 @pytest.mark.parametrize("key", ["run.root", "run.checkpoints", "model.path"])

@@ -135,7 +135,7 @@ def test_a_wrong_object_is_one_line_before_anything_starts(folder: Path, overrid
     [
         ([], "name one of them, as module:object"),
         (["task.reward=a:b", "task.factory=a:c"], "name one of them, as module:object"),
-        (["task.reward=a.b"], "task.reward: String should match pattern"),
+        (["task.reward=a.b"], "task.reward: 'a.b' is refused; it takes module:object, such as "),
         (["task.reward=a:b", "task.prompt=Go"], "does not say where the question goes"),
         (["task.reward=a:b", "task.reward_weights={correctness: 1}"], "'correctness' is unknown; give one of reward"),
     ],

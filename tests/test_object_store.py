@@ -329,7 +329,7 @@ def test_a_run_goes_on_on_another_machine(root: str, tmp_path: Path, capsys: pyt
     assert found[-1] == newest + 4
     missing = set(range(1, newest + 5)) - set(found)
     assert len(missing) <= 4, "of two checkpoints, whose rows were not uploaded when the process was killed"
-    recorded = read_record(run.place, columns=["step"])["step"].to_pylist()
+    recorded = read_record(run.place, columns=["step"])[0]["step"].to_pylist()
     assert sorted(set(recorded)) == list(range(1, newest + 5))
     assert run.place.read("pareto.png").startswith(b"\x89PNG")
     assert not (run.place / "shards").exists()

@@ -110,7 +110,7 @@ def test_it_needs_nothing_from_elsewhere(run: Path) -> None:
 
 def test_what_a_run_wrote_stays_text(tmp_path: Path) -> None:
     run = draw_run(tmp_path, "bad", steps=2, per_step=10)
-    record = read_record(Place(run))
+    record, _ = read_record(Place(run))
     rows = [row | {"prompt": HOSTILE, "completion": HOSTILE, "worker": HOSTILE} for row in record.to_pylist()]
     for row in rows:
         row["tokens"] = row["tokens"] and [HOSTILE] * len(row["tokens"])
@@ -317,6 +317,6 @@ def test_a_group_that_is_nowhere_is_an_error_that_lists_others(run: Path) -> Non
     data = RunData.read(str(run))
     with pytest.raises(UserError, match=r"group 12345 of run one is not in the record; give one of the \d+ that are"):
         recorded_group(data, 12345)
-    thin = next(row["group"] for row in read_record(Place(run)).to_pylist() if row["tokens"] is None)
+    thin = next(row["group"] for row in read_record(Place(run))[0].to_pylist() if row["tokens"] is None)
     with pytest.raises(UserError, match=rf"group {thin} of run one was trained on, but not kept position by position"):
         recorded_group(data, thin)

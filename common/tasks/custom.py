@@ -19,11 +19,11 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from common.errors import UserError, one_line
+from common.spelling import OBJECT
 from common.tasks.question_task import QuestionTask, QuestionTaskConfig
 from common.tasks.rows import Row
 from common.tasks.task import Example, Task, check_weights, kept
 
-_OBJECT = r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$"
 _SHOWN = "a function such as def reward(question, completion, ground_truth): return 1.0"
 TAKEN = ("completion", "question", "ground_truth")
 
@@ -35,9 +35,9 @@ class CustomConfig(QuestionTaskConfig):
 
     name: Literal["custom"] = "custom"
     """Selects this task."""
-    reward: str | None = Field(default=None, pattern=_OBJECT)
+    reward: str | None = Field(default=None, pattern=OBJECT)
     """module:function that scores a completion of a question of `data`; see docs/tasks.md."""
-    factory: str | None = Field(default=None, pattern=_OBJECT)
+    factory: str | None = Field(default=None, pattern=OBJECT)
     """module:object that builds a Task from this section: a subclass of Task, or a function; in place of `reward`."""
     options: dict[str, Any] = Field(default={})
     """Whatever else the factory takes."""

@@ -59,7 +59,7 @@ def slowest(run: RunData, count: int = 8) -> list[dict[str, Any]]:
 def shown_groups(run: RunData, wanted: list[int]) -> list[dict[str, Any]]:
     """Groups for the viewer, those that are wanted first, as long as there is room: see `group_view`."""
     try:
-        rows = read_record(run.directory.place, unread=[])  # which they are is told by `RunData.record`
+        rows, _ = read_record(run.directory.place)  # what is left out is told by `RunData.record`
     except FAILURES:
         return []
     table = rows.filter(compute.is_valid(rows["tokens"]))
@@ -91,9 +91,8 @@ def recorded_group(run: RunData, group: int | None = None) -> dict[str, Any]:
     Raises:
         UserError: when it is not recorded position by position; says which are.
     """
-    unread: list[str] = []
     try:
-        rows = read_record(run.directory.place, unread=unread)
+        rows, unread = read_record(run.directory.place)
     except FAILURES as error:
         raise UserError(f"{run.directory.name}/record cannot be read: {error}; mend its permissions") from error
     table = rows.filter(compute.is_valid(rows["tokens"]))

@@ -107,9 +107,8 @@ class RunData:
     @cached_property
     def record(self) -> pa.Table:
         """Every completion that the run was trained on, without what it has position by position."""
-        unread: list[str] = []
         try:
-            found = read_record(self.directory.place, columns=LITTLE, unread=unread)
+            found, unread = read_record(self.directory.place, columns=LITTLE)
         except UNREADABLE as error:
             self.notes.append(f"record/ cannot be read ({one_line(error)}): no completions.")
             return SCHEMA.empty_table().select(LITTLE)
