@@ -154,6 +154,7 @@ def _inject(model: PreTrainedModel, settings: Any, base: Base | None, *, seed: i
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(settings, model, adapter_name=NAME)
+    model.train(model.training)  # the adapter's dropout begins in training, whatever the model does
     for _, parameter in frozen_parameters(model):
         parameter.requires_grad_(False)
     vars(model)["adapter_base"] = base

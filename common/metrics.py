@@ -96,7 +96,11 @@ CATALOGUE: dict[str, Metric] = {
         ),
         Metric("learner_scored_completions", "gauge", "Completions of the last batch that carry gradient"),
         Metric("learner_flat_groups", "gauge", "Groups of the last batch without advantage: equal rewards, or size 1"),
-        Metric("learner_rows_forwarded", "gauge", "Rows really forwarded in the last update"),
+        Metric(
+            "learner_rows_forwarded",
+            "gauge",
+            "Rows forwarded for the last step: all updates, with passes that have no gradient",
+        ),
         Metric(
             "learner_surrogate_kl",
             "gauge",

@@ -72,6 +72,7 @@ def load_policy(
     *,
     seed: int = 0,
     empty: torch.dtype | None = None,
+    trains: bool = False,
 ) -> Policy:
     """Read a checkpoint of a known family; a threshold head saved beside it replaces a fresh one of `threshold`.
 
@@ -84,9 +85,11 @@ def load_policy(
         threshold: of a fresh head.
         seed: of a new adapter.
         empty: leave the model's weights out: they are as memory was, in this type, until they are overwritten.
+        trains: a run starts from it: a saved head that never learned gives way to one of `threshold`.
 
     Raises:
-        UserError: when the folder, the model or its MASK token is missing or does not fit.
+        UserError: when the folder, the model or its MASK token is missing or does not fit, or a run would start from a
+            head that learned under other settings than `threshold`.
     """
     folder = local_copy(path)
     try:
@@ -95,11 +98,13 @@ def load_policy(
         whole = found if base is None else ModelFolder(base.folder, mask_token=config.mask_token)
         model = _load_model(whole) if empty is None else _empty_model(whole, empty)
         model.set_attn_implementation(config.attention)
-        if (folder / THRESHOLD_CONFIG).is_file():
-            threshold = ThresholdConfig.model_validate_json((folder / THRESHOLD_CONFIG).read_bytes())
-        head = build_threshold_head(model.config.hidden_size, threshold)
+        own = _read_own(folder)
+        saved = _saved_threshold(folder)
+        if trains and _gives_way(saved, threshold, own, folder):
+            own, saved = {}, threshold
+        head = build_threshold_head(model.config.hidden_size, saved or threshold)
         policy = Policy(model, head, found.tokenizer, chat_template=config.chat_template)
-        _load_own(policy, folder)
+        _load_own(policy, own)
         if found.family.masked_lm and empty is None:
             _check_masked_lm(policy)
         if base is not None:
@@ -130,8 +135,45 @@ def _read_own(folder: Path) -> dict[str, Tensor]:
     return {name if name.startswith(CALIBRATION) else f"head.{name}": value for name, value in weights.items()}
 
 
-def _load_own(policy: Policy, folder: Path) -> None:
-    own = _read_own(folder)
+def _saved_threshold(folder: Path) -> ThresholdConfig | None:
+    file = folder / THRESHOLD_CONFIG
+    return ThresholdConfig.model_validate_json(file.read_bytes()) if file.is_file() else None
+
+
+def _gives_way(saved: ThresholdConfig | None, wanted: ThresholdConfig, own: dict[str, Tensor], folder: Path) -> bool:
+    """Whether a saved head is left for a fresh one of `wanted`: it has other settings and never learned.
+
+    Raises:
+        UserError: when it has other settings, and learned.
+    """
+    if saved is None or saved == wanted:
+        return False
+    learned = {name.removeprefix("head."): value for name, value in own.items() if name.startswith("head.")}
+    if not learned:
+        return True
+    fresh = build_threshold_head(learned["linear.weight"].shape[-1], saved).state_dict()
+    if all(torch.equal(value, fresh[name]) for name, value in learned.items()):
+        return True
+    asked, given = wanted.model_dump(), saved.model_dump()
+    other = [name for name in asked if asked[name] != given[name]]
+    raise UserError(
+        f"model.path={folder} has a threshold head that learned with "
+        + ", ".join(f"{name}={given[name]}" for name in other)
+        + ", not "
+        + ", ".join(f"sampler.threshold.{name}={asked[name]}" for name in other)
+        + f"; set them as there to go on with it, or take {THRESHOLD_CONFIG} and {THRESHOLD_WEIGHTS} out of a copy of "
+        "the folder for a new head"
+    )
+
+
+def check_threshold_of_folder(config: Config) -> None:
+    """Refuse a `sampler.threshold` that is not that of the head which learned in `model.path`. Raises UserError."""
+    if config.model.path is not None:
+        folder = local_copy(config.model.path)
+        _gives_way(_saved_threshold(folder), config.sampler.threshold, _read_own(folder), folder)
+
+
+def _load_own(policy: Policy, own: dict[str, Tensor]) -> None:
     for prefix, part in (("head.", policy.head), (CALIBRATION, policy.calibration)):
         found = {name.removeprefix(prefix): value for name, value in own.items() if name.startswith(prefix)}
         if found:
@@ -160,7 +202,7 @@ def on_cpu(config: Config) -> Config:
 def open_policy(config: Config, task: Task) -> Policy:
     """The policy that a run starts from: `model.path` if given, else a small one built for the task, unadapted."""
     if config.model.path is not None:
-        return load_policy(config.model.path, config.model, config.sampler.threshold, seed=config.run.seed)
+        return load_policy(config.model.path, config.model, config.sampler.threshold, seed=config.run.seed, trains=True)
     return build_policy(config.model, config.sampler.threshold, alphabet=task.alphabet, seed=config.run.seed)
 
 
@@ -177,7 +219,7 @@ def open_rollout_policy(config: Config, task: Task) -> Policy:
 def open_empty_policy(config: Config, task: Task, dtype: torch.dtype) -> Policy:
     """What a run trains, its adapter included, for weights that come from elsewhere: a folder's are not read."""
     if config.model.path is not None:
-        return load_policy(config.model.path, config.model, config.sampler.threshold, empty=dtype)
+        return load_policy(config.model.path, config.model, config.sampler.threshold, empty=dtype, trains=True)
     policy = open_policy(config, task)
     if config.model.lora is not None:
         adapt(policy.model, config.model.lora, None, seed=config.run.seed)

@@ -8,7 +8,7 @@
 import torch
 from torch import Tensor
 
-STD_FLOOR = 1e-4  # d1 divides by std + 1e-4
+STD_FLOOR = 1e-4  # as TRL's GRPO has it; GRPO (arXiv 2402.03300) divides by the std alone
 
 
 def advantages(reward: Tensor, group: Tensor, *, baseline: str, scale_by_std: bool) -> Tensor:

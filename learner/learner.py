@@ -104,6 +104,8 @@ class _Proximal:
     """Per micro-batch; None where they equal the current ones."""
     mean_weight: float = 1.0
     """Mean truncated weight of all scored tokens, for self-normalised weights."""
+    rows: int = 0
+    """Forwarded for it."""
 
 
 class Learner:
@@ -184,8 +186,11 @@ class Learner:
         micro, fillers = self._share(batch.select(kept), advantage[kept])
         totals = {"completions": float(len(advantage)), "tokens": float(batch.scored.sum())}
         try:
+            forwarded = 0.0
             for proximal in self._proximal(micro, fillers):
                 metrics |= self._update(micro, proximal, totals, version, fillers)
+                forwarded += metrics["learner_rows_forwarded"]
+            metrics["learner_rows_forwarded"] = forwarded
         except BatchRefused:
             if unfitted is not None:
                 self.policy.calibration.load_state_dict(unfitted)
@@ -244,6 +249,7 @@ class Learner:
                 found.append(_Proximal(update, [None] * len(micro)))
                 continue
             scores: list[_Scored | None] = [self._score(self.policy, part, update) for part, _ in micro]
+            rows = sum(found.rows for found in scores[: len(micro) - fillers] if found)
             mean = 1.0
             if normalised:
                 pairs = zip(scores, micro, strict=True)
@@ -251,7 +257,7 @@ class Learner:
                 own = torch.cat(weights[: len(micro) - fillers] or [weights[0][:0]]).double()
                 total, count = self._ranks.sum(float(own.sum()), len(own))
                 mean = total / count
-            found.append(_Proximal(update, scores if update else [None] * len(micro), mean))
+            found.append(_Proximal(update, scores if update else [None] * len(micro), mean, rows))
         return found
 
     def _weight(self, proximal: Tensor, part: Batch, mean: float = 1.0) -> Tensor:
@@ -294,7 +300,7 @@ class Learner:
         fillers: int,
     ) -> dict[str, float]:
         self.optimizer.zero_grad(set_to_none=True)
-        sums = StepSums()
+        sums = StepSums(rows=proximal.rows)
         own = len(micro) - fillers
         for index, ((part, advantage), scores) in enumerate(zip(micro, proximal.scores, strict=True)):
             counted = sums if index < own else StepSums()
@@ -351,13 +357,15 @@ class Learner:
         prox_gammas = scores.gammas if scores else gammas.detach()
         clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
         weight = objective = kl = gamma_weight = gamma_objective = None
+        rows = found.rows
         if self._learns_model:
             weight = self._weight(prox_tokens, part, proximal.mean_weight)
             objective = clipped_objective(current, prox_tokens, weight, advantage.unsqueeze(-1), **clip)
             if self.reference is not None:
                 with torch.no_grad(), without_adapter(self.reference):
-                    reference = self._score(self.reference, part, proximal.update).tokens
-                kl = kl_k3(current, reference)
+                    reference = self._score(self.reference, part, proximal.update)
+                rows += reference.rows
+                kl = kl_k3(current, reference.tokens)
                 objective = objective - config.kl_beta * kl
             objective = objective + self._set_objective(part, advantage, found, scores)
         if self._learns_threshold:
@@ -377,7 +385,7 @@ class Learner:
             gamma_weight=gamma_weight,
             gamma_objective=gamma_objective,
             gamma_entropy=found.entropies,
-            rows=found.rows,
+            rows=rows,
         )
 
     def _set_objective(self, part: Batch, advantage: Tensor, found: _Scored, proximal: _Scored | None) -> Tensor:

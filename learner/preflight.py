@@ -10,7 +10,13 @@ import torch
 from actors.reward_pool import RewardPool, Score
 from common.config import Config
 from common.errors import RunError, UserError, one_line
-from common.policy_loading import check_cache_of_folder, on_cpu, open_rollout_policy, open_tokenizer
+from common.policy_loading import (
+    check_cache_of_folder,
+    check_threshold_of_folder,
+    on_cpu,
+    open_rollout_policy,
+    open_tokenizer,
+)
 from common.tasks import SPLITS, CustomConfig, Split, Task, build_task
 from learner.demonstrations import Demonstrations, checked_ids
 
@@ -41,6 +47,8 @@ def preflight(config: Config, *, trains: bool = True, evaluates: bool = True, he
         check_task(config, task, trains=trains, evaluates=evaluates)
     if evaluates:
         check_cache_of_folder(config)
+    if trains:
+        check_threshold_of_folder(config)
     if config.model.lora is not None:  # targets that its layers do not have; on the CPU, its memory is not touched
         open_rollout_policy(on_cpu(config), task)
     return task

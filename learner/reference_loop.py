@@ -13,7 +13,7 @@ theta of the model and phi of the threshold head, and `mu = inner_updates`:
     o_i     ~ pi_theta(. | c), gamma_i   reveal, by ascending entropy H, the longest prefix U with
                                          sum_U H - max_U H <= gamma_i, until nothing is MASK (arXiv 2505.24857) [1]
     R_i = max(r_i, 0) (1 - a NFE_i / L) + min(r_i, 0),   a = speed_weight (ours)                                [2]
-    A_i = (R_i - mean R) / (std R + 1e-4) inside the group (GRPO as in d1, arXiv 2504.12216)                    [2]
+    A_i = (R_i - mean R) / (std R + 1e-4) inside the group (GRPO, arXiv 2402.03300; d1 leaves std out)         [2]
 
     prox = (theta, phi); mu times:
       tau_i ~ U{0 .. NFE_i - 1};  s(l) = tau_i where t(l) > tau_i, else 0

@@ -113,6 +113,14 @@ def test_auto_is_every_linear_layer_but_the_output_head() -> None:
     assert kept == q_proj | {"model.layers.1.mlp.up_proj"}
 
 
+def test_its_dropout_is_silent_until_something_trains() -> None:
+    policy = disturb(with_adapter(build_policy(MODEL, ThresholdConfig(), alphabet="01", seed=0), dropout=0.5))
+    assert not any(module.training for module in policy.modules())
+    assert torch.equal(logits(policy), logits(policy))
+    policy.train()
+    assert not torch.equal(logits(policy), logits(policy))
+
+
 @pytest.mark.parametrize("train", ["model", "joint", "threshold"])
 def test_training_moves_adapters_alone(train: str) -> None:
     policy = with_adapter(tiny_policy())

@@ -454,6 +454,29 @@ def test_groups_without_advantage_are_counted(policy: Policy, batch: Batch) -> N
     assert metrics["learner_flat_groups"] == 1.0
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"importance_weight": "self_normalised"},
+        {"inner_updates": 3},
+        {"inner_updates": 2, "importance_weight": "self_normalised"},
+        {"kl_beta": 0.1, "inner_updates": 2},
+    ],
+)
+def test_rows_of_a_step_are_those_of_every_pass(
+    policy: Policy, batch: Batch, monkeypatch: pytest.MonkeyPatch, changes: dict
+) -> None:
+    learner = Learner(policy, learner_config(diagnostics_every=0, **changes))
+    forwarded = []
+    forward = Policy.hidden
+    monkeypatch.setattr(
+        Policy, "hidden", lambda self, ids, attended: forwarded.append(len(ids)) or forward(self, ids, attended)
+    )
+    metrics = learner.step(batch, version=0)
+    assert metrics["learner_rows_forwarded"] == sum(forwarded) > 0
+
+
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_behaviour_that_nothing_explains_is_huge_and_finite(policy: Policy, batch: Batch, level: str) -> None:
     """A log-prob of -1000 nats was recorded: the ratio overflows, the weight is the cap."""

@@ -14,9 +14,11 @@ from family_fixtures import all_logits
 from transformers import AutoModelForCausalLM
 
 from common.config import ModelConfig, ThresholdConfig
+from common.config_file import load_config
 from common.errors import RunError, UserError
 from common.policy import Policy, read_vocabulary
-from common.policy_loading import load_policy
+from common.policy_loading import check_threshold_of_folder, load_policy
+from common.threshold import build_threshold_head
 from common.tokenizer import VOCABULARY_SIZE, character_tokenizer
 from common.weight_store import digest
 from common.weights import load_flat, to_flat
@@ -79,6 +81,32 @@ def test_a_folder_without_a_head_gets_a_fresh_one(make_policy: Callable[..., Pol
     loaded = load_policy(tmp_path, LLAMA, wanted)
     assert loaded.head.config == wanted
     assert loaded.head.mean(torch.randn(2, 16)).tolist() == pytest.approx([0.7, 0.7])
+
+
+def test_a_run_starts_with_its_own_threshold_unless_the_saved_one_learned(
+    make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    saved = make_policy(double=False)
+    saved.head = build_threshold_head(16, saved.head.config)  # as it was before it learned anything
+    saved.save(tmp_path)
+    wanted = saved.head.config.model_copy(update={"head": "log_normal", "gamma_init": 0.7})
+    started = load_policy(tmp_path, LLAMA, wanted, trains=True)
+    assert started.head.config == wanted
+    assert started.head.mean(torch.randn(2, 16)).tolist() == pytest.approx([0.7, 0.7])
+    with torch.no_grad():
+        saved.head.linear.bias.add_(torch.arange(10.0))
+    saved.save(tmp_path)
+    onwards = load_policy(tmp_path, LLAMA, saved.head.config, trains=True)
+    assert torch.equal(onwards.head.linear.bias, saved.head.linear.bias)
+    given = saved.head.config.gamma_init
+    told = (
+        rf"learned with head=categorical, gamma_init={given}, not sampler.threshold.head=log_normal, .*_init=0\.7; set"
+    )
+    with pytest.raises(UserError, match=told):
+        load_policy(tmp_path, LLAMA, wanted, trains=True)
+    config = load_config(None, ["task.name=sudoku", f"model.path={tmp_path}", "sampler.threshold.gamma_init=0.7"])
+    with pytest.raises(UserError, match="learned with"):
+        check_threshold_of_folder(config)
 
 
 def refuse(tmp_path: Path, *words: str) -> None:

@@ -156,7 +156,8 @@ def _claims(study: Study, by_arm: dict[str, list[Result]]) -> list[str]:
         rows.append([comparison.claim, what, *said, f"{p_value(values):.3f}", f"{next(adjusted):.3f}"])
     head = ["claim", "difference of", "value", "seeds", "verdict", "p", "p, Holm"]
     lines = _table(head, rows, "Claims")
-    note = f"A verdict goes by its own interval; the last column adjusts p for the {len(rows)} claims of this table."
+    measured = sum(map(bool, found))
+    note = f"A verdict goes by its own interval; the last column adjusts p for the {measured} claims of this table."
     return [*lines, note, ""] if lines else []
 
 

@@ -161,7 +161,7 @@ class SingleRun:
         passes = 3 if learner.surrogate == "coupled_masks" else learner.surrogate_passes
         passes = passes if learner.train != "threshold" else 1
         self._passes += learner.inner_updates * learner.groups_per_step * learner.group_size * passes
-        self._rows += metrics.get("learner_rows_forwarded", 0.0) * learner.inner_updates
+        self._rows += metrics.get("learner_rows_forwarded", 0.0)
 
     def _axes(self, step: int) -> dict[str, float]:
         return {
