@@ -155,8 +155,8 @@ def damage_named(file: str) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError, ValueError, KeyError, IndexError, struct.error) as error:
         raise RunError(
-            f"segment {file} is missing or damaged: {cause(error)}; restore it from a copy, or move it away: its "
-            "groups are then generated again"
+            f"segment {file} is missing or damaged: {cause(error)}; restore it from a copy, or move it and all later "
+            "ones away: their groups are then generated again"
         ) from error
 
 

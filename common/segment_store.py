@@ -209,27 +209,28 @@ class SegmentStore:
 
         - Groups that were dropped while companions in their segment were not come back too; the ledger tells which
           (number, attempt) count, and the caller drops the others.
-        - Only the last segment can be half-written by a process that died. It was never acknowledged; it is counted
-          and removed, so that it is not taken for damage once more segments follow.
+        - The last segment can be half-written by a process that died, and was never acknowledged then. A power failure
+          may cut more of the newest short. They are counted and removed, so that they are not taken for damage once
+          more segments follow.
 
         Raises:
-            RunError: when a segment is damaged, or cut short though it is not the last.
+            RunError: when a segment is damaged, or cut short though a sound one follows.
         """
         if self._segments or self._calls or self._written:
             raise RuntimeError("recover comes before the first write")
         numbers = self._folder.look()
         half_written = 0
+        while numbers and self._folder.half_written(numbers[-1]):
+            half_written += 1
+            number = numbers.pop()
+            log.warning("%s was half-written when its process or machine died; removed", self._folder.file(number))
+            self._folder.delete(number)
         groups: list[StoredGroup] = []
         notes: list[dict[str, Any]] = []
         for number in numbers:
-            if number == numbers[-1] and self._folder.half_written(number):
-                half_written += 1
-                log.warning("%s was half-written when its process died; ignored", self._folder.file(number))
-                self._folder.delete(number)
-            else:
-                found, noted = self._folder.read_all(number)
-                notes.append(noted)
-                groups += self._add_segment(number, found, noted.get("end", -1))
+            found, noted = self._folder.read_all(number)
+            notes.append(noted)
+            groups += self._add_segment(number, found, noted.get("end", -1))
         return Recovered(groups, notes, half_written)
 
     async def settle(self) -> None:

@@ -332,6 +332,16 @@ async def test_a_half_written_last_segment_was_never_acknowledged(tmp_path: Path
         assert names(tmp_path) == ["segment-00000000.arrow"]
 
 
+async def test_all_of_the_newest_that_a_power_failure_cut_short_go(tmp_path: Path) -> None:
+    folder = SegmentFolder(tmp_path)
+    for number in range(4):
+        folder.write([group(number)])
+    os.truncate(folder.file(2), 900)
+    os.truncate(folder.file(3), 0)
+    assert await recovered(tmp_path) == ([group(0), group(1)], 2)
+    assert names(tmp_path) == ["segment-00000000.arrow", "segment-00000001.arrow"]
+
+
 async def test_a_segment_after_a_half_written_one_gets_a_number_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "segment-00000005.arrow").write_bytes(b"ARROW1\0\0")
     store = SegmentStore(tmp_path, memory_bytes=0)
@@ -346,7 +356,9 @@ async def test_a_segment_cut_short_that_is_not_the_last_is_damage(tmp_path: Path
     for number in range(2):
         folder.write([group(number)])
     os.truncate(folder.file(0), 900)
-    with pytest.raises(RunError, match=r"segment-00000000.arrow is missing or damaged: .*move it away: its groups"):
+    with pytest.raises(
+        RunError, match=r"segment-00000000.arrow is missing or damaged: .*move it and all later ones away: "
+    ):
         await recovered(tmp_path)
     os.remove(folder.file(0))
     assert await recovered(tmp_path) == ([group(1)], 0)
