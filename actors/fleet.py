@@ -9,7 +9,8 @@
   other places never notice.
 - A node that Ray drains (preemption, scaling down) takes its places with it: they are drained before its deadline, and
   as many start elsewhere. That is no failure and costs no restart.
-- When the last place has no restart left, the fleet raises: a run is never left waiting for dead producers.
+- A place without a restart left is given up: `given_up` tells, `wanted` is one less, and `scale` fills it again. When
+  it was the last one, the fleet raises: a run is never left waiting for dead producers.
 - Nothing of the fleet is left after `stop`.
 """
 
@@ -25,7 +26,7 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError
 
 from actors.cluster_state import draining_nodes, pending, why_waiting
-from actors.failure import FailureKind, comes_back, failure_kind
+from actors.failure import FailureKind, cause_line, comes_back, failure_kind
 from actors.placement import Demand
 from actors.producer import MakeProducer
 from actors.rollout_actor import RolloutActor
@@ -95,7 +96,11 @@ class Fleet:
         self._buffer = buffer
         self._make = make
         self._progress = progress
-        self.wanted = config.actors
+        self.asked = config.actors
+        """How many places there shall be; `wanted` is without those that were given up since."""
+        self.given_up: list[str] = []
+        """Name and last death of each actor that got no other life."""
+        self._given_up_since = 0
         self._running = False
         self._stopping = False
         self._places: list[_Place] = []
@@ -113,9 +118,11 @@ class Fleet:
         Raises:
             RunError: when all places are out of restarts; other errors are those that an actor raised.
         """
+        await patiently(lambda: self._buffer.new_fleet.remote())
+        if self._stopping:
+            return
         self._running = True
-        self._start_places(self.wanted)
-        causes: list[str] = []
+        self._start_places(self.asked)
         closed = False
         while self._places:
             self._changed.clear()
@@ -125,10 +132,19 @@ class Fleet:
             for place in [place for place in self._places if place.task.done()]:
                 self._places.remove(place)
                 cause = place.task.result()  # raises what its actor raised
-                causes += [cause] if cause else []
+                if cause:
+                    self.given_up.append(f"{place.name}: {cause}")
+                    self._given_up_since += 1
                 closed = closed or (cause is None and not place.draining)
         if not closed and not self._stopping:
-            raise RunError(f"all {len(causes)} rollout actors are dead and out of restarts; last cause: {causes[-1]}")
+            raise RunError(
+                f"all {len(self.given_up)} rollout actors are dead and out of restarts; last cause: {self.given_up[-1]}"
+            )
+
+    @property
+    def wanted(self) -> int:
+        """How many places there shall be, without those that were given up."""
+        return self.asked - self._given_up_since
 
     async def scale(self, actors: int) -> int:
         """Called by the controller: how many places there shall be; those that are too many are drained, newest first.
@@ -136,7 +152,7 @@ class Fleet:
         Returns:
             How many there should have been until now.
         """
-        was, self.wanted = self.wanted, actors
+        was, self.asked, self._given_up_since = self.wanted, actors, 0
         if not self._running or self._stopping:
             return was
         kept = [place for place in self._places if not place.draining]
@@ -232,7 +248,7 @@ class Fleet:
                 if place.draining or self._stopping:
                     return None
                 if failure_kind(error) is not FailureKind.INFRASTRUCTURE:
-                    raise
+                    raise RunError(f"a rollout actor cannot start: {cause_line(error)}") from error
                 cause = one_line(error)
                 log.warning("%s died: %s", name, cause)
                 preempted = isinstance(error, ActorDiedError) and error.preempted

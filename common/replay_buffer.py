@@ -240,6 +240,14 @@ class ReplayBuffer:
             self._changed.notify_all()
             return numbers
 
+    async def new_fleet(self) -> None:
+        """Called by a fleet before its first actor: no worker of it was drained yet, though an earlier fleet's, of the
+        same name, may have been. Returns when that is in a file; RunError when it cannot be written.
+        """
+        async with self._changed:
+            self._groups.drained.clear()
+        await self._store.write([])
+
     async def drain(self, worker: str) -> None:
         """Called by the fleet when a worker shall end: it keeps the leases it has and is never granted another."""
         async with self._changed:

@@ -20,13 +20,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError
 
-from actors.failure import cause_line, comes_back
+from actors.failure import comes_back
 from actors.fleet import Fleet, patiently
 from common.config import Config
 from common.errors import RunError, UserError
@@ -34,7 +35,7 @@ from learner.buffer_actor import start_buffer
 from learner.buffer_gauges import BufferGauges
 from learner.capacity import Capacity
 from learner.event_log import Event, EventLog
-from learner.learner_lives import LearnerLives
+from learner.learner_lives import LearnerLives, buffer_death
 from learner.parts import POLICY, Parts
 from learner.quarantine_report import QuarantineReport
 from learner.reply import reply_of
@@ -71,6 +72,7 @@ class Controller:
         )
         self._buffer: Any = None
         self._actor_restarts = 0.0
+        self._actors_given_up = 0
         self._buffer_gauges = BufferGauges()
         self._quarantine = QuarantineReport(config, self._directory)
         self._fleet: Fleet | None = None
@@ -109,7 +111,8 @@ class Controller:
             looks.cancel()
             await self._metrics.close()
             if self._phase in ("finished", "stopped"):
-                self._directory.withdraw()
+                with suppress(OSError):  # of a target that could not be announced, or was taken away
+                    self._directory.withdraw()
 
     async def events(self, after: int) -> list[Event]:
         """Called by the driver: the events from number `after` on; blocks until there is one."""
@@ -234,13 +237,11 @@ class Controller:
                     if part.done():
                         part.result()  # raises the cause, if it has one
             reached = await training
-            await self._update_gauges()
+            with suppress(ActorUnavailableError):  # a buffer that is being started again has nothing to add
+                await self._update_gauges()
             return reached
         except RayActorError as error:
-            raise RunError(
-                "the replay buffer died (killed, or out of memory) and does not come back "
-                f"(replay.max_restarts={config.replay.max_restarts}): {cause_line(error)}"
-            ) from error
+            raise buffer_death(config, error) from error
         finally:
             training.cancel()
             gauges.cancel()
@@ -311,7 +312,7 @@ class Controller:
         proposal = None if self._stopping.is_set() else self._capacity.propose(gauges, self._fleet, time.monotonic())
         if proposal is not None:
             await self._scale(self._fleet, *proposal)
-        fleet |= self._capacity.gauges(self._fleet.wanted)
+        fleet |= self._capacity.gauges(self._fleet.asked)
         restarts = {"learner_restarts": float(self._learner.deaths), "replay_restarts": self._buffer_gauges.restarts}
         self._metrics.gauge(gauges, fleet | restarts)
 
@@ -322,6 +323,12 @@ class Controller:
         if (restarts := fleet.get("rollout_restarts", 0.0)) > self._actor_restarts:
             self._actor_restarts = restarts
             await self._events.warn(f"a rollout actor died and is started again ({restarts:.0f} so far)")
+        for gone in self._fleet.given_up[self._actors_given_up :] if self._fleet is not None else ():
+            self._actors_given_up += 1
+            await self._events.warn(
+                f"a rollout actor is given up (rollout.max_restarts={self.config.rollout.max_restarts}); "
+                f"`diffpo scale` starts another; {gone}"
+            )
         if seen.progressed:
             self._watchdog.mark()
         self._watchdog.untrainable = seen.untrainable

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
 from actors.failure import FailureKind, cause_line, failure_kind
 from common.config import Config
@@ -14,6 +14,17 @@ from learner.event_log import EventLog
 from learner.learner_ranks import LearnerRanks
 from learner.parts import Parts
 from learner.reply import reply_of
+
+
+def buffer_death(config: Config, error: RayActorError) -> RunError:
+    """What ends a run whose replay buffer is gone: it could not start, or died too often."""
+    if error.actor_init_failed:
+        return RunError(f"the replay buffer cannot start: {cause_line(error)}")
+    most = config.replay.max_restarts
+    return RunError(
+        "the replay buffer died (killed, or out of memory) and does not come back "
+        f"(replay.max_restarts={most}): {cause_line(error)}"
+    )
 
 
 class LearnerLives:
@@ -68,10 +79,10 @@ class LearnerLives:
 
     async def died(self, error: RayActorError) -> None:
         """Raises RunError unless another learner may be started."""
-        if error.actor_init_failed:
-            raise RunError(f"the learner cannot start: {cause_line(error)}") from error
+        if isinstance(error, RayTaskError):  # the learner lives, and raises what it saw
+            raise buffer_death(self._config, error) from error
         if failure_kind(error) is not FailureKind.INFRASTRUCTURE:
-            raise RunError(f"the replay buffer died and does not come back: {cause_line(error)}") from error
+            raise RunError(f"the learner cannot start: {cause_line(error)}") from error
         most = self._config.learner.max_restarts
         self.deaths += 1
         if self.deaths > most:

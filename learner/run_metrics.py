@@ -8,7 +8,7 @@ from importlib.metadata import version
 import ray
 
 from common.config import Config
-from common.errors import cause
+from common.errors import cause, one_line
 from common.place import FAILURES
 from learner.buffer_gauges import METRICS, in_catalogue
 from learner.event_log import EventLog
@@ -55,7 +55,10 @@ class RunMetrics:
         )
         self._exporter.update({f"run_info{{{info}}}": 1.0, "run_stall_seconds": config.run.stall_timeout})
         address = self._exporter.reachable(ray.util.get_node_ip_address())
-        self._directory.announce([{"targets": [address], "labels": {"run": config.run.name}}])
+        try:
+            self._directory.announce([{"targets": [address], "labels": {"run": config.run.name}}])
+        except FAILURES as error:
+            await self._events.warn(f"Prometheus will not find {address} by itself: {one_line(error)}")
         await self._events.tell("metrics", {"address": address})
 
     async def report(self, kind: str, values: Mapping[str, float]) -> None:

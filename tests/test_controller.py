@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import json
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,7 +51,10 @@ class Buffer:
 
 
 class Fleet:
-    wanted = working = 1
+    asked = wanted = working = 1
+
+    def __init__(self) -> None:
+        self.given_up: list[str] = []
 
     async def leave_drained_nodes(self) -> None: ...
 
@@ -97,6 +101,16 @@ async def test_groups_that_fail_at_once_are_one_event(controller: Controller, bu
         await controller._update_gauges()
     told = [values["quarantined"] for kind, values in await controller.events(0) if kind == "quarantine"]
     assert told == [1, 3]
+
+
+async def test_actors_that_are_given_up_are_told_once_each(controller: Controller, buffer: Buffer) -> None:
+    assert controller._fleet is not None
+    for name in ("rollout-0.3", "rollout-1.3"):
+        controller._fleet.given_up.append(f"{name}: killed")
+        await controller._update_gauges()
+        await controller._update_gauges()
+    told = [values["text"] for kind, values in await controller.events(0) if kind == "warning"]
+    assert [text.rpartition("; ")[2] for text in told] == ["rollout-0.3: killed", "rollout-1.3: killed"]
 
 
 async def test_bytes_that_are_lost_are_told_once(controller: Controller, buffer: Buffer) -> None:
@@ -189,6 +203,23 @@ async def test_a_run_that_ends_as_it_should_is_not_missed(
     with pytest.raises(RunError, match="something went wrong") if missed else nullcontext():
         await controller.run()
     assert (tmp_path / "_targets" / "first.json").exists() == missed
+
+
+async def test_a_target_that_cannot_be_written_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "_targets").write_text("another's")
+    (run := tmp_path / "first").mkdir()
+    controller = sudoku(run)
+    monkeypatch.setattr(controller_module.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+
+    async def work() -> dict[str, Any]:
+        await controller._metrics.open_endpoint({})
+        await controller._enter("finished")
+        return {}
+
+    monkeypatch.setattr(controller, "_work", work)
+    await controller.run()
+    [told] = [values["text"] for kind, values in await controller.events(0) if kind == "warning"]
+    assert re.match(r"Prometheus will not find 127\.0\.0\.1:\d+ by itself: .*_targets", told)
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,13 @@ class Stage:
         handle.actor.end(RayActorError())
 
     @property
+    def new_fleet(self) -> Calls:
+        async def new_fleet() -> None:
+            assert not self.actors, "it comes before the first actor"
+
+        return Calls(new_fleet)
+
+    @property
     def drain(self) -> Calls:
         async def drain(name: str) -> None:
             actor = self.actors[name]
@@ -263,6 +270,31 @@ async def test_the_last_place_out_of_restarts_ends_the_run_with_its_cause(monkey
     with pytest.raises(RunError, match="all 2 rollout actors are dead and out of restarts"):
         await asyncio.wait_for(running, 1.0)
     assert fleet.restarts == 2
+
+
+async def test_a_place_out_of_restarts_is_given_up_told_and_may_be_filled_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with playing(monkeypatch, actors=2, max_restarts=0) as (fleet, stage):
+        stage.actors["rollout-1.0"].end(RayActorError())
+        await settle()
+        assert (fleet.asked, fleet.wanted, fleet.working) == (2, 1, 1)
+        [told] = fleet.given_up
+        assert told.startswith("rollout-1.0: ")
+        assert await fleet.scale(2) == 1
+        await settle()
+        assert stage.alive() == ["rollout-0.0", "rollout-2.0"]
+        assert (fleet.wanted, len(fleet.given_up)) == (2, 1)
+
+
+async def test_an_actor_that_cannot_start_is_named_as_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = make(stage := Stage(monkeypatch))
+    running = asyncio.ensure_future(fleet.run())
+    await settle()
+    text = "Traceback ...\ncommon.errors.UserError: model.device=cuda is not there"
+    stage.actors["rollout-0.0"].end(RayActorError(None, text, actor_init_failed=True))
+    with pytest.raises(RunError, match=r"^a rollout actor cannot start: model\.device=cuda is not there"):
+        await asyncio.wait_for(running, 1.0)
 
 
 async def test_a_preempted_node_costs_no_restart(monkeypatch: pytest.MonkeyPatch) -> None:

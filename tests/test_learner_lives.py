@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
 from common.config_file import parse_config
 from common.errors import RunError
@@ -22,6 +22,22 @@ def test_a_learner_that_cannot_start_is_named_as_that() -> None:
     text = "Traceback ...\ncommon.errors.UserError: task.reward=a:b cannot be imported"
     error = RayActorError(None, text, actor_init_failed=True)
     with pytest.raises(RunError, match=r"^the learner cannot start: .*task\.reward=a:b cannot be imported"):
+        asyncio.run(lives(3, EventLog()).died(error))
+
+
+@pytest.mark.parametrize(
+    ("starts", "told"),
+    [
+        (True, r"^the replay buffer died .*replay\.max_restarts=10\): "),
+        (False, "^the replay buffer cannot start: segment a is damaged"),
+    ],
+)
+def test_the_death_of_the_buffer_that_a_learner_saw_is_the_buffers(starts: bool, told: str) -> None:
+    cause = RayActorError(None, "killed", actor_init_failed=not starts)
+    text = "Traceback ...\ncommon.errors.RunError: segment a is damaged"
+    error = RayTaskError("run", text, cause).as_instanceof_cause()
+    assert isinstance(error, RayActorError)
+    with pytest.raises(RunError, match=told):
         asyncio.run(lives(3, EventLog()).died(error))
 
 

@@ -527,6 +527,21 @@ async def test_a_life_is_used_up_however_short_it_was_and_no_lease_or_version_is
     assert versions == sorted(set(versions))
 
 
+async def test_names_that_were_drained_are_free_for_a_new_fleet_whoever_dies(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    buffer = place.buffer()
+    await buffer.publish(weights(0), [])
+    await buffer.drain("a")
+    await buffer.submit("b", [result(lease) for lease in await grant(buffer, 1, "b")])  # it is in a file now
+    again = place.buffer()
+    assert (await again.lease("a", 1)).closed, "of the fleet that drained it, which lives on"
+    await again.new_fleet()
+    for one in (lambda: again, place.buffer):
+        buffer = one()
+        await buffer.publish(weights(await buffer.rewind(0, 0)), [])
+        assert len((await buffer.lease("a", 1)).leases) == 1
+
+
 async def test_a_settled_life_is_not_forgotten_with_its_files(tmp_path: Path) -> None:
     place = Place(tmp_path)
     buffer = await place.started()
