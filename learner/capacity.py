@@ -17,7 +17,7 @@ from actors.fleet import Fleet
 from actors.reward_actor import RewardActor, reward_demand
 from actors.scaling_policy import Reading, Reason, ScalingPolicy
 from common.config import Config
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.metrics import CATALOGUE
 from learner.event_log import EventLog
 from learner.learner_ranks import reserved, unplaced
@@ -64,9 +64,17 @@ class Capacity:
         """Look again and again; tell who waits when it lasts, and once there are enough nodes again, which is
         progress."""
         told = before = ""
+        blind = False
         while True:
             await asyncio.sleep(NODE_SECONDS)
-            await self.look(fleet())
+            try:
+                await self.look(fleet())
+            except Exception as error:  # of whatever Ray's state is asked through; the run itself needs none of it
+                if not blind:
+                    blind = True
+                    await events.warn(f"who waits for nodes cannot be seen: {one_line(error)}")
+                continue
+            blind = False
             if before and not self.lacking:
                 progress()
             if told and not self.wanting:

@@ -195,6 +195,7 @@ def _shown(
     """The controller's result, once all events up to the summary have been shown."""
     seen = 0
     while True:
+        directory.check_lock()
         news = controller.events.remote(seen)
         while not (ready := ray.wait([news, result], num_returns=1, timeout=ALIVE_SECONDS)[0]):
             directory.check_lock()

@@ -1,6 +1,7 @@
 """EventLog: what a run has told so far, for whoever waits for news of it.
 
-An event is its kind and its values, e.g. `("warning", {"text": "..."})`.
+An event is its kind and its values, e.g. `("warning", {"text": "..."})`. There is one listener: whoever asks for the
+events from a number on has those before it, and they are forgotten.
 """
 
 import asyncio
@@ -15,11 +16,14 @@ class EventLog:
 
     def __init__(self) -> None:
         self._events: list[Event] = []
+        self._forgotten = 0
+        self._newest: dict[str, dict[str, Any]] = {}
         self._news = asyncio.Condition()
 
     async def tell(self, kind: str, values: dict[str, Any]) -> None:
         async with self._news:
             self._events.append((kind, values))
+            self._newest[kind] = values
             self._news.notify_all()
 
     async def warn(self, text: str) -> None:
@@ -39,10 +43,18 @@ class EventLog:
         return warn
 
     async def after(self, number: int) -> list[Event]:
-        """Those from `number` on; blocks until there is one."""
+        """Those from `number` on; blocks until there is one.
+
+        Raises:
+            ValueError: when some of them are forgotten already.
+        """
+        if number < self._forgotten:
+            raise ValueError(f"events before number {self._forgotten} are forgotten, and {number} was asked for")
         async with self._news:
-            await self._news.wait_for(lambda: len(self._events) > number)
-            return self._events[number:]
+            del self._events[: number - self._forgotten]
+            self._forgotten = number
+            await self._news.wait_for(lambda: bool(self._events))
+            return list(self._events)
 
     async def until(self, holds: Callable[[], bool]) -> None:
         """Block until something is so, which comes with an event."""
@@ -51,4 +63,4 @@ class EventLog:
 
     def newest(self, kind: str) -> dict[str, Any]:
         """Values of the newest event of a kind; nothing before there is one."""
-        return next((values for one, values in reversed(self._events) if one == kind), {})
+        return self._newest.get(kind, {})

@@ -30,6 +30,8 @@ from learner.trainer import BatchRefused, Trainer
 
 log = logging.getLogger(__name__)
 
+MOST_SET_ASIDE = 20  # batches that are kept with the weights that they met
+
 MakeTrainer = Callable[[Config, Path], Trainer]
 
 
@@ -159,9 +161,25 @@ class LearnerActor:
             link.settle(min(one.journal_index for one in kept), max(one.version for one in kept))
 
     def _set_aside(self, link: BufferLink, sampled: Sample, reason: str) -> None:
-        """Keep a batch, with the weights that it met, for `diffpo replay`."""
+        """Keep a batch, with the weights that it met, for `diffpo replay`; not without end, since these are large."""
         self._skipped += 1
         self._skipped_in_row += 1
+        kept = self._directory.set_aside
+        if len(kept.folders()) < MOST_SET_ASIDE:
+            where = f"is set aside in {self._keep_aside(sampled, reason)}"
+        else:
+            where = f"is not kept, {kept} has {MOST_SET_ASIDE} already (move some away to keep more)"
+        link.set_aside(sampled.numbers, f"skipped: {reason}")
+        self._controller.warn.remote(f"a batch that cannot be trained on {where}: {reason}")
+        self._report("skipped", {"learner_skipped_steps": float(self._skipped)})
+        most = self.config.learner.max_skipped_steps
+        if self._skipped_in_row > most:
+            raise RunError(
+                f"{self._skipped_in_row} batches in a row could not be trained on (learner.max_skipped_steps={most}); "
+                f"the last: {reason}; look at those in {kept} with `diffpo replay`"
+            )
+
+    def _keep_aside(self, sampled: Sample, reason: str) -> str:
         step = self._trainer.steps
         with self._directory.setting_aside(step, sampled.version, sampled.numbers[0]) as (folder, name):
             self._trainer.saved()(folder)
@@ -173,15 +191,7 @@ class LearnerActor:
             )
             why = {"step": step, "version": sampled.version, "reason": reason, "numbers": sampled.numbers}
             (folder / WHY).write_text(json.dumps(why, indent=1) + "\n")
-        link.set_aside(sampled.numbers, f"skipped: {reason}")
-        self._controller.warn.remote(f"a batch was set aside in {name}: {reason}")
-        self._report("skipped", {"learner_skipped_steps": float(self._skipped)})
-        most = self.config.learner.max_skipped_steps
-        if self._skipped_in_row > most:
-            raise RunError(
-                f"{self._skipped_in_row} batches in a row could not be trained on (learner.max_skipped_steps={most}); "
-                f"the last: {reason}; look at {name} with `diffpo replay`"
-            )
+        return name
 
     def _note(self, doing: str) -> None:
         self._doing, self._since = doing, time.monotonic()

@@ -239,6 +239,11 @@ class RunDirectory:
         cache_folder().mkdir(parents=True, exist_ok=True)
         return cache_folder() / f"buffer-{xxhash.xxh3_64_hexdigest(self.name.encode())}.lock"
 
+    @property
+    def set_aside(self) -> Place:
+        """A folder for each batch that could not be trained on."""
+        return self.place / "set_aside"
+
     @contextmanager
     def setting_aside(self, step: int, version: int, group: int) -> Iterator[tuple[Path, str]]:
         """A folder to fill with a batch that could not be trained on, and what it will be called.
@@ -246,12 +251,13 @@ class RunDirectory:
         It is named after its first group too: the next one meets the same weights.
 
         Raises:
-            RunError: when it cannot be uploaded.
+            RunError: when it cannot be written, or uploaded.
         """
-        place = self.place / "set_aside" / f"step-{step:06d}-version-{version}-group-{group}"
+        place = self.set_aside / f"step-{step:06d}-version-{version}-group-{group}"
         if place.folder is not None:
-            place.folder.mkdir(parents=True, exist_ok=True)  # should the buffer die, it may come once more
-            yield place.folder, place.name
+            with writing(place.folder):
+                place.folder.mkdir(parents=True, exist_ok=True)  # should the buffer die, it may come once more
+                yield place.folder, place.name
             return
         with tempfile.TemporaryDirectory(prefix="diffpo-set-aside-") as folder:
             yield Path(folder), place.name

@@ -52,7 +52,10 @@ class RunRecord:
         if not self._tables:
             return
         table, self._tables = pa.concat_tables(self._tables), []
-        self._put(_thinned(table, self._groups))
+        try:
+            self._put(_thinned(table, self._groups))
+        except FAILURES as error:
+            self._say(error)
 
     def rewind(self, step: int) -> None:
         """Take out all steps after `step`, before they are done again."""
@@ -73,11 +76,8 @@ class RunRecord:
         first, last = steps.min(), steps.max()
         encoded = pa.BufferOutputStream()
         pq.write_table(table, encoded, compression="zstd")
-        try:
-            self._place.filesystem.create_dir(self._place.path, recursive=True)
-            self._place.write(f"steps-{first:06d}-{last:06d}.parquet", encoded.getvalue().to_pybytes())
-        except FAILURES as error:
-            self._say(error)
+        self._place.filesystem.create_dir(self._place.path, recursive=True)
+        self._place.write(f"steps-{first:06d}-{last:06d}.parquet", encoded.getvalue().to_pybytes())
 
     def _say(self, error: Exception) -> None:
         if not self._warned:

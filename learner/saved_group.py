@@ -57,7 +57,7 @@ def find_group(run: RunDirectory, number: int) -> SavedGroup:
     Raises:
         UserError: when it is nowhere; lists which numbers are where.
     """
-    places = [one / "groups" for one in reversed(_inside(run.place / "set_aside"))]
+    places = [one / "groups" for one in reversed(_inside(run.set_aside))]
     places += [Place(run.segments), *(one / "groups" for one in reversed(_inside(_checkpoints(run))))]
     found: list[tuple[Place, FinishedGroup]] = []
     numbers: dict[Place, list[int]] = {}
@@ -147,7 +147,7 @@ def choose_weights(run: RunDirectory, saved: SavedGroup, table: pa.Table, given:
 def _on_disk(run: RunDirectory) -> list[Weights]:
     """Every policy of a run, with its version."""
     folders = [(one, MANIFEST) for one in _inside(_checkpoints(run))]
-    folders += [(one, WHY) for one in _inside(run.place / "set_aside")]
+    folders += [(one, WHY) for one in _inside(run.set_aside)]
     found = [Weights(one, _version(one, file), "") for one, file in folders if one.holds(file)]
     return [one for one in [*found, Weights(run.warm_start, 0, "")] if one.folder.holds("config.json")]
 

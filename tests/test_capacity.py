@@ -1,10 +1,13 @@
 """Capacity: the learner's place is given back once, so that the evaluation can have it."""
 
+import asyncio
+
 import pytest
 
 from common.config_file import parse_config
 from learner import capacity as capacity_module
 from learner.capacity import Capacity
+from learner.event_log import EventLog
 
 
 def test_the_place_is_given_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,3 +21,25 @@ def test_the_place_is_given_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
     capacity.release()
     capacity.release()
     assert removed == [place]
+
+
+def test_a_look_that_fails_is_told_once_and_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        capacity, events = Capacity(parse_config({"task": {"name": "sudoku"}})), EventLog()
+        looked: list[int] = []
+
+        async def look(fleet: object) -> None:
+            looked.append(len(looked))
+            if looked[-1] in (1, 2):
+                raise RuntimeError("the state of the cluster cannot be had")
+
+        monkeypatch.setattr(capacity_module, "NODE_SECONDS", 0.0)
+        monkeypatch.setattr(capacity, "look", look)
+        looking = asyncio.create_task(capacity.keep_looking(lambda: None, events, lambda: None))
+        while len(looked) < 6:
+            await asyncio.sleep(0)
+        looking.cancel()
+        [(_, told)] = await events.after(0)
+        assert told["text"] == "who waits for nodes cannot be seen: the state of the cluster cannot be had"
+
+    asyncio.run(scenario())

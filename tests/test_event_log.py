@@ -2,6 +2,8 @@
 
 import asyncio
 
+import pytest
+
 from learner.event_log import EventLog
 
 
@@ -18,6 +20,9 @@ def test_who_waits_is_woken_and_gets_what_is_new() -> None:
         await log.warn("second")
         assert log.newest("warning") == {"text": "second"}
         assert log.newest("step") == {}
+        assert await log.after(1) == [("warning", {"text": "first"}), ("warning", {"text": "second"})]
+        with pytest.raises(ValueError, match="events before number 1 are forgotten, and 0 was asked for"):
+            await log.after(0)
 
     asyncio.run(scenario())
 

@@ -326,6 +326,18 @@ def test_a_batch_that_cannot_be_trained_on_is_set_aside(tmp_path: Path) -> None:
         assert (gauges["skipped_groups"], gauges["groups_trained"]) == (4, STEPS * GROUPS)
 
 
+def test_batches_are_set_aside_up_to_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learner_actor, "MOST_SET_ASIDE", 1)
+    with world(tmp_path) as found:
+        found.refused = {4, 7}
+        assert found.learn()["steps"] == STEPS
+        assert len(list((found.directory.path / "set_aside").iterdir())) == 1
+        kept, left = found.warnings
+        assert "is set aside in " in kept
+        assert "set_aside has 1 already (move some away to keep more): groups" in left
+        assert found.buffer.call("gauges")["skipped_groups"] == 4
+
+
 @pytest.mark.parametrize("when", WHEN)
 def test_the_buffer_may_die_while_a_batch_is_set_aside(tmp_path: Path, when: str) -> None:
     with world(tmp_path) as found:

@@ -155,6 +155,22 @@ def test_what_cannot_be_written_is_told_once(tmp_path: Path) -> None:
     assert f"{tmp_path}/record lacks completions, it cannot be written: " in told
 
 
+def test_without_room_a_file_that_a_rewind_would_shorten_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    warned: list[str] = []
+    found = record(tmp_path, warned)
+    for one in (1, 2):
+        found.add(rows(one, {one: [0.5, 1.0]}))
+    found.write()
+    with monkeypatch.context() as patched:
+        patched.setattr(Place, "write", full)
+        found.rewind(1)
+    assert steps_on_disk(tmp_path) == [1, 2]
+    assert "No space left" in warned[0]
+
+
 def test_some_columns_can_be_read_alone(tmp_path: Path) -> None:
     assert whole(tmp_path, ["step"]).column_names == ["step"]
     found = record(tmp_path)

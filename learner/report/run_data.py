@@ -133,7 +133,7 @@ class RunData:
     def set_aside(self) -> Rows:
         """Batches that could not be trained on."""
         found = []
-        place = self.directory.place / "set_aside"
+        place = self.directory.set_aside
         try:
             for name in place.folders():
                 why = json.loads((place / name).read("why.json"))
