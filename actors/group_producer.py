@@ -61,7 +61,7 @@ class GroupProducer:
             fixed_padding=config.deterministic,
         )
         self._engine.version = -1
-        self._rewards = rewards_of(config, self._task)
+        self._rewards = rewards_of(config, self._task, wake)
         # by (number, attempt): a lost lease may come back here while its old rows still run out
         self._groups: dict[tuple[int, int], _Group] = {}
         self._rows: dict[int, tuple[tuple[int, int], int]] = {}
@@ -77,6 +77,8 @@ class GroupProducer:
 
     @property
     def room(self) -> int:
+        if not self._rewards.ready:  # a group that nobody can score would hold up all that come after it
+            return 0
         return (self.config.rollout.slots - self._engine.load) // self.config.learner.group_size
 
     def start(self, lease: Lease) -> None:

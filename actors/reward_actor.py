@@ -25,6 +25,9 @@ class RewardActor:
     def __init__(self, task: TaskConfig, rollout: RolloutConfig) -> None:
         self._pool = RewardPool(build_task(task), rollout)
 
+    def ready(self) -> None:
+        """Called by the rollout actor: answers once there is a node for this one."""
+
     def score(self, example: Example, completions: list[str]) -> Scores:
         """Called by the rollout actor, from as many threads as there are reward processes. Raises RewardError."""
         outcome: SimpleQueue[Scores | Exception] = SimpleQueue()
@@ -38,13 +41,21 @@ class RewardActor:
 class DistantRewards:
     """What a `RewardPool` is to its owner, by a reward actor."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, wake: Callable[[], None]) -> None:
+        """`wake` is called, from another thread, once `ready` is true."""
         options = reward_demand(config.rollout).options()
         self._actor: Any = (
             ray.remote(RewardActor)
             .options(**options, max_restarts=-1, max_task_retries=-1, max_concurrency=config.rollout.reward_workers)
             .remote(config.task, config.rollout)
         )
+        self.ready = False
+
+        def there(_: Any) -> None:  # or it cannot start, which whoever asks for scores is told
+            self.ready = True
+            wake()
+
+        self._actor.ready.remote().future().add_done_callback(there)
 
     def submit(self, example: Example, completions: list[str], done: Done) -> None:
         """Score a group; `done` is called from another thread with the scores or the failure."""
@@ -56,9 +67,9 @@ class DistantRewards:
         ray.kill(self._actor)
 
 
-def rewards_of(config: Config, task: Task) -> RewardPool | DistantRewards:
-    """Where a rollout actor has its groups scored."""
-    return RewardPool(task, config.rollout) if config.rollout.reward_cpus is None else DistantRewards(config)
+def rewards_of(config: Config, task: Task, wake: Callable[[], None]) -> RewardPool | DistantRewards:
+    """Where a rollout actor has its groups scored; `wake` is called once they can be."""
+    return RewardPool(task, config.rollout) if config.rollout.reward_cpus is None else DistantRewards(config, wake)
 
 
 def reward_demand(rollout: RolloutConfig) -> Demand:

@@ -114,6 +114,8 @@ def score_apart(task: Task, example: Example, completions: list[str], config: Ro
 class RewardPool:
     """Owned by one rollout actor or evaluator; runs until `close`."""
 
+    ready = True
+
     def __init__(self, task: Task, config: RolloutConfig) -> None:
         """Raises ValueError for a task that cannot be sent to a process."""
         try:

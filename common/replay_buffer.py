@@ -95,6 +95,7 @@ class ReplayBuffer:
         if lock is not None:
             self._lock = _lock(lock)
         found = recover(store, checkpoints)
+        self._born = found.life
         self._groups = Circulation(
             found,
             store=store,
@@ -387,6 +388,7 @@ class ReplayBuffer:
             "batch_staleness_mean": sum(ages) / max(1, len(ages)),
             "staleness_bound": -1.0 if bound is None else bound,
             "life": float(self._groups.life),
+            "born": float(self._born),
             "version": float(self.version),
         }
 

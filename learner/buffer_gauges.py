@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from common.errors import RunError
 from common.histogram import reported_keys
+from common.metrics import CATALOGUE
 
 MOST_QUARANTINED = 100  # groups in a row: then it is not the prompts
 # buffer gauge -> catalogue name
@@ -30,6 +31,7 @@ METRICS = {
     "sample_wait_seconds": "learner_wait_seconds",
     "lease_wait_seconds": "rollout_wait_seconds",
 }
+COUNTERS = frozenset(name for name in METRICS.values() if CATALOGUE[name].kind == "counter")
 STALENESS_KEYS = reported_keys("replay_group_staleness")
 STATE = "groups_"  # and a state: how many groups are in it
 
@@ -55,10 +57,8 @@ class BufferGauges:
         self.untrainable = ""
         """How many groups could not be trained, and why; empty while all could."""
         self.restarts = 0.0
-        """Lives that the buffer has begun since the learner of this controller had its first weights published."""
-        self.learning = False
-        """To be set once that is so: before it, a resumed run begins lives without a death."""
-        self._first_life: float | None = None
+        """Deaths of the buffer that this controller has started."""
+        self._born: float | None = None
         self._mark: tuple[float, ...] = ()
         self._quarantined = self._quarantined_before = self._lost = self._expired = 0.0
         self._told_of_deadline = False
@@ -75,9 +75,8 @@ class BufferGauges:
         self.lost = lost if lost > self._lost else 0.0
         self._lost = max(self._lost, lost)
         self._expired = gauges["expired_leases"]
-        if self.learning:
-            self._first_life = gauges["life"] if self._first_life is None else self._first_life
-            self.restarts = gauges["life"] - self._first_life
+        self.restarts += self._born is not None and gauges["born"] != self._born
+        self._born = gauges["born"]
         if gauges["groups_discarded"] + quarantined > 0:
             self.untrainable = (
                 f": {gauges['no_spread_discards']:.0f} groups were discarded for equal rewards (a longer warm start, "

@@ -89,13 +89,17 @@ class Capacity:
         """See who waits for nodes now."""
         self.learner = await asyncio.to_thread(unplaced, self.group, self._config.learner)
         self.pending = await fleet.look_for_nodes() if fleet is not None else 0
-        rewards = ""
-        if self._config.rollout.reward_cpus is not None and await asyncio.to_thread(pending_of, RewardActor.__name__):
+        rewards, mute = "", 0
+        if self._config.rollout.reward_cpus is not None:
+            mute = await asyncio.to_thread(pending_of, RewardActor.__name__)
+        if mute:
             why = await asyncio.to_thread(why_waiting, reward_demand(self._config.rollout))
-            rewards = f"rewards of rollout actors: each {why}" if why else ""
+            rewards = f"rewards of {mute} rollout actors: each {why}" if why else ""
         rollout = f"{self.pending} rollout actors: each {fleet.waiting}" if fleet is not None and self.pending else ""
         learner = f"the learner {self.learner}" if self.learner else ""
-        self.lacking = learner or (rollout if fleet is not None and not fleet.working else "") or rewards
+        working = fleet.working if fleet is not None else 0
+        self.lacking = learner or (rollout if fleet is not None and not working else "")
+        self.lacking = self.lacking or (rewards if mute >= working else "")  # else some work, and the others wait
         self.wanting = "; ".join(filter(None, (learner, rollout, rewards)))
 
     def check(self, actors: int) -> None:

@@ -94,21 +94,21 @@ def stop(
 
     Example: diffpo stop sudoku
     """
-    if _remotely(address, working_dir, ["stop", run, *([] if wait else ["--no-wait"])]):
+    if _remotely(address, working_dir, ["stop", run, *([] if wait else ["--no-wait"])], seconds=STOP_SECONDS):
         return
     from learner.remote_control import RunEnded, controller_of
 
-    with controller_of(run) as call:
+    where = run
+    with suppress(RunEnded), controller_of(run) as call:
         where = call("directory")
-        with suppress(RunEnded):
-            call("stop", "SIGTERM")
-            if wait:
-                call("until_ended", seconds=STOP_SECONDS)
+        call("stop", "SIGTERM")
+        if wait:
+            call("until_ended", seconds=STOP_SECONDS)
     typer.echo(f"{run}: {'stopped' if wait else 'stopping'}; go on with: diffpo train --resume {quote(where)}")
 
 
-def _remotely(address: str | None, working_dir: Path | None, arguments: list[str]) -> bool:
-    """Whether the command was done on a cluster."""
+def _remotely(address: str | None, working_dir: Path | None, arguments: list[str], *, seconds: float = 0.0) -> bool:
+    """Whether the command was done on a cluster; it may take so many seconds there."""
     # before Ray is imported: it looks once
     os.environ["RAY_AUTH_MODE"] = os.environ.get("RAY_AUTH_MODE") or "token"
     if address is None:
@@ -117,5 +117,5 @@ def _remotely(address: str | None, working_dir: Path | None, arguments: list[str
         return False
     from learner.remote_job import run_remotely
 
-    typer.echo(run_remotely(address, arguments, working_dir))
+    typer.echo(run_remotely(address, arguments, working_dir, seconds=seconds))
     return True

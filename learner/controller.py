@@ -121,8 +121,6 @@ class Controller:
     async def report(self, kind: str, values: dict[str, float]) -> None:
         """Called by the learner after each step, and during the warm start."""
         self._watchdog.mark()
-        if kind == "started":
-            self._buffer_gauges.learning = True
         await self._metrics.report(kind, values)
 
     async def warn(self, text: str) -> None:

@@ -22,6 +22,7 @@ import psutil
 
 from common.errors import UserError, one_line, without_secrets
 from common.location import is_uri
+from common.release import release
 
 GIGABYTE = 10**9
 LEAST_DISK = 1 * GIGABYTE  # a tiny run, its checkpoints and Ray's logs
@@ -95,7 +96,7 @@ def python() -> Iterator[Finding]:
         "" if enough else f"make the virtual environment with Python {wanted} or newer",
     )
     yield Finding("system", "OS", platform.platform())
-    yield Finding("system", "DiFFPO", f"{version('diffpo')} ({Path(__file__).parents[1]})")
+    yield Finding("system", "DiFFPO", f"{release()} ({Path(__file__).parents[1]})")
 
 
 def machine() -> Iterator[Finding]:

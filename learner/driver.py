@@ -124,18 +124,19 @@ def _connect(config: Config) -> None:
 def _check_room(config: Config, there: Mapping[str, float]) -> None:
     """Refuse what a Ray of this machine alone can never give."""
     rollout, learner = config.rollout, config.learner
-    if labels := {**rollout.labels, **learner.labels}:
+    if labels := {**rollout.labels, **rollout.reward_labels, **learner.labels}:
         raise UserError(
-            f"rollout.labels and learner.labels ask for nodes labelled {labels}, and a local Ray has none; leave them "
-            "out, or give a cluster in run.ray_address"
+            f"rollout.labels, rollout.reward_labels and learner.labels ask for nodes labelled {labels}, and a local "
+            "Ray has none; leave them out, or give a cluster in run.ray_address"
         )
-    for kind, actor, rank in (("CPU", rollout.cpus, learner.cpus), ("GPU", rollout.gpus, learner.gpus)):
+    rewards = rollout.reward_cpus or 0.0
+    for kind, actor, rank in (("CPU", rollout.cpus + rewards, learner.cpus), ("GPU", rollout.gpus, learner.gpus)):
         wanted, available = rollout.actors * actor + learner.ranks * rank, there.get(kind, 0.0)
         if wanted > available:
-            key = f"rollout.{kind.lower()}s"
+            own = f"({rollout.cpus:g} + rollout.reward_cpus={rewards:g})" if kind == "CPU" and rewards else f"{actor:g}"
             raise UserError(
-                f"rollout.actors={rollout.actors} x {actor:g} {kind}s + learner {learner.ranks * rank:g} exceed this "
-                f"machine's {available:g} {kind}s; lower rollout.actors, or {key} to share them"
+                f"rollout.actors={rollout.actors} x {own} {kind}s + learner {learner.ranks * rank:g} exceed this "
+                f"machine's {available:g} {kind}s; lower rollout.actors, or rollout.{kind.lower()}s to share them"
             )
 
 

@@ -14,16 +14,17 @@ from common.errors import RunError, UserError, one_line
 
 POLL_SECONDS = 0.5
 BEGINNING = "Running entrypoint for job"
-PATIENCE = 300.0  # to start, which may install a runtime environment, and to answer
+PATIENCE = 300.0  # to start, which may install a runtime environment, and to answer, beside what the command takes
 
 
-def run_remotely(address: str, arguments: list[str], working_dir: Path | None) -> str:
+def run_remotely(address: str, arguments: list[str], working_dir: Path | None, *, seconds: float = 0.0) -> str:
     """What `python -m learner ARGUMENTS` prints there.
 
     Args:
         address: of the job server, http://HOST:8265.
         arguments: of the command.
         working_dir: a checkout to send along; None where the cluster's Python has DiFFPO.
+        seconds: that the command itself may take.
 
     Raises:
         UserError: when the job server cannot be reached, refuses the token, or the command says so.
@@ -38,11 +39,12 @@ def run_remotely(address: str, arguments: list[str], working_dir: Path | None) -
             f"job server {address} cannot be used ({one_line(error)}); give --address http://HOST:8265 of a running "
             "head, and its token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
         ) from error
-    until = time.monotonic() + PATIENCE
+    patience = PATIENCE + seconds
+    until = time.monotonic() + patience
     while not (status := client.get_job_status(job)).is_terminal():
         if time.monotonic() >= until:
             client.stop_job(job)
-            raise RunError(f"job {job} at {address} is {status.value} after {PATIENCE:g} s; look at its log there")
+            raise RunError(f"job {job} at {address} is {status.value} after {patience:g} s; look at its log there")
         time.sleep(POLL_SECONDS)
     lines = client.get_job_logs(job).strip().splitlines()
     begins = next((at for at, line in enumerate(lines, 1) if line.startswith(BEGINNING)), 0)

@@ -3,14 +3,14 @@
 import asyncio
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 
 import ray
 
 from common.config import Config
 from common.errors import cause, one_line
 from common.place import FAILURES
-from learner.buffer_gauges import METRICS, in_catalogue
+from common.release import release
+from learner.buffer_gauges import COUNTERS, METRICS, in_catalogue
 from learner.event_log import EventLog
 from learner.exporter import Exporter
 from learner.pace import Pace
@@ -28,6 +28,7 @@ class RunMetrics:
         self._trackers: Trackers | None = None
         self._exporter: Exporter | None = None
         self._unwritten = False
+        self._counted: dict[str, float] = {}
         self._checkpoint = -1.0  # newest, as the learner told
 
     @property
@@ -51,7 +52,7 @@ class RunMetrics:
         kept = {"learner_steps", *METRICS.values()}  # a resumed run goes on from what they were
         self._exporter = Exporter(host=config.metrics.host, port=config.metrics.port, live=live, later=kept)
         info = (
-            f"name={config.run.name},version={version('diffpo')},task={config.task.name},learns={config.learner.train}"
+            f"name={config.run.name},version={release()},task={config.task.name},learns={config.learner.train}"
         )
         self._exporter.update({f"run_info{{{info}}}": 1.0, "run_stall_seconds": config.run.stall_timeout})
         address = self._exporter.reachable(ray.util.get_node_ip_address())
@@ -87,6 +88,8 @@ class RunMetrics:
     def gauge(self, buffer: Mapping[str, float], others: Mapping[str, float]) -> None:
         """The newest gauges: of the buffer in its own names, of others in the catalogue's."""
         gauges = {**in_catalogue(buffer), **others}
+        for name in COUNTERS & gauges.keys():  # one that came back from its files may have lost the last of them
+            gauges[name] = self._counted[name] = max(gauges[name], self._counted.get(name, 0.0))
         self._pace.see(time.monotonic(), gauges)
         if self._exporter is not None:
             self._exporter.update(gauges)

@@ -815,3 +815,22 @@ def test_a_local_ray_without_its_vital_parts_ends_the_driver(tmp_path: Path, mon
     with pytest.raises(RunError, match=r"the local Ray is gone \(raylet\): killed"):
         driver._follow(load_config(None, TINY), RunDirectory(tmp_path), lambda *_: None, POLICY)
     assert dead.count("log_monitor") == 3, "it can do without that one"
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["rollout.actors=4"], r"rollout\.actors=4 x 1 CPUs \+ learner 1 exceed this machine's 4 CPUs; lower"),
+        (
+            ["rollout.actors=2", "rollout.reward_cpus=1"],
+            r"actors=2 x \(1 \+ rollout\.reward_cpus=1\) CPUs \+ learner 1 ",
+        ),
+        (
+            ["rollout.reward_cpus=1", "rollout.reward_labels={gpu: none}"],
+            r"labelled \{'gpu': 'none'\}, and a local Ray has",
+        ),
+    ],
+)
+def test_a_local_ray_is_not_asked_for_what_it_cannot_give(given: list[str], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        driver._check_room(load_config(None, ["task.name=sudoku", *given]), {"CPU": 4.0})

@@ -8,7 +8,7 @@ from common.metrics import CATALOGUE, split_labels
 from learner.buffer_gauges import METRICS, MOST_QUARANTINED, STALENESS_KEYS, BufferGauges, in_catalogue
 
 NOTHING = {f"groups_{state}": 0.0 for state in GroupState}
-NOTHING |= {"life": 0.0, "expired_leases": 0.0, "no_spread_discards": 0.0, "lost_groups": 0.0}
+NOTHING |= {"life": 0.0, "born": 0.0, "expired_leases": 0.0, "no_spread_discards": 0.0, "lost_groups": 0.0}
 
 
 def test_only_groups_that_can_be_trained_are_progress() -> None:
@@ -21,14 +21,11 @@ def test_only_groups_that_can_be_trained_are_progress() -> None:
     assert not seen.progressed, "nothing new"
 
 
-def test_the_lives_that_a_resumed_run_begins_are_no_restarts() -> None:
+def test_deaths_of_the_buffer_are_counted_and_returns_of_the_learner_are_not() -> None:
     seen = BufferGauges()
-    for life in (2.0, 3.0):  # from the files of the last run, and back to the checkpoint
-        seen.see(NOTHING | {"life": life})
-        assert seen.restarts == 0
-    seen.learning = True
-    for life, restarts in ((3.0, 0.0), (4.0, 1.0), (4.0, 1.0)):
-        seen.see(NOTHING | {"life": life})
+    lives = [(2.0, 2.0), (3.0, 2.0), (4.0, 4.0), (5.0, 4.0), (6.0, 6.0)]  # of the run; when this buffer began
+    for (life, born), restarts in zip(lives, (0, 0, 1, 1, 2), strict=True):
+        seen.see(NOTHING | {"life": life, "born": born})
         assert seen.restarts == restarts
 
 

@@ -162,7 +162,7 @@ def test_rewards_are_scored_on_nodes_of_their_own_and_survive_their_death(nodes:
         stderr=subprocess.STDOUT,
     )
     until((run / "controller.json").is_file, process, "no controller")
-    why = "rewards of rollout actors: each waits for a node labelled gpu=none"
+    why = "rollout actors: each waits for a node labelled gpu=none"
     until(lambda: why in as_json(asked("status", str(run), "--json"))["waiting_for_nodes"], process, "no wait is told")
     assert rows(run) == [], "nothing is trained before there is a node for rewards"
     first = nodes.add("none")

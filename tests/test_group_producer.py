@@ -1,11 +1,13 @@
 """GroupProducer: what it counts about completions is what its groups say."""
 
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from actors import group_producer
 from actors.group_producer import GroupProducer
 from common.config import Config, LearnerConfig, ModelConfig
 from common.histogram import bucket_keys
@@ -52,3 +54,14 @@ def test_distributions_are_those_of_every_completion() -> None:
         expected = [sum(value <= bound for value in values) for bound in bounds]
         assert [gauges[key] for key in bucket_keys(name)] == expected
         assert expected[-1] == 12
+
+
+def test_no_lease_is_asked_for_before_there_is_somebody_to_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group that nobody can score would hold up all that come after it."""
+    config = Config(task=SudokuConfig(), learner=LearnerConfig(group_size=4))
+    there: Any = SimpleNamespace(ready=False, close=lambda: None)
+    monkeypatch.setattr(group_producer, "rewards_of", lambda *_: there)
+    producer = GroupProducer(config, "one", lambda: None)
+    assert producer.room == 0
+    there.ready = True
+    assert producer.room == config.rollout.slots // 4

@@ -13,6 +13,7 @@ from ray.core.generated.common_pb2 import LABEL_OPERATOR_IN
 from typer.testing import CliRunner
 
 from actors.placement import Demand
+from actors.reward_actor import reward_demand
 from common.config import MetricsConfig
 from common.config_file import load_config
 from learner.cli import app
@@ -130,5 +131,8 @@ def test_the_autoscaler_starts_what_the_run_waits_for(overlay: str, tmp_path: Pa
     assert started(made, [ranks]) == ({"learner": 1}, 0)
     assert started(made, [ranks, (rollout, 3)]) == ({"learner": 1, "rollout": 3}, 0)
     assert started(made, [(rollout, most + 2)]) == ({"learner": 1, "rollout": most}, 2)
-    assert started(made, [(Demand(1, labels={"gpu": "none"}), 3)]) == ({"learner": 1, "rewards": 2}, 0)
+    pods, unmet = started(made, [(rollout, most), (reward_demand(config.rollout), most)])
+    assert (pods["rollout"], unmet) == (most, 0), (
+        "every rollout actor has its rewards, up to the most that there may be"
+    )
     assert started(made, [(Demand(1, labels={"gpu": "elsewhere"}), 1)]) == ({"learner": 1}, 1)
