@@ -27,7 +27,8 @@ class ForwardPass:
         self._policy, self._rows = policy, rows
         self._use_autocast = use_autocast
         self._fixed_padding = fixed_padding or compiled
-        self._bucket = max(1, math.ceil(rows.slots / BUCKETS)) if compiled else 1
+        most = rows.slots - 1  # the engine's; the last row is a spare one that is never forwarded
+        self._bucket = math.ceil(most / BUCKETS) if compiled else 1
         self._hidden = torch.compile(policy.hidden, dynamic=False) if compiled else policy.hidden
         self.calls = 0
         """Forward passes of the model, of any number of rows."""

@@ -96,7 +96,8 @@ def draw(log_probs: Tensor, uniforms: Tensor) -> Tensor:
     """Inverse-CDF draw, one uniform per row.
 
     The cumulative sum may end a little off 1 and a search may land on an id of zero probability (measured at
-    V = 126k), hence the scaling by its last entry, `right=True`, and the clamp to the last id that has mass.
+    V = 126k), hence the scaling by its last entry, `right=True`, and the step back to an id that has mass: from behind
+    the last one, or from one over which a GPU's parallel sum rises by a rounding.
 
     Args:
         log_probs: `[N, V]`.
@@ -108,10 +109,9 @@ def draw(log_probs: Tensor, uniforms: Tensor) -> Tensor:
     probs = log_probs.exp()
     cdf = probs.cumsum(-1)
     target = uniforms.to(cdf.dtype).unsqueeze(-1) * cdf[:, -1:]
-    ids = torch.searchsorted(cdf, target, right=True).squeeze(-1)
-    vocabulary = torch.arange(probs.shape[-1], device=probs.device)
-    last = torch.where(probs > 0, vocabulary, 0).amax(-1)
-    return torch.minimum(ids, last)
+    ids = torch.searchsorted(cdf, target, right=True, out_int32=True)
+    vocabulary = torch.arange(probs.shape[-1], device=probs.device, dtype=torch.int32)
+    return torch.where((probs > 0) & (vocabulary <= ids), vocabulary, 0).amax(-1).long()
 
 
 def _pieces(logits: Tensor) -> Iterator[slice]:

@@ -19,6 +19,8 @@ from learner.chat import chat_ids
 from learner.demonstration_file import DemonstrationFile
 
 CACHED_TEXTS = 100_000
+CHECKED_EXAMPLES = 64  # of a task; a bad one after them ends the warm start when it comes
+MOST_LEFT_OUT = 10_000  # in a row, of a task, which has no end
 FIRST_EXAMPLE = 1 << 32  # reinforcement learning takes the training examples from 0 on: it does not repeat these
 HELD_OUT = 2  # first word of the key that draws which rows are held out
 
@@ -77,6 +79,23 @@ class Demonstrations:
             self._epoch, self._order = epoch, self._kept[shuffled]
         return self._of_row(int(self._order[index]), epoch)
 
+    def fitting(self, position: int) -> tuple[Demonstration, int]:
+        """The first demonstration from a position on that is not left out, and its position.
+
+        Raises:
+            UserError: as `at`; when all of a file, or `MOST_LEFT_OUT` of a task in a row, are left out.
+        """
+        count = self.count
+        most = MOST_LEFT_OUT if count is None else 2 * count - 1  # so many in a row hold an epoch
+        for place in range(position, position + most):
+            found = self.at(place)
+            if found is not None:
+                return found, place
+        raise UserError(
+            f"none of {count or most} demonstrations fits warm_start.max_tokens={self._settings.max_tokens}; raise it, "
+            "or set warm_start.too_long=truncate"
+        )
+
     def held_out(self) -> list[Demonstration]:
         """Those that are never among the others, but for the ones that are too long."""
         if self._file is None:
@@ -87,10 +106,14 @@ class Demonstrations:
         return [one for one in found if one is not None]
 
     def check(self, most: int) -> None:
-        """Tokenise at most so many rows of the file, evenly spread. Raises as `at`."""
+        """Tokenise at most so many rows of the file, evenly spread, or a task's first ones. Raises as `fitting`."""
         if self._file is not None:
             for row in np.unique(np.linspace(0, len(self._file) - 1, most).astype(int)).tolist():
                 self._of_row(row, 0)
+        if self._settings.steps:  # else a task need not have any
+            for position in range(CHECKED_EXAMPLES if self._file is None else 0):
+                self.at(position)
+            self.fitting(0)
 
     def _of_task(self, split: Split, index: int, where: str) -> Demonstration | None:
         example = self._task.example(split, index)
@@ -121,6 +144,11 @@ class Demonstrations:
         sampler, limit = self._config.sampler, self._settings.max_tokens
         for ids, text, kind in zip((prompt, completion), texts, ("prompt", "completion"), strict=True):
             check_known(self._tokenizer, ids, text, kind, where)
+        if self._tokenizer.mask_token_id in completion:
+            raise UserError(
+                f"{where}: completion {texts[1][:60]!r} holds {self._tokenizer.mask_token!r}, the MASK token, which is "
+                "never predicted; write it otherwise"
+            )
         eos = [self._tokenizer.eos_token_id]
         if limit is None:
             check_length(prompt, "prompt", sampler, where)

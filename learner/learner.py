@@ -413,7 +413,8 @@ class Learner:
         micro = self._micro_batches(batch.select(rows), advantage[rows]) if len(rows) else []
         fillers = self._ranks.most(len(micro)) - len(micro)
         cheapest = (batch.group == costs.argmin()).nonzero().squeeze(-1)
-        return micro + [(batch.select(cheapest), advantage[cheapest])] * fillers, fillers
+        filler, *_ = self._micro_batches(batch.select(cheapest), advantage[cheapest])
+        return micro + [filler] * fillers, fillers
 
     def _micro_batches(self, batch: Batch, advantage: Tensor) -> list[tuple[Batch, Tensor]]:
         parts = micro_batches(batch, self.config)
@@ -451,9 +452,10 @@ class Learner:
         self._restore(rest | {"optimizer": optimizer})
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:  # which kernels can be used is for these ranks to say
-            group.update({key: self.optimizer.defaults[key] for key in ("fused", "foreach")})
+        saved = state["optimizer"]
+        # which kernels can be used is for these ranks to say; `step` is loaded to where they want it
+        own = {key: self.optimizer.defaults[key] for key in ("fused", "foreach")}
+        self.optimizer.load_state_dict(saved | {"param_groups": [group | own for group in saved["param_groups"]]})
         self.scheduler.load_state_dict(state["scheduler"])
         self.steps_done, self.updates_done = state["steps_done"], state["updates_done"]
         self._remedy.restore(state["drift_remedy"])

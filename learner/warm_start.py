@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 from common.autocast import autocast
 from common.checkpoint_store import CheckpointStore
 from common.config import Config, WarmStartConfig
-from common.errors import RunError, UserError, one_line
+from common.errors import RunError, one_line
 from common.keyed_random import derive
 from common.new_folder import sync, writing
 from common.policy import Policy
@@ -141,20 +141,11 @@ class WarmStart:
 
     def _take(self) -> list[Demonstration]:
         """The demonstrations of the next step."""
-        settings, taken, tokens, in_a_row = self._settings, [], 0, 0
+        settings, taken, tokens = self._settings, [], 0
         while tokens < settings.batch_tokens if settings.batch_tokens else len(taken) < settings.batch_size:
-            found = self._demonstrations.at(self._position)
-            self._position += 1
-            if found is None:
-                self.skipped += 1
-                in_a_row += 1
-                if in_a_row == self._demonstrations.count:
-                    raise UserError(
-                        f"none of the {in_a_row} demonstrations fits warm_start.max_tokens={settings.max_tokens}; "
-                        "raise it, or set warm_start.too_long=truncate"
-                    )
-                continue
-            in_a_row = 0
+            found, place = self._demonstrations.fitting(self._position)
+            self.skipped += place - self._position
+            self._position = place + 1
             taken.append(found)
             tokens += found.tokens
         self.tokens += tokens

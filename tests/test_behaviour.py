@@ -137,6 +137,40 @@ def test_a_drawn_id_has_mass_at_the_vocabulary_of_llada(scale: float) -> None:
         assert (log_probs.exp().gather(-1, ids.unsqueeze(-1)) > 0).all()
 
 
+@pytest.mark.parametrize("empty", [2, 7])
+def test_a_sum_that_rises_over_an_empty_id_does_not_let_it_be_drawn(
+    empty: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a parallel scan's may, by a rounding."""
+    log_probs = torch.full((1, 8), 1 / 8).log()
+    log_probs[0, [0, empty]] = -torch.inf
+    plain = torch.Tensor.cumsum
+    rise = torch.zeros(8).index_fill(0, torch.tensor([empty]), 1e-6)
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda *given: plain(*given) + rise)
+    inside = plain(log_probs.exp(), -1)[0, empty] + 5e-7
+    total = log_probs.exp().sum() + (1e-6 if empty == 7 else 0.0)
+    assert draw(log_probs, (inside / total).unsqueeze(0).double()).tolist() == [empty - 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [0.0, 3.0, 40.0])
+def test_where_the_sum_never_falls_a_draw_is_the_searched_id_or_the_last_with_mass(
+    scale: float, dtype: torch.dtype
+) -> None:
+    rng = torch.Generator().manual_seed(3)
+    for vocabulary in (2, 12, 1000):
+        logits = (scale * torch.randn(400, vocabulary, generator=rng)).to(dtype)
+        logits[torch.rand(logits.shape, generator=rng) < torch.rand(400, 1, generator=rng)] = -torch.inf
+        logits[:, -1] = 0.0
+        log_probs = reveal_log_probs(logits, 0)
+        probs = log_probs.exp()
+        cdf = probs.cumsum(-1)
+        last = torch.where(probs > 0, torch.arange(vocabulary), 0).amax(-1)
+        for u in (uniform(torch.arange(400), 1, 0), *(torch.full((400,), edge, dtype=torch.float64) for edge in EDGES)):
+            found = torch.searchsorted(cdf, u.to(dtype).unsqueeze(-1) * cdf[:, -1:], right=True).squeeze(-1)
+            assert torch.equal(draw(log_probs, u), torch.minimum(found, last))
+
+
 # -- what the sampler does with the logits of a step -------------------------------------------------------------------
 
 

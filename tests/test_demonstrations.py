@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from learner_fixtures import tiny_policy
 
+import learner.demonstrations
 from common.config import Config
 from common.config_file import load_config
 from common.errors import UserError
@@ -133,6 +134,12 @@ def test_a_template_is_applied_and_the_end_of_the_turn_is_learned(policy: Policy
     assert prompt == given.apply_chat_template(said("1", "2", "11"), add_generation_prompt=True, return_dict=False)
 
 
+def test_what_follows_an_answer_is_learned_where_the_template_knows_no_end_of_turn(policy: Policy) -> None:
+    policy.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}0{% endfor %}"
+    prompt, answer = chat_ids(policy.tokenizer, said("1", "2"), "row")
+    assert (policy.tokenizer.decode(prompt), policy.tokenizer.decode(answer)) == ("10", "20")
+
+
 def test_of_several_answers_one_is_learned_drawn_for_each_epoch(
     policy: Policy, task: Task, write: Callable[..., str]
 ) -> None:
@@ -172,6 +179,58 @@ def test_what_is_too_long_is_skipped_cut_or_refused(policy: Policy, task: Task, 
     assert found("truncate", 4) is None
     with pytest.raises(UserError, match=r"line 1: 12 tokens and an EOS exceed warm_start\.max_tokens=12; raise it"):
         found("refuse", 12)
+
+
+def test_the_first_that_fits_is_found_wherever_two_epochs_put_it(
+    policy: Policy, task: Task, write: Callable[..., str]
+) -> None:
+    """Between the only one of an epoch and that of the next there may be more than the file has."""
+    path = write(pair("1", "2"), *(pair("1" * 20, "2") for _ in range(5)))
+    stream = Demonstrations(settings(f"warm_start.file={path}", "warm_start.max_tokens=10"), task, policy.tokenizer)
+    position, gaps = 0, []
+    for _ in range(50):
+        found, place = stream.fitting(position)
+        assert texts(policy, found)[0] == "1"
+        gaps.append(place - position)
+        position = place + 1
+    assert max(gaps) > 6
+
+
+def test_where_none_fits_it_is_told_and_before_anything_starts(
+    policy: Policy, task: Task, write: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learner.demonstrations, "MOST_LEFT_OUT", 100)
+    path = write(pair("1" * 20, "2"), pair("1" * 9, "2"))
+    for given, count in (([f"warm_start.file={path}"], 2), ([], 100)):
+        stream = Demonstrations(settings("warm_start.max_tokens=10", *given), task, policy.tokenizer)
+        message = rf"none of {count} demonstrations fits warm_start\.max_tokens=10; raise it, or set"
+        with pytest.raises(UserError, match=message):
+            stream.fitting(3)
+        with pytest.raises(UserError, match=message):
+            stream.check(10)
+        none = settings("warm_start.max_tokens=10", "warm_start.steps=0", *given)
+        Demonstrations(none, task, policy.tokenizer).check(10)
+
+
+def test_demonstrations_of_a_task_are_looked_at_before_anything_starts(policy: Policy, task: Task) -> None:
+    given = ["warm_start.max_tokens=32", "warm_start.too_long=refuse"]  # one too few: prompt and completion are 16 each
+    with pytest.raises(UserError, match=r"demonstration 1: 32 tokens and an EOS exceed warm_start\.max_tokens=32"):
+        Demonstrations(settings(*given), task, policy.tokenizer).check(10)
+    Demonstrations(settings("warm_start.max_tokens=33", given[1]), task, policy.tokenizer).check(10)
+
+
+@pytest.mark.parametrize("limits", [[], ["warm_start.max_tokens=5", "warm_start.too_long=skip"]], ids=["none", "skip"])
+def test_mask_in_a_completion_is_named_with_its_row(
+    policy: Policy, task: Task, write: Callable[..., str], limits: list[str]
+) -> None:
+    mask = policy.tokenizer.mask_token
+    path = write(pair(f"1{mask}", "2"), pair("1", f"2{mask}210"))
+    stream = Demonstrations(settings(f"warm_start.file={path}", *limits), task, policy.tokenizer)
+    message = rf"pairs\.jsonl, line 2: completion '2{mask}210' holds '{mask}', the MASK token"
+    with pytest.raises(UserError, match=message):
+        stream.check(10)
+    with pytest.raises(UserError, match=message):
+        [stream.at(position) for position in range(2)]
 
 
 def test_eos_is_padded_up_to_a_limit(policy: Policy, task: Task, write: Callable[..., str]) -> None:

@@ -107,6 +107,24 @@ def test_a_completion_does_not_depend_on_its_company(policy: Policy, rule: str, 
         assert_same(single, among[index], exactly=False)
 
 
+@pytest.mark.parametrize(("slots", "buckets"), [(64, range(8, 65, 8)), (20, range(3, 22, 3)), (3, range(1, 4))])
+def test_compiled_passes_have_few_sizes_up_to_the_slots(
+    policy: Policy, slots: int, buckets: range, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    engine = make_engine(policy, slots=slots, compiled=True)
+    for request in make_requests(slots):
+        engine.submit(request)
+    forwarded = []
+    while not engine.idle:
+        before = engine.cost.row_forwards
+        engine.step()
+        forwarded.append(engine.cost.row_forwards - before)
+    assert forwarded[0] == buckets[-1]
+    assert set(forwarded) <= set(buckets)
+    assert len(set(forwarded)) > 1
+
+
 def test_fixed_padding_repeats_bit_by_bit_in_float32(make_policy: Callable[..., Policy]) -> None:
     single = make_policy(double=False)
     requests = make_requests(24)

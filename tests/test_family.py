@@ -23,6 +23,7 @@ from common.errors import UserError
 from common.family import FAMILIES, recognise
 from common.policy import Policy
 from common.policy_loading import load_policy
+from learner.chat import chat_ids
 from learner.demonstrations import Demonstration
 from learner.learner import Learner
 from learner.packing import micro_batches
@@ -294,6 +295,26 @@ def test_prompts_go_through_the_chat_template(name: str, folders: dict[str, Path
     assert ids[:1] == start
     assert plain.encode_prompt("2+3?") == policy.encode("2+3?")
     assert policy.tokenizer.decode(policy.encode("2+3?")) == "2+3?"
+
+
+@pytest.mark.parametrize(
+    ("name", "begin", "learned"),
+    [
+        ("llada", "<|start_header_id|>assistant<|end_header_id|>\n\n", "yo<|eot_id|>"),
+        ("dream", "<|im_start|>assistant\n", "yo<|im_end|>\n"),
+        ("a2d", "<|im_start|>assistant\n", "yo<|im_end|>\n"),
+    ],
+)
+def test_an_answer_ends_with_its_turn(name: str, begin: str, learned: str, policies: dict[str, Policy]) -> None:
+    """LLaDA's template begins another answer after the last message, whatever it is asked."""
+    tokenizer = policies[name].tokenizer
+    said = [{"role": role, "content": text} for role, text in (("user", "hi"), ("assistant", "yo"))]
+    for messages in (said, [*said, *said]):
+        prompt, answer = chat_ids(tokenizer, messages, "row")
+        text = str(tokenizer.decode(prompt))
+        assert text.endswith(begin)
+        assert text.count(begin) == len(messages) / 2
+        assert tokenizer.decode(answer) == learned
 
 
 def test_without_a_template_a_prompt_is_its_text(policies: dict[str, Policy]) -> None:

@@ -636,6 +636,26 @@ def test_a_restored_learner_goes_on_bit_equal(changes: dict) -> None:
     assert_same(everything(moved), everything(learner), same=False)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_restored_optimizer_keeps_its_own_kernels(batch: Batch, fused: bool) -> None:
+    """Those of the saved one were for other ranks. Fused ones want `step` on the parameters' device, loops do not."""
+    saved = Learner(tiny_policy(double=False), learner_config())
+    saved.step(batch, version=0)
+    state = saved.state()
+    for group in state["optimizer"]["param_groups"]:
+        group.update(fused=not fused, foreach=False if fused else None)
+    policy = tiny_policy(double=False)
+    policy.head.to("meta")
+    policy.model.to("meta")
+    learner = Learner(policy, learner_config())
+    own = {"fused": fused, "foreach": None if fused else False}
+    learner.optimizer.defaults.update(own)
+    learner.restore(state)
+    assert all(group.items() >= own.items() for group in learner.optimizer.param_groups)
+    steps = [moments["step"] for moments in learner.optimizer.state.values()]
+    assert {step.device.type for step in steps} == {"meta" if fused else "cpu"}
+
+
 def test_the_kl_term_works_with_one_update_and_pulls_back(policy: Policy, batch: Batch) -> None:
     """d1 crashes on beta > 0 with one inner update."""
     learner = Learner(policy, learner_config(train="model", kl_beta=0.5, learning_rate=3e-3))

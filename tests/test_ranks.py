@@ -313,6 +313,21 @@ def test_a_state_of_another_policy_is_refused_before_anything_is_sent(both: Both
     assert "has shape None there" in both(another_policy)[0]
 
 
+def test_a_pass_that_does_not_count_is_within_the_budget_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other rank makes nine passes; every group has to be cut in two."""
+    batch, *_ = batches()
+    budget = 3 * (batch.prompts.shape[1] + batch.length)
+    learner = Learner(tiny_policy(), learner_config(train="model", micro_batch_tokens=budget))
+    monkeypatch.setattr(Ranks, "most", lambda *_: 9)
+    learner._ranks = Ranks(1, COUNT)
+    micro, fillers = learner._share(batch, batch.reward)
+    assert (len(micro), fillers) == (9, 7)
+    for part, advantage in micro:
+        rows = len(part.prompts) + len(part.seed)  # of two passes, the first is the group's
+        assert rows * (part.prompts.shape[1] + part.length) <= budget
+        assert torch.equal(part.reward, advantage)
+
+
 def test_groups_are_shared_by_cost() -> None:
     costs = torch.tensor([5, 1, 1, 1, 1, 1])
     shares = [Ranks(rank, 2).share(costs) for rank in (0, 1)]

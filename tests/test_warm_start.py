@@ -1,6 +1,7 @@
 """Warm start: LLaDA's masked loss against a loop, however rows are laid out; what is masked and attended; resuming."""
 
 import errno
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from common.checkpoint_store import CheckpointStore
 from common.config import Config, ThresholdConfig
 from common.config_file import load_config
-from common.errors import RunError
+from common.errors import RunError, UserError
 from common.policy import Policy
 from common.policy_loading import build_policy
 from common.tasks import Task, build_task
@@ -229,6 +230,22 @@ def test_a_token_budget_takes_as_many_demonstrations_as_reach_it(task: Task) -> 
     started.step()
     assert started.tokens == 3 * (16 + LENGTH)
     assert started.state()["position"] == 3
+
+
+def test_what_is_left_out_is_counted(task: Task, tmp_path: Path) -> None:
+    rows = [{"prompt": "1", "completion": "2"}, {"prompt": "1" * 20, "completion": "2"}]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [f"warm_start.file={tmp_path / 'pairs.jsonl'}", "warm_start.max_tokens=10", "warm_start.batch_size=3"]
+    started = WarmStart(small_policy(), task, settings(*given))
+    started.step()
+    assert started.state()["position"] == 3 + started.skipped
+    assert 2 <= started.skipped <= 3
+
+
+def test_a_step_ends_where_no_demonstration_of_a_task_fits(task: Task) -> None:
+    started = WarmStart(small_policy(), task, settings("warm_start.max_tokens=20"))
+    with pytest.raises(UserError, match=r"none of 10000 demonstrations fits warm_start\.max_tokens=20; raise it"):
+        started.step()
 
 
 def test_held_out_demonstrations_are_others_and_measured_the_same_way_each_time(task: Task) -> None:
