@@ -27,4 +27,4 @@ def show(verdicts: list[Verdict], title: str, console: Console) -> None:
     if errors:
         console.print(f"{errors.total()} of {total} rows could not be scored and count as wrong:")
         for error, count in errors.most_common(MOST_ERRORS):
-            console.print(f"  {count} x {error}", markup=False)
+            console.print(f"  {count} x {error}")

@@ -7,6 +7,7 @@
 """
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 
 from actors.reward_pool import RewardPool, Score, score
 from common.config import RolloutConfig
-from common.errors import UserError, cause, one_line
+from common.errors import RunError, UserError, cause, one_line
 from common.tasks import Task
 from common.tasks.rows import Row, read_rows
 from common.tasks.task import Example
@@ -110,13 +111,18 @@ def _verdict(task: Task, outcome: Score | Exception) -> Verdict:
 
 
 def check_out(path: Path) -> None:
-    """Refuse a file for verdicts whose folder is not there, before anything is scored."""
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"--out {path} cannot be written (there is no folder {path.parent}); choose another")
+    """Refuse a place where no file can be written, before anything is scored."""
+    there = os.path.lexists(path)
+    try:
+        path.open("ab").close()
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"--out {path} cannot be written ({cause(error)}); choose another file") from error
 
 
 def write_verdicts(path: Path, answers: list[Answer], verdicts: list[Verdict]) -> None:
-    """One row for each answer: its texts, the verdict, every component, the error if any. Raises UserError."""
+    """One row for each answer: its texts, the verdict, every component, the error if any. Raises RunError."""
     table: dict[str, list[Any]] = {
         "row": [answer.where for answer in answers],
         "question": [answer.question for answer in answers],
@@ -132,4 +138,4 @@ def write_verdicts(path: Path, answers: list[Answer], verdicts: list[Verdict]) -
     try:
         pq.write_table(pa.table(columns), path)
     except OSError as error:
-        raise UserError(f"--out {path} cannot be written ({cause(error)}); choose another") from error
+        raise RunError(f"--out {path} cannot be written ({cause(error)}); choose another file") from error

@@ -50,9 +50,9 @@ for part in (
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from common.release import release
 
-        typer.echo(f"diffpo {version('diffpo')}")
+        typer.echo(f"diffpo {release()}")
         raise typer.Exit
 
 

@@ -5,7 +5,6 @@ as a short Ray job on that cluster.
 """
 
 import os
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from shlex import quote
@@ -43,15 +42,13 @@ def status(run: Run, address: Address = None, working_dir: WorkingDir = None, js
         return
     from json import dumps
 
-    from rich.console import Console
-
     from learner.remote_control import NotGoing, controller_of
     from learner.run_directory import RunDirectory
     from learner.status_display import ended, show, show_ended
+    from learner.text_console import text_console
 
-    console = Console(highlight=False, soft_wrap=True)
     found: dict[str, Any]
-    display: Callable[[dict[str, Any], Console], None] = show
+    display = show
     try:
         with controller_of(run) as call:
             found = call("status")
@@ -60,7 +57,7 @@ def status(run: Run, address: Address = None, working_dir: WorkingDir = None, js
     if json:
         typer.echo(dumps(found))
     else:
-        display(found, console)
+        display(found, text_console(soft_wrap=True))
 
 
 @app.command()

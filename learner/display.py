@@ -5,6 +5,7 @@ One interface, four of them: a live view on a terminal, plain lines elsewhere (p
 """
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, Self
 
 from rich.console import Console
@@ -15,6 +16,7 @@ from learner.json_display import JsonDisplay
 from learner.live_display import LiveDisplay
 from learner.plain_display import PlainDisplay
 from learner.quiet_display import QuietDisplay
+from learner.text_console import text_console
 
 
 class Display(Protocol):
@@ -46,12 +48,19 @@ def check_mode(*, quiet: bool, json: bool, dry_run: bool = False) -> None:
         raise UserError("--json and --dry-run: the resolved configuration is YAML; leave --json out")
 
 
-def open_display(config: Config, *, quiet: bool = False, json: bool = False, console: Console | None = None) -> Display:
-    """The display that fits; a Ray job's log is no terminal, whatever it claims to be."""
+def early_display(*, json: bool) -> AbstractContextManager[JsonDisplay | None]:
+    """That of `--json`, which needs no configuration, and so tells of one that is refused too."""
+    return JsonDisplay() if json else nullcontext()
+
+
+def open_display(
+    config: Config, *, quiet: bool = False, early: JsonDisplay | None = None, console: Console | None = None
+) -> AbstractContextManager[Display]:
+    """The display that fits: `early`, if that is one already. A Ray job's log is no terminal, whatever it claims."""
     totals = {"warm_start": config.warm_start.steps, "step": config.learner.steps}
-    if json:
-        return JsonDisplay()
-    console = console or Console(soft_wrap=True, highlight=False)
+    if early is not None:
+        return nullcontext(early)
+    console = console or text_console(soft_wrap=True)
     if quiet:
         return QuietDisplay(console)
     if console.is_terminal and not console.is_dumb_terminal and IN_RAY_JOB not in os.environ:

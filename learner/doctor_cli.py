@@ -21,16 +21,15 @@ def doctor(
     """
     from json import dumps
 
-    from rich.console import Console
-
     from learner.doctor import checks, examine
     from learner.doctor_display import as_dict, show
+    from learner.text_console import text_console
 
     findings = examine(checks(root=root, starts_ray=start_ray))
     found = as_dict(findings)
     if json:
         typer.echo(dumps(found))
     else:
-        show(findings, Console(highlight=False, width=None if sys.stdout.isatty() else 120))
+        show(findings, text_console(width=None if sys.stdout.isatty() else 120))
     if not found["ok"]:
         raise typer.Exit(1)

@@ -24,7 +24,7 @@ def show(findings: list[Finding], console: Console) -> None:
     console.print(table)
     for one in findings:
         if one.state is not State.OK:
-            console.print(f"{one.state}: {one.name}: {one.found} -> {one.advice}", markup=False, soft_wrap=True)
+            console.print(f"{one.state}: {one.name}: {one.found} -> {one.advice}", soft_wrap=True)
     lacking = sum(one.state is State.MISSING for one in findings)
     console.print("runs can start here" if not lacking else f"{lacking} missing: runs cannot start here")
 

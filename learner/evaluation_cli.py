@@ -38,20 +38,19 @@ def evaluate(
     from learner.preflight import preflight
 
     task = preflight(loaded, trains=False)
-    from rich.console import Console
-
     from learner.evaluation_record import ShardFolder, write_answers
     from learner.final_evaluation import Evaluation, summarise
     from learner.pareto import draw_pareto
     from learner.run_directory import RunDirectory
     from learner.summary_display import show_evaluation
+    from learner.text_console import text_console
 
     folders = {"before": against, "after": folder} if against else {"policy": folder}
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out} cannot be made ({error.strerror}); choose another folder") from error
-    console = Console(soft_wrap=True, highlight=False)
+    console = text_console(soft_wrap=True)
     kept = ShardFolder(Place(out), loaded, folders)
     evaluation = Evaluation(
         loaded,
@@ -114,19 +113,18 @@ def score_answers(
 
     Example: diffpo score --task gsm8k answers.jsonl --out verdicts.parquet
     """
-    from rich.console import Console
-
     from common.config_file import load_config
     from common.tasks import build_task
     from learner.answer_display import show
     from learner.answer_file import STOPS, check_out, field_names, judge, read_answers, write_verdicts
+    from learner.text_console import text_console
 
     loaded = load_config(None, ["task.prompt_style=d1", *(overrides or []), f"task.name={task}"])
     built = build_task(loaded.task)
     answers = read_answers(built, file, field_names(fields), stop or STOPS)
     if out is not None:
         check_out(out)
-    console = Console(highlight=False, soft_wrap=True)
+    console = text_console(soft_wrap=True)
     with console.status("scoring") as status:
         verdicts = judge(
             built, answers, loaded.rollout, lambda done: status.update(f"{done} of {len(answers)} rows scored")

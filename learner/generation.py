@@ -77,7 +77,7 @@ def generate(folder: Path, choice: Choice, console: Console, *, show_steps: bool
     if isinstance(outcome, Failure):
         raise RunError(f"{outcome.reason}; {WAY_OUT}")
     drawn = int((outcome.reveal_step <= outcome.nfe).sum())
-    console.print(policy.decode(outcome.completion_ids.tolist()), markup=False, style="bold")
+    console.print(policy.decode(outcome.completion_ids.tolist()), style="bold")
     console.print(
         f"NFE {outcome.nfe}  TPF {drawn / outcome.nfe:.2f}  {drawn} tokens revealed  threshold {outcome.gamma:.3g}  "
         f"ended by {outcome.finish_reason}"

@@ -29,10 +29,8 @@ class JsonDisplay:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._others.__exit__(None, None, None)
-        if isinstance(error, KeyboardInterrupt):
-            self._write("failed", {"error": "interrupted"})
-        if isinstance(error, UserError | RunError | OSError | MemoryError) and not isinstance(error, BrokenPipeError):
-            self._write("failed", {"error": shown(error) or type(error).__name__})
+        if error is not None and not isinstance(error, BrokenPipeError):
+            self._write("failed", {"error": _told(error)})
 
     def show(self, kind: str, values: dict[str, Any]) -> None:
         """One event of the controller; its own summary is a part of the command's."""
@@ -48,6 +46,16 @@ class JsonDisplay:
         with self._writing:
             self._out.write(json.dumps(row, allow_nan=False) + "\n")
             self._out.flush()
+
+
+def _told(error: BaseException) -> str:
+    """As the last line of standard error names it; of what was not foreseen that is the last of a traceback."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    name, message = type(error).__name__, shown(error)
+    if isinstance(error, UserError | RunError | OSError | MemoryError):
+        return message or name
+    return f"{name}: {message}" if message else name
 
 
 def _finite(value: Any) -> Any:

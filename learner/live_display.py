@@ -76,7 +76,7 @@ class LiveDisplay:
         if not self._live.is_started:
             self._live.start()
         if text := line(kind, values):
-            self._console.print(text, markup=False)
+            self._console.print(text)
         if kind == "phase":
             self._phase = values["phase"]
         elif kind in ("warning", "quarantine"):

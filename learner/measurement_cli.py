@@ -18,8 +18,12 @@ def bench(
     ],
     quick: Annotated[bool, typer.Option("--quick", help="A small version of the measurement.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on the last line.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Fail where a bound is broken that is no noise.")] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs with seeds 0, 1, ...")] = 1,
+    check: Annotated[
+        bool, typer.Option("--check", help="Fail where a bound is broken that is no noise; all does it anyway.")
+    ] = False,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Of main and chaos: runs with seeds 0, 1, ...; else one.")
+    ] = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
 ) -> None:
@@ -44,12 +48,11 @@ def study(
 
     Example: diffpo study quick
     """
-    from rich.console import Console
-
     from learner.study.grid import load_study
     from learner.study.runner import Runner
+    from learner.text_console import text_console
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = text_console(soft_wrap=True)
     short, loaded = load_study(name, out=out)
     runner = Runner(short, loaded, out=out, console=console, seeds=seeds)
     path = runner.report(runner.finished()) if report else runner.run(jobs=jobs)

@@ -9,6 +9,7 @@ from matplotlib.ticker import ScalarFormatter
 from actors.evaluation import Point
 from actors.frontier import frontier_points
 from actors.reveal_rules import ENTROPY_BOUND
+from learner.report.figure import literal
 
 COLOURS = ("#6b7280", "#c2410c", "#1d4ed8", "#15803d")
 MARKERS = {"confidence": ("s", "confidence"), "top_k": ("^", "fixed tokens per step")}
@@ -56,7 +57,7 @@ def draw_pareto(points: Mapping[str, list[Point]], *, title: str) -> bytes:
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_xlabel("NFE (mean forward passes per completion, greedy)")
     axes.set_ylabel("exact-solve accuracy on held-out prompts")
-    axes.set_title(title)
+    axes.set_title(literal(title))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     drawn = BytesIO()

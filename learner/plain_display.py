@@ -33,13 +33,13 @@ class PlainDisplay:
         elif kind == "step":
             self._advance("step", kind, values["learner_steps"], step_note(values), important="drift_nfe" in values)
         elif text := line(kind, values):
-            self._console.print(text, markup=False)
+            self._console.print(text)
 
     def _advance(self, word: str, kind: str, done: float, note: str, *, important: bool = False) -> None:
         now, total = time.monotonic(), self._totals[kind]
         if now - self._printed >= LINE_SECONDS or done in (1, total) or important:
             self._printed = now
-            self._console.print(f"{word} {done:.0f}/{total}: {note}", markup=False)
+            self._console.print(f"{word} {done:.0f}/{total}: {note}")
 
     def finish(self, summary: dict[str, Any]) -> None:
         """The results."""

@@ -30,11 +30,10 @@ def generate(
 
     Example: diffpo generate runs/sudoku/checkpoints/step-000120 "1004040003104001"
     """
-    from rich.console import Console
-
     from common.local_copy import local_copy
     from learner.generation import Choice, usual_tokens
     from learner.generation import generate as run
+    from learner.text_console import text_console
 
     folder = local_copy(model)
     choice = Choice(
@@ -50,7 +49,7 @@ def generate(
         raw=raw,
         mask_token=mask_token,
     )
-    run(folder, choice, Console(highlight=False, soft_wrap=True), show_steps=steps)
+    run(folder, choice, text_console(soft_wrap=True), show_steps=steps)
 
 
 @app.command()

@@ -24,7 +24,7 @@ class QuietDisplay:
     def show(self, kind: str, values: dict[str, Any]) -> None:
         """One event of the controller."""
         if kind in WORTH_A_LINE:
-            self._console.print(line(kind, values), markup=False)
+            self._console.print(line(kind, values))
 
     def finish(self, summary: dict[str, Any]) -> None:
         """The results."""

@@ -18,8 +18,8 @@ def show(source: dict[str, Any], replay: GroupReplay, console: Console) -> None:
     version = "unknown" if source["weights_version"] is None else source["weights_version"]
     drew = ", ".join(f"{count} of version {drawn}" for drawn, count in source["token_versions"].items())
     also = f" (also in {', '.join(source['also'])})" if source["also"] else ""
-    console.print(f"group: attempt {source['attempt']}, {source['place']}{also}", markup=False)
-    console.print(f"weights: version {version}, {source['weights']} ({source['why']}); tokens: {drew}", markup=False)
+    console.print(f"group: attempt {source['attempt']}, {source['place']}{also}")
+    console.print(f"weights: version {version}, {source['weights']} ({source['why']}); tokens: {drew}")
     table = Table(box=box.SIMPLE, title="completions (advantage, weight, objective: inner update 0, this group alone)")
     for name in ("", "text", "NFE", "sets", "reward", "again", "max |Δ ln p|", "advantage", "weight", "objective"):
         table.add_column(name, justify="left" if name == "text" else "right", no_wrap=True)
@@ -52,15 +52,15 @@ def show(source: dict[str, Any], replay: GroupReplay, console: Console) -> None:
         if len(differing) > TOKENS_SHOWN:
             console.print(f"... and {len(differing) - TOKENS_SHOWN} more tokens; --json has all")
     for line in replay.wrong:
-        console.print(f"differs: {line}", markup=False)
+        console.print(f"differs: {line}")
     for line in replay.expected[:LINES_SHOWN]:
-        console.print(f"differs, as expected: {line}", markup=False)
+        console.print(f"differs, as expected: {line}")
     if len(replay.expected) > LINES_SHOWN:
         console.print(f"... and {len(replay.expected) - LINES_SHOWN} more that are expected; --json has all")
     for line in replay.notes:
-        console.print(f"note: {line}", markup=False)
+        console.print(f"note: {line}")
     console.print("means: " + "  ".join(f"{name} {value:.5g}" for name, value in replay.means.items()))
-    console.print(replay.verdict, markup=False)
+    console.print(replay.verdict)
 
 
 def _number(value: float | None, sign: str = "") -> str:

@@ -74,18 +74,17 @@ def replay(
     """
     from json import dumps
 
-    from rich.console import Console
-
     from learner.group_replay import replay_saved
     from learner.replay_display import show
     from learner.run_directory import RunDirectory
+    from learner.text_console import text_console
 
     directory = RunDirectory.find(run)
     source, found = replay_saved(directory, directory.config(), group, weights, tolerance)
     if json:
         typer.echo(dumps({"run": directory.name, "group": group} | source | found.as_dict()))
     else:
-        console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+        console = text_console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
         show(source, found, console)
     if not found.agrees:
         raise RunError(f"group {group}: {found.verdict}")

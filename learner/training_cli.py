@@ -33,28 +33,29 @@ def train(
     Example: diffpo train --resume runs/first
     Example: diffpo train -c deploy/configs/sudoku.yaml metrics.trackers=[tensorboard,wandb] --json
     """
-    from learner.display import check_mode, open_display
+    from learner.display import check_mode, early_display, open_display
 
     check_mode(quiet=quiet, json=json, dry_run=dry_run)
-    if resume == "":
-        raise UserError("--resume is empty; give a run: its folder, or its name below runs/")
-    loaded = None if resume else load(config, overrides, dry_run)
-    # a job that Ray runs again finds its run there, and goes on with it
-    from common.config import IN_RAY_JOB
-    from learner.run_directory import RunDirectory
+    with early_display(json=json) as early:
+        if resume == "":
+            raise UserError("--resume is empty; give a run: its folder, or its name below runs/")
+        loaded = None if resume else load(config, overrides, dry_run)
+        # a job that Ray runs again finds its run there, and goes on with it
+        from common.config import IN_RAY_JOB
+        from learner.run_directory import RunDirectory
 
-    again = loaded is not None and IN_RAY_JOB in os.environ and RunDirectory(loaded.run_directory).exists()
-    if loaded is None or again:
-        from learner.resumption import resumed_config
+        again = loaded is not None and IN_RAY_JOB in os.environ and RunDirectory(loaded.run_directory).exists()
+        if loaded is None or again:
+            from learner.resumption import resumed_config
 
-        found = RunDirectory(loaded.run_directory) if loaded is not None else RunDirectory.find(str(resume))
-        loaded = resumed_config(found, file=config, overrides=overrides or [])
-        end_dry_run(loaded, dry_run)
-    with open_display(loaded, quiet=quiet, json=json) as display:
-        from learner.driver import train as run
+            found = RunDirectory(loaded.run_directory) if loaded is not None else RunDirectory.find(str(resume))
+            loaded = resumed_config(found, file=config, overrides=overrides or [])
+            end_dry_run(loaded, dry_run)
+        with open_display(loaded, quiet=quiet, early=early) as display:
+            from learner.driver import train as run
 
-        summary = run(loaded, display.show, resume=resume is not None or again)
-        display.finish({**summary, "run_directory": loaded.run_directory})
+            summary = run(loaded, display.show, resume=resume is not None or again)
+            display.finish({**summary, "run_directory": loaded.run_directory})
     if "stopped" in summary:
         raise Stopped(summary["stopped"])
 
@@ -75,28 +76,31 @@ def sft(
     Example: diffpo sft --config deploy/configs/sudoku.yaml run.name=start warm_start.steps=300
     Example: diffpo sft --resume runs/start
     """
-    from learner.display import check_mode, open_display
+    from learner.display import check_mode, early_display, open_display
 
     check_mode(quiet=quiet, json=json, dry_run=dry_run)
-    if resume == "":
-        raise UserError("--resume is empty; give a run: its folder, or its name below runs/")
-    from learner.run_directory import RunDirectory
+    with early_display(json=json) as early:
+        if resume == "":
+            raise UserError("--resume is empty; give a run: its folder, or its name below runs/")
+        from learner.run_directory import RunDirectory
 
-    if resume is None:
-        loaded = load(config, overrides, dry_run)
-        RunDirectory.check_free(loaded.run_directory, "sft")
-    else:
-        from learner.resumption import resumed_config
+        if resume is None:
+            loaded = load(config, overrides, dry_run)
+            RunDirectory.check_free(loaded.run_directory, "sft")
+        else:
+            from learner.resumption import resumed_config
 
-        found = RunDirectory.find(resume)
-        loaded = resumed_config(found, file=config, overrides=overrides or [])
-        end_dry_run(loaded, dry_run)
-        if found.has_warm_start():
-            raise UserError(f"run {found.name} has finished; start another from it with model.path={found.warm_start}")
-    with open_display(loaded, quiet=quiet, json=json) as display:
-        from learner.supervised_run import supervised_run
+            found = RunDirectory.find(resume)
+            loaded = resumed_config(found, file=config, overrides=overrides or [])
+            end_dry_run(loaded, dry_run)
+            if found.has_warm_start():
+                raise UserError(
+                    f"run {found.name} has finished; start another from it with model.path={found.warm_start}"
+                )
+        with open_display(loaded, quiet=quiet, early=early) as display:
+            from learner.supervised_run import supervised_run
 
-        display.finish(supervised_run(loaded, display.show, resume=resume is not None))
+            display.finish(supervised_run(loaded, display.show, resume=resume is not None))
 
 
 @app.command()
@@ -114,11 +118,10 @@ def plan(
     if config is None and given and given[0].endswith((".yaml", ".yml")):
         config = Path(given.pop(0))
     loaded = load(config, given, dry_run)
-    from rich.console import Console
-
     from learner.memory_plan import measure, settings_of
     from learner.plan_display import show
+    from learner.text_console import text_console
 
     model, activations = measure(loaded)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console = text_console(width=None if sys.stdout.isatty() else 120)
     show(model, activations, settings_of(loaded, model), gpu=gpu_memory * 1e9, console=console)

@@ -13,7 +13,7 @@ from misbehaving_task import HangingTask
 from common.config import RolloutConfig
 from common.errors import RunError, UserError
 from common.tasks import TASK_CONFIGS, Gsm8kConfig, SudokuConfig, build_task
-from learner.answer_file import STOPS, Answer, field_names, judge, read_answers, until_stop
+from learner.answer_file import STOPS, Answer, check_out, field_names, judge, read_answers, until_stop
 from learner.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -142,12 +142,33 @@ def test_what_is_wrong_with_the_command_is_one_line(
         (["--task", "gsm", file], f"unknown task 'gsm'; known tasks: {', '.join(sorted(TASK_CONFIGS))}"),
         (["--task", "countdown", "nowhere.jsonl"], "answer file: nowhere.jsonl is no file or folder here"),
         (["--task", "countdown", file, "--out", str(tmp_path / "no/x.parquet")], "cannot be written"),
+        (["--task", "countdown", file, "--out", str(tmp_path)], "cannot be written (Is a directory)"),
         (["--task", "countdown", file, "task.numbrs=3"], "did you mean task.numbers"),
     ):
         assert run(monkeypatch, *arguments) == 2
         printed = capsys.readouterr()
         assert told in printed.err
         assert not printed.out  # nothing was scored
+
+
+def test_what_is_there_is_kept_until_there_are_verdicts(tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    there.write_text("kept")
+    check_out(there)
+    check_out(tmp_path / "new")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["kept"]
+
+
+@pytest.mark.parametrize("name", ["a[b].jsonl", "c[/b].jsonl", "1:100:2.jsonl"])
+def test_files_are_named_as_they_are_and_their_verdicts_written(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).parent.mkdir(exist_ok=True)
+    Path(name).write_text((SAMPLES / "countdown.jsonl").read_text())
+    assert run(monkeypatch, "--task", "countdown", name, "--out", "verdicts.parquet") == 0
+    assert f"countdown: {name}" in capsys.readouterr().out
+    assert pq.read_table("verdicts.parquet").num_rows > 0
 
 
 def test_a_completion_ends_at_its_first_stop_token() -> None:

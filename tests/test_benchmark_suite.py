@@ -4,13 +4,15 @@ import ast
 import importlib.util
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from common.errors import RunError
-from learner.benchmarks import BENCHMARKS, suite
+from common.errors import RunError, UserError
+from learner import benchmarks
+from learner.benchmarks import ALL, BENCHMARKS, SEEDED, run_benchmark, suite
 from learner.benchmarks.goals import GOALS, Goal, broken, flat
 
 QUIET = Console(quiet=True)
@@ -57,6 +59,27 @@ def test_only_stable_figures_fail_a_check() -> None:
 
 def test_numbers_one_level_deeper_count() -> None:
     assert flat({"commanded": {"groups_lost": 1}, "seeds": 3, "runs": [1]}) == {"groups_lost": 1, "seeds": 3}
+
+
+@pytest.mark.parametrize("name", [ALL, *BENCHMARKS])
+def test_seeds_are_refused_where_they_mean_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+    done = SimpleNamespace(run=lambda options: started.append(options.seeds) or {})
+    monkeypatch.setattr(benchmarks.importlib, "import_module", lambda _: done)
+    given: dict[str, Any] = {"quick": True, "as_json": False, "check": False, "config": None, "overrides": []}
+    if name in SEEDED:
+        run_benchmark(name, seeds=3, **given)
+        run_benchmark(name, seeds=None, **given)
+        assert started == [3, 1]
+    else:
+        with pytest.raises(UserError, match=rf"bench {name} takes no --seeds, given 1; .* that does: chaos, main$"):
+            run_benchmark(name, seeds=1, **given)
+        assert not started
+
+
+def test_those_that_take_seeds_use_them() -> None:
+    sources = {name: Path(importlib.util.find_spec(module).origin or "") for name, module in BENCHMARKS.items()}  # pyright: ignore
+    assert {name for name, path in sources.items() if "options.seeds" in path.read_text()} == set(SEEDED)
 
 
 @pytest.fixture

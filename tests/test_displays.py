@@ -13,18 +13,21 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from test_cli import TINY, Diffpo, diffpo  # noqa: F401
+from rich.table import Table
+from test_cli import CONFIG as CONFIG_FILE
+from test_cli import ROOT, TINY, Diffpo, diffpo  # noqa: F401
 
 import learner.supervised_run
 from common.config import IN_RAY_JOB
 from common.config_file import parse_config
 from common.errors import RunError, UserError
 from learner.cli import main
-from learner.display import check_mode, open_display
+from learner.display import check_mode, early_display, open_display
 from learner.json_display import JsonDisplay
 from learner.live_display import POINTS, LiveDisplay, sparkline
 from learner.plain_display import PlainDisplay
 from learner.quiet_display import QuietDisplay
+from learner.text_console import text_console
 
 CONFIG = parse_config(
     {"task": {"name": "sudoku"}, "run": {"name": "first"}, "learner": {"steps": 40}, "warm_start": {"steps": 10}}
@@ -59,7 +62,7 @@ def live(width: int = 100, encoding: str = "utf-8") -> tuple[LiveDisplay, Consol
     """A live view on a recorded terminal, and the clock that it reads."""
     now = [0.0]
     file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    console = Console(file=file, force_terminal=True, width=width, record=True, soft_wrap=True, highlight=False)
+    console = text_console(file=file, force_terminal=True, width=width, record=True, soft_wrap=True)
     return LiveDisplay(console, TOTALS, title="sudoku, run first", clock=lambda: now[0]), console, now
 
 
@@ -172,10 +175,13 @@ def test_the_display_fits_where_it_is_shown(
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    console = Console(file=io.StringIO(), force_terminal=terminal)
+    console = text_console(file=io.StringIO(), force_terminal=terminal)
     assert type(open_display(CONFIG, console=console)) is kind
     assert type(open_display(CONFIG, quiet=True, console=console)) is QuietDisplay
-    assert type(open_display(CONFIG, json=True, console=console)) is JsonDisplay
+    with early_display(json=True) as early, open_display(CONFIG, early=early, console=console) as display:
+        assert type(display) is JsonDisplay
+    with early_display(json=False) as early:
+        assert early is None
 
 
 EVENTS: list[tuple[str, dict[str, Any]]] = [
@@ -186,7 +192,7 @@ EVENTS: list[tuple[str, dict[str, Any]]] = [
     ("step", step(2)),
     ("step", step(3, drift_accuracy=0.5, drift_nfe=6.0)),
     ("scale", {"was": 1, "actors": 2, "reason": "learner_waits"}),
-    ("warning", {"text": "a [bold]checkpoint[/] is missing"}),
+    ("warning", {"text": "a [bold]checkpoint[/] is missing at 1:100:2"}),
     ("quarantine", {"group": 7, "reason": "ValueError: [/x]", "quarantined": 2}),
     ("signal", {"name": "SIGTERM", "phase": "train"}),
     ("summary", {"steps": 40.0}),
@@ -204,14 +210,14 @@ def shown(display: Any, file: io.StringIO) -> list[str]:
 
 def test_plain_lines_tell_every_event_and_some_steps() -> None:
     file = io.StringIO()
-    assert shown(PlainDisplay(Console(file=file, soft_wrap=True, highlight=False), TOTALS), file) == [
+    assert shown(PlainDisplay(text_console(file=file, soft_wrap=True), TOTALS), file) == [
         "phase: train (rollout actors start, then generate the groups of the first step)",
         "metrics: http://127.0.0.1:9464/metrics",
         "step 1/40: reward 0.025  NFE 7.90  gamma 0.312  staleness 1.5  ESS 0.88",
         "step 3/40: reward 0.075  NFE 7.70  gamma 0.312  staleness 1.5  ESS 0.88"
         "  | at gamma_init: accuracy 0.500 NFE 6.00",
         "rollout actors: 1 -> 2, the learner waits for groups",
-        "warning: a [bold]checkpoint[/] is missing",
+        "warning: a [bold]checkpoint[/] is missing at 1:100:2",
         "group 7 quarantined, it failed twice: ValueError: [/x]; 2 groups so far, RUN/quarantine.json",
         "SIGTERM: stopping, after the step in hand and a checkpoint",
         "stopped by SIGTERM after 3 steps; run directory runs/first",
@@ -221,8 +227,8 @@ def test_plain_lines_tell_every_event_and_some_steps() -> None:
 
 def test_quiet_tells_what_is_wrong_and_the_end() -> None:
     file = io.StringIO()
-    assert shown(QuietDisplay(Console(file=file, soft_wrap=True, highlight=False)), file) == [
-        "warning: a [bold]checkpoint[/] is missing",
+    assert shown(QuietDisplay(text_console(file=file, soft_wrap=True)), file) == [
+        "warning: a [bold]checkpoint[/] is missing at 1:100:2",
         "group 7 quarantined, it failed twice: ValueError: [/x]; 2 groups so far, RUN/quarantine.json",
         "SIGTERM: stopping, after the step in hand and a checkpoint",
         "stopped by SIGTERM after 3 steps; run directory runs/first",
@@ -263,6 +269,47 @@ def test_json_of_a_command_that_is_interrupted_ends_with_that(capsys: pytest.Cap
     with pytest.raises(KeyboardInterrupt), JsonDisplay():
         raise KeyboardInterrupt
     assert json.loads(capsys.readouterr().out)["error"] == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(KeyError("steps"), "KeyError: 'steps'"), (RuntimeError(), "RuntimeError"), (OSError("no room"), "no room")],
+)
+def test_json_of_whatever_went_wrong_ends_with_that(
+    error: Exception, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(type(error)), JsonDisplay():
+        raise error
+    (row,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (row["kind"], row["error"]) == ("failed", told)
+
+
+@pytest.mark.parametrize("command", ["train", "sft"])
+@pytest.mark.parametrize("wrong", [["-c", CONFIG_FILE, "learner.stepz=3"], ["-c", "no.yaml"], ["--resume", "no"]])
+def test_json_of_a_configuration_that_is_refused_ends_with_that(
+    diffpo: Diffpo,  # noqa: F811
+    command: str,
+    wrong: list[str],
+) -> None:
+    ended = diffpo(command, "--json", *wrong)
+    (row,) = map(json.loads, ended.out.splitlines())
+    assert (ended.code, row["kind"], ended.err) == (2, "failed", f"error: {row['error']}\n")
+
+
+@pytest.mark.parametrize("text", ["a[b].jsonl", "c[/b].jsonl", "[bold]x[/]", "1:100:2", ":smile:", "\\[b]"])
+def test_texts_of_others_are_printed_as_they_are(text: str) -> None:
+    console = text_console(file=io.StringIO(), width=60)
+    table = Table(text, title=text)
+    table.add_row(text)
+    for printed in (text, table):
+        console.print(printed)
+    console.print(text, style="bold")
+    assert console.file.getvalue().count(text) == 5  # pyright: ignore
+
+
+def test_every_command_prints_on_such_a_console() -> None:
+    made = {path.name for path in ROOT.glob("learner/**/*.py") if re.search(r"(?<!_)\bConsole\(", path.read_text())}
+    assert made == {"text_console.py"}
 
 
 def test_flags_that_contradict_each_other_are_refused() -> None:

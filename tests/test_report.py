@@ -15,9 +15,11 @@ from common.errors import UserError
 from common.place import Place
 from learner.benchmarks.drawn_run import draw_run
 from learner.cli import main
+from learner.pareto import draw_pareto
 from learner.record_rows import SCHEMA
 from learner.report.arms import arms, differences, estimate
 from learner.report.completions import recorded_group, slowest, standouts
+from learner.report.curves import curves
 from learner.report.figure import POINTS, Figure, drawn, line, thinned
 from learner.report.page import report_page, view_page
 from learner.report.run_data import RunData
@@ -230,6 +232,36 @@ def test_runs_that_differ_in_their_seed_alone_are_one_arm(tmp_path: Path) -> Non
     assert "4 runs" in page.words
     assert "replay.max_staleness=2" in page.words
     assert "ESS by reveal step" not in page.words, "that is of one run"
+
+
+@pytest.mark.filterwarnings("ignore:No artists")  # of a plot without points
+def test_labels_are_no_mathematics(tmp_path: Path) -> None:
+    runs = [
+        draw_run(tmp_path, f"{name}{seed}", steps=3, per_step=4, seed=seed, model__path=f"{name}$_$")
+        for name in ("x", "y")
+        for seed in (0, 1)
+    ]
+    for figure in curves(arms([RunData.read(str(run)) for run in runs])):
+        assert "model.path=x$_$" in figure.svg
+        assert "model.path=y$_$" in figure.svg
+    assert draw_pareto({}, title="sudoku: runs/x$_$").startswith(b"\x89PNG")
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    runs = [
+        draw_run(tmp_path / folder, "first", steps=3, per_step=4, seed=seed, learner__group_size=size)
+        for folder, seed, size in (("A", 0, 4), ("B", 1, 8))
+    ]
+    data = [RunData.read(str(run)) for run in runs]
+    text = report_page(data)
+    page = Page(text)
+    assert [arm.label for arm in arms(data)] == ["first (1)", "first (2)"]
+    groups = json.loads(re.search(r'id="groups">(.*?)</script>', text)[1])  # pyright: ignore
+    links = [int(link["data-at"]) for link in page.all("a") if "data-at" in link]  # pyright: ignore
+    assert {groups[at]["why"].split(" · ")[0] for at in links} == {"first (1)", "first (2)"}
+    told = [(groups[at]["group"], groups[at]["why"]) for at in links]
+    shown = re.findall(r'data-at="\d+">(\d+)</a>', text)
+    assert [str(group) for group, _ in told] == shown
 
 
 def test_an_interval_is_students() -> None:

@@ -4,6 +4,7 @@ Without `chromium` (`.ci/run` installs it) these are skipped. Pictures are kept 
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,10 +43,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     runs = [draw_run(root, f"seed{seed}", steps=20, per_step=20, seed=seed) for seed in (0, 1)]
     runs.append(draw_run(root, "other", steps=20, per_step=20, replay__max_staleness=5))
     data = [RunData.read(str(run)) for run in runs]
+    namesakes = [draw_run(root / f"root{seed}", "first", steps=4, per_step=20, seed=seed) for seed in (0, 1)]
     (runs[0] / "quarantine.json").write_text(json.dumps([{"group": 3, "reason": "<b>reward</b> raised"}]))
     pages = {
         "report": report_page(data[:1]),
         "comparison": report_page(data),
+        "namesakes": report_page([RunData.read(str(run)) for run in namesakes]),
         "view": view_page(recorded_group(data[0], 0)),
         "hostile": view_page(_hostile(recorded_group(data[0], 0))),
     }
@@ -184,10 +187,18 @@ def test_colours_can_be_those_of_other_things(opened: Any) -> None:
 
 def test_a_group_of_the_table_is_shown_by_its_link(opened: Any) -> None:
     page = opened("report")
-    link = page.locator("a[data-group]").last
-    wanted = link.get_attribute("data-group")
+    link = page.locator("a[data-at]").last
     link.click()
-    assert page.inner_text("[data-part=about]").startswith(f"Group {wanted} ")
+    assert page.inner_text("[data-part=about]").startswith(f"Group {link.inner_text()} ")
+
+
+def test_a_link_opens_the_group_of_its_own_run(opened: Any) -> None:
+    page = opened("namesakes")
+    for number in (1, 2):
+        link = page.locator(f"#completions-{number} + p + div a[data-at]").first
+        link.click()
+        chosen = page.locator("[data-part=group] option:checked").inner_text()
+        assert re.match(rf"group {link.inner_text()} · step \d+ · first \({number}\) · best", chosen), chosen
 
 
 def test_what_a_completion_says_is_never_run(opened: Any) -> None:

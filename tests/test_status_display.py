@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
 from common.config_file import load_config
@@ -12,6 +11,7 @@ from common.errors import UserError
 from learner.cli import app
 from learner.run_directory import EVALUATION, RunDirectory
 from learner.status_display import ended, show
+from learner.text_console import text_console
 
 GOING = {
     "run": "first",
@@ -32,9 +32,9 @@ GOING = {
 
 
 def test_a_run_that_is_going(capsys: pytest.CaptureFixture[str]) -> None:
-    show(GOING, Console(soft_wrap=True, highlight=False))
+    show(GOING | {"phase": "[/x] 1:100:2"}, text_console(soft_wrap=True))
     assert capsys.readouterr().out.splitlines() == [
-        "run first: train, step 7 of 40, 12 s; last progress 3 s ago; stopping (SIGTERM)",
+        "run first: [/x] 1:100:2, step 7 of 40, 12 s; last progress 3 s ago; stopping (SIGTERM)",
         "directory: /data/runs/first",
         "metrics: http://127.0.0.1:9464/metrics",
         "waiting for nodes: 1 rollout actors: each waits for 1 CPUs",

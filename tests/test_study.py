@@ -97,6 +97,12 @@ def test_a_malformed_study_is_refused_before_anything_starts(
         plan(load_study(str(path))[1])
 
 
+def test_limits_of_rewards_are_those_of_the_evaluations() -> None:
+    limits = ["rollout.reward_timeout=60", "rollout.reward_workers=2", "rollout.reward_memory_bytes=1073741824"]
+    rollout = plan(study(overrides=limits))[0].config.rollout
+    assert (rollout.reward_timeout, rollout.reward_workers, rollout.reward_memory_bytes) == (60.0, 2, 1 << 30)
+
+
 def test_an_unknown_study_names_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=r"study 'sudko'.*known studies: .*quick.*sudoku"):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -25,12 +26,13 @@ from study_fixtures import ROOT, STUDY, result, study
 
 from common.config import Config
 from common.errors import RunError, UserError
+from common.tasks import math_answer
 from learner import ray_connection
 from learner.cli import main
 from learner.study import runner as runner_module
 from learner.study import single_run, warm_starts
 from learner.study.grid import Planned, Study, plan
-from learner.study.runner import Runner
+from learner.study.runner import Runner, bounded
 from learner.study.warm_starts import WarmStarts
 
 
@@ -93,6 +95,39 @@ def test_a_failed_run_is_named_the_others_go_on_and_only_it_is_run_again(
     changed = runner(healed_train, study(overrides=["learner.steps=7"]))
     assert changed.finished() == {}
     assert "its configuration has changed" in capsys.readouterr().out
+
+
+def hangs_after_math_verify() -> None:
+    """It has used, and stopped, the only alarm clock of this process."""
+    math_answer.prepare()
+    time.sleep(30)
+
+
+def hangs_in_a_regular_expression() -> None:
+    """It lets no other thread run."""
+    re.fullmatch("(a+)+", "a" * 40 + "b")
+
+
+@pytest.mark.parametrize("work", [hangs_after_math_verify, hangs_in_a_regular_expression])
+def test_a_reward_that_hangs_is_ended(work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RunError, match=r"took longer than run_minutes=0\.05; mend a reward that hangs, or raise it"):
+        bounded(work, 0.05)()
+
+
+def test_what_is_done_in_time_is_left_alone() -> None:
+    started = time.monotonic()
+    assert bounded(lambda one, other: one + other, 60.0)(1, 2) == 3
+    assert time.monotonic() - started < 30, "nobody waits for the clock"
+
+
+def test_what_passes_over_its_end_is_killed() -> None:
+    code = "import signal, time; signal.signal(signal.SIGUSR2, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    deaf = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert deaf.stdout is not None
+    deaf.stdout.readline()
+    told = runner_module.CLOCK.replace("* 60", "* 2")
+    with subprocess.Popen([sys.executable, "-c", told, str(deaf.pid), "0.1"], stdin=subprocess.PIPE):
+        assert deaf.wait(timeout=30) == -signal.SIGKILL
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -241,7 +276,17 @@ def test_reports_are_not_written_over_by_fewer_seeds_or_by_another_study(
     assert command(monkeypatch, "deploy/studies/quick.yaml", "--report") == 0
     Path("own/quick/one-seed1.json").write_text("{}")
     assert command(monkeypatch, "quick.yaml", "--report", "--out", "own", "--seeds", "1") == 2
-    assert "--seeds 1 would leave 1 finished runs (one-seed1, ...) out" in capsys.readouterr().err
+    refused = capsys.readouterr().err
+    assert "--seeds 1 would leave 1 finished runs (one-seed1, ...) out" in refused
+    assert "leave --seeds out, or" in refused
+    Path("own/quick/other-seed4.json").write_text("{}")  # `--seeds 5` has been here
+    Path("own/quick/gone-seed9.json").write_text("{}")  # of an arm that the study has no more
+    for given, said in (([], "the study's own seeds"), (["--seeds", "3"], "--seeds 3")):
+        assert command(monkeypatch, "quick.yaml", "--report", "--out", "own", *given) == 2
+        refused = capsys.readouterr().err
+        assert f"{said} would leave 1 finished runs (other-seed4, ...) out" in refused
+        assert "; give --seeds 5, or" in refused
+    assert command(monkeypatch, "quick.yaml", "--report", "--out", "own", "--seeds", "5") == 0
 
 
 @pytest.mark.parametrize(

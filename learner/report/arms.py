@@ -63,7 +63,7 @@ def arms(runs: Sequence[RunData]) -> list[Arm]:
     for numbers in groups.values():
         members = [runs[number] for number in numbers]
         said = ", ".join(f"{key}={computes[numbers[0]].get(key)}" for key in different)
-        label = members[0].name if len(members) == 1 else said or ", ".join(one.name for one in members)
+        label = members[0].label if len(members) == 1 else said or ", ".join(one.label for one in members)
         found.append(Arm(label if len(label) <= LONGEST_LABEL else f"{label[: LONGEST_LABEL - 1]}…", members))
     return found
 

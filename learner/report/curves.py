@@ -175,7 +175,7 @@ def frontier_figure(runs: Sequence[RunData]) -> Figure | None:
         number = 0
         for run in evaluated:
             for policy in ("before", "after") if len(runs) == 1 else ("after",):
-                label, colour = policy if len(runs) == 1 else run.name, COLOURS[number % len(COLOURS)]
+                label, colour = policy if len(runs) == 1 else run.label, COLOURS[number % len(COLOURS)]
                 _draw_frontier(axes, figure, run, policy, label, colour)
                 number += 1
     return _own_ids(figure, "frontier")

@@ -85,8 +85,13 @@ def line(axes: Any, figure: Figure, x: Sequence[float], y: Sequence[float], labe
     """A line, and the words for it; nothing of no points."""
     if not len(x):
         return
-    axes.plot(*thinned(x, y), color=colour, label=label, linewidth=1.8, **kw)
+    axes.plot(*thinned(x, y), color=colour, label=literal(label), linewidth=1.8, **kw)
     figure.said.append(f"{label}: from {y[0]:.4g} to {y[-1]:.4g}, between {min(y):.4g} and {max(y):.4g}")
+
+
+def literal(text: str) -> str:
+    """A text that matplotlib draws as it is: between two dollar signs it would read mathematics."""
+    return text.replace("$", r"\$")
 
 
 def band(axes: Any, x: Sequence[float], low: Sequence[float], high: Sequence[float], colour: str) -> None:

@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
+from common.release import release
 from learner.report.arms import Arm, Estimate, arms, differences
 from learner.report.completions import shown_groups, slowest, standouts
 from learner.report.curves import curves, frontier_figure
@@ -30,7 +30,10 @@ COLUMNS = ("reward", "NFE", "accuracy before", "accuracy after", "NFE before", "
 
 
 def report_page(runs: Sequence[RunData]) -> str:
-    """The report of some runs."""
+    """The report of some runs; those of one name are numbered by their position."""
+    names = [run.name for run in runs]
+    for number, run in enumerate(runs, 1):
+        run.label = run.name if names.count(run.name) == 1 else f"{run.name} ({number})"
     found = arms(runs)
     completions, groups = [], []
     for run in runs:
@@ -40,10 +43,10 @@ def report_page(runs: Sequence[RunData]) -> str:
         why = {one.row["group"]: one.why for one in (*worst, *best)}
         groups += [view | {"why": " · ".join(filter(None, (_of(run, runs), why.get(view["group"]))))} for view in views]
         if best:
-            shown = {view["group"] for view in views}
+            shown = {view["group"]: at for at, view in enumerate(views, len(groups) - len(views))}
             completions.append(
                 {
-                    "name": run.name,
+                    "name": run.label,
                     "count": f"{len(run.record):,}",
                     "standouts": [*best, *worst],
                     "slowest": slowest(run),
@@ -66,7 +69,7 @@ def report_page(runs: Sequence[RunData]) -> str:
         groups,
         title=f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs",
         runs=runs,
-        notes=[note if len(runs) == 1 else f"{run.name}: {note}" for run in runs for note in run.notes],
+        notes=[note if len(runs) == 1 else f"{run.label}: {note}" for run in runs for note in run.notes],
         parts=[(anchor, name) for anchor, (name, there) in parts.items() if there],
         tiles=_tiles(runs[0]) if len(runs) == 1 else [],
         comparison={"columns": COLUMNS, "rows": [_compared(arm) for arm in found]} if len(runs) > 1 else None,
@@ -92,7 +95,7 @@ def _rendered(template: str, groups: list[dict[str, Any]], **values: Any) -> str
     script = (TEMPLATES / "viewer.js").read_text()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template(template).render(
-        version=version("diffpo"),
+        version=release(),
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         style=Markup((TEMPLATES / "style.css").read_text()),
         script=Markup(script),
@@ -114,7 +117,7 @@ def _safe(figure: Figure) -> dict[str, Any]:
 
 
 def _of(run: RunData, runs: Sequence[RunData]) -> str:
-    return run.name if len(runs) > 1 else ""
+    return run.label if len(runs) > 1 else ""
 
 
 def _tiles(run: RunData) -> list[dict[str, str]]:
@@ -169,12 +172,12 @@ def _settings(run: RunData) -> dict[str, Any]:
         {"setting": a["setting"], "values": [f"{one[key]:.3f}" for one in (a, b) for key in ("accuracy", "nfe")]}
         for a, b in pairs
     ]
-    return {"name": run.name, "rows": rows}
+    return {"name": run.label, "rows": rows}
 
 
 def _failures(run: RunData) -> dict[str, Any]:
     return {
-        "name": run.name,
+        "name": run.label,
         "quarantined": run.quarantined[:MOST_FAILURES],
         "set_aside": run.set_aside[:MOST_FAILURES],
         "more": max(0, len(run.quarantined) - MOST_FAILURES),

@@ -35,6 +35,11 @@ class RunData:
     directory: RunDirectory
     notes: list[str] = field(default_factory=list)
     """What is missing, and why."""
+    label: str = field(init=False)
+    """Its name, or what tells it apart from others of that name."""
+
+    def __post_init__(self) -> None:
+        self.label = self.name
 
     @classmethod
     def read(cls, run: str) -> "RunData":

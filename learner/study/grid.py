@@ -28,7 +28,8 @@ BEFORE = "before"
 WITH_BEFORE = ("test.after.", "last.")  # measures that the warm start of the same run has too
 NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
 GIVEN = ("run.seed", "run.name")  # a run's own, set by `plan`
-HONOURED = {"rollout": ("slots", "precision", "compile"), "replay": ("drop_no_spread",)}  # by `SingleRun`
+REWARDS = ("reward_timeout", "reward_workers", "reward_memory_bytes")  # by its evaluators
+HONOURED = {"rollout": ("slots", "precision", "compile", *REWARDS), "replay": ("drop_no_spread",)}  # by `SingleRun`
 
 
 class Arm(Section):

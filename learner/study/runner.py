@@ -9,8 +9,10 @@
 """
 
 import json
+import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +40,16 @@ from learner.study.warm_starts import WarmStarts
 WORK = Path("runs/studies")
 DECIMALS = 5  # kept of a result's numbers
 CODE = ("common", "actors", "learner", "deploy")
+CLOCK = """
+import os, select, signal, sys
+seconds = float(sys.argv[2])
+for number in [signal.SIGUSR2] * 60 + [signal.SIGKILL]:  # every second: code may swallow exceptions
+    if select.select([sys.stdin], [], [], seconds)[0]:
+        break
+    os.kill(int(sys.argv[1]), number)
+    seconds = 1.0
+"""
+"""The program that keeps a run's time: SIGUSR2 to a process after some seconds, and in the end SIGKILL."""
 
 Trainer = Callable[[Config, np.ndarray, int], dict[str, Any]]
 Warmer = Callable[[Config], np.ndarray]
@@ -71,17 +83,22 @@ class Runner:
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{error}; choose another --out, or make room") from error
-        if seeds is not None:
-            self._refuse_to_leave_out(seeds)
+        self._refuse_to_leave_out(seeds)
 
-    def _refuse_to_leave_out(self, seeds: int) -> None:
+    def _refuse_to_leave_out(self, seeds: int | None) -> None:
         """Fewer seeds than are finished would write over the fuller report."""
-        names = {run.name for run in self.runs}
-        left = [r.name for r in plan(self.study) if r.name not in names and (self._folder / f"{r.name}.json").is_file()]
+        parts = {path.stem: path.stem.partition("-seed") for path in self._folder.glob("*-seed*.json")}
+        done = {
+            name: int(seed) for name, (arm, _, seed) in parts.items() if arm in self.study.arms and seed.isdecimal()
+        }
+        left = sorted(done.keys() - {run.name for run in self.runs})
         if left:
+            enough = done.keys() <= {run.name for run in plan(self.study)}
+            way_out = "leave --seeds out" if enough else f"give --seeds {max(done.values()) + 1}"
+            given = "the study's own seeds" if seeds is None else f"--seeds {seeds}"
             raise UserError(
-                f"--seeds {seeds} would leave {len(left)} finished runs ({left[0]}, ...) out of the report in "
-                f"{self._out}; leave --seeds out, or choose another --out"
+                f"{given} would leave {len(left)} finished runs ({left[0]}, ...) out of the report in {self._out}; "
+                f"{way_out}, or choose another --out"
             )
 
     def finished(self) -> dict[str, dict[str, Any]]:
@@ -266,18 +283,20 @@ def ended_by_signals() -> Iterator[None]:
 
 
 def bounded(work: Callable[..., Any], minutes: float) -> Callable[..., Any]:
-    """`work`, ended by a `RunError` after so many minutes; for the main thread of a process, where Ray runs tasks."""
+    """`work`, ended by a `RunError` after so many minutes; for the main thread of a process, where Ray runs tasks.
+
+    Another process keeps the time, until this one closes the pipe or is gone: math-verify takes this one's only alarm
+    clock, and a thread of it would wait for a reward that holds the interpreter, such as a regular expression.
+    """
 
     def run(*arguments: Any) -> Any:
         def late(*_: Any) -> None:
             raise RunError(f"took longer than run_minutes={minutes:g}; mend a reward that hangs, or raise it")
 
-        signal.signal(signal.SIGALRM, late)
-        signal.setitimer(signal.ITIMER_REAL, minutes * 60, 1.0)  # again every second: code may swallow exceptions
-        try:
+        signal.signal(signal.SIGUSR2, late)
+        clock = [sys.executable, "-S", "-c", CLOCK, str(os.getpid()), str(minutes * 60)]
+        with subprocess.Popen(clock, stdin=subprocess.PIPE):
             return work(*arguments)
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
 
     return run
 

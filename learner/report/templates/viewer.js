@@ -176,10 +176,10 @@
   colour.addEventListener("change", draw);
   groups.forEach((one, at) => pick.append(new Option("group " + one.group + " · step " + one.step + (one.why ? " · " + one.why : ""), at)));
   pick.addEventListener("change", () => choose(Number(pick.value)));
-  for (const link of document.querySelectorAll("[data-group]")) {
+  for (const link of document.querySelectorAll("[data-at]")) {
     link.addEventListener("click", () => {
-      const at = groups.findIndex((one) => one.run === link.dataset.run && String(one.group) === link.dataset.group);
-      if (at >= 0) { pick.value = String(at); choose(at); }
+      pick.value = link.dataset.at;
+      choose(Number(pick.value));
     });
   }
   choose(0);
