@@ -46,6 +46,20 @@ def says(completion: str, truth: object) -> bool:
         *((r"\dfrac{3}{4}", 0.75), (r"\frac34", 0.75), (r"-\frac{1}{2}", -0.5), (r"2\frac{1}{2}", 2.5), ("2 1/2", 2.5)),
         *((r"1.2\times10^5", 120000), (r"180^\circ", 180), (r"\text{5 inches}", 5)),
         *(("1/0", None), ("5x", None), ("2k", None), (r"5\pi", None), ("", None), (".", None), ("3 and 5", None)),
+        *(
+            ("5 million", 5_000_000),
+            (r"5\text{ hundred thousand dollars}", 500_000),
+            ("(12)", 12),
+            (r"12\text{ m/s}", 12),
+        ),
+        *(
+            ("3 squared", None),
+            ("12 point five", None),
+            ("12 over seven", None),
+            (r"2\mathrm{i}", None),
+            ("(1)(2)", None),
+        ),
+        *((r"\frac{1}{-2}", -0.5), ("6 dozen", 6), ("5 times", 5)),
         *(("٣", None), ("9" * 100, None), ("1.2.3", None)),
     ],
 )
@@ -75,6 +89,18 @@ def test_numbers_as_people_write_them(text: str, value: float | None) -> None:
         (r"\boxed{1,500}", 1500, True),
         (r"\boxed{1500.00}", "1,500", True),
         (r"\boxed{}", 0, False),
+        ("<answer>The answer is 3/4</answer>", 0.75, True),
+        ("<answer>The answer is 3/4</answer>", 4, False),
+        ("<answer>It takes 3 1/2 hours</answer>", 3.5, True),
+        (r"<answer>She ate 2\frac{1}{2} pies</answer>", 2.5, True),
+        ("<answer>She won 1.5 million dollars</answer>", 1_500_000, True),
+        ("<answer>It was on 3/4/2020</answer>", 2020, True),
+        ("<answer>From 15 to 1/0</answer>", 0, True),
+        (r"\boxed{5 million}", 5, False),
+        (r"\boxed{18 = x}", 18, True),
+        (r"\boxed{9 + 9 = 18 = x}", 18, True),
+        (r"\boxed{x = 18 = 20}", 18, False),
+        (r"\boxed{3 or 4}", 4, False),
         ("", 0, False),
     ],
 )
@@ -98,6 +124,17 @@ def test_no_completion_breaks_the_scorer(completion: str) -> None:
     assert all(0.0 <= value <= 1.0 for value in rewards.values())
     assert set(rewards) == set(TASK.components)
     numbers_in(completion)
+
+
+@pytest.mark.parametrize(
+    ("answer", "earned"),
+    [
+        *(("1200", 1), ("1,200", 1), ("-3", 1), ("1,234,567", 1), (r"1{,}200", 1), (r"\(12\)", 1)),
+        *(("1,8", 0), ("1,2,0,0", 0), ("1200,", 0), ("12,00", 0), ("1,2000", 0), ("3/4", 0), ("12 apples", 0), ("", 0)),
+    ],
+)
+def test_what_counts_as_a_whole_number(answer: str, earned: float) -> None:
+    assert TASK.rewards(TASK.posed("How many?", 3), rf"<answer>\boxed{{{answer}}}</answer>")["integer"] == earned
 
 
 def test_a_demonstration_earns_everything() -> None:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,85 @@ def test_another_answer(truth: str, given: str, question: str) -> None:
     assert not same_answer(truth, given, question)
 
 
+# Ways to write an answer, with the truth that they say and no other one.
+SAID = {
+    "12": r"""12\text{ g};12\text{ L};12\text{ s};12\text{ m/s};12\text{ m/s}^2;12\,\mathrm{m}/\mathrm{s};12\text{ a.m.}
+        ;(12);{12};\left(12\right);12\quad;\displaystyle 12;\(12\);\[12\];$12$;12_{10};12 square feet
+        ;12\text{ feet squared};12 times;12\text{ times as many};12 percent;12 dozen;12^\circ\text{C}
+        ;\$12/hour;\mathbf{12}""",
+    "60": r"60\text{ miles/hour};60 miles/hour",
+    "3": r"""AB=3;x_1=3;x_{12} = 3;\angle A = 3;m\angle ABC = 3^\circ;\overline{AB} = 3;\text{Area} = 3;f(2)=3
+        ;3=x;a=b=3;$x = 3$""",
+    "5,000,000": r"5 million;5\text{ million};\$5\text{ million dollars};5 thousand thousand",
+    "1200": "12 hundred;1.2 thousand",
+    r"\frac12": r"\left(\frac12\right);0.5;\frac{-1}{-2};x=\frac{1}{2}",
+    r"-\frac12": r"\frac{1}{-2};-0.5;\frac{-1}{2}",
+    r"11,\! 111,\! 100": "11111100;11,111,100",
+    "2516_8": r"2516_{8};2516;N = 2516_8;(2516)_8;2,516_8;2516_{\text{eight}};2516_{\text{base }8};2516\,_8",
+    "A3_{16}": "A3_{16};A3",
+    "x=5": r"$x=5$;5;\displaystyle x=5;5 = x",
+    "Evelyn": r"evelyn;EVELYN;\text{Evelyn}",
+    "east": r"East;\textbf{East};(east)",
+    r"\text{no solution}": "No solution",
+    r"\sqrt{3}": r"AB=\sqrt3;\left(\sqrt3\right);\displaystyle\sqrt3;\sqrt3\text{ m/s}",
+    r"\frac{\pi}{2}": r"0.5\pi;.5\pi",
+    r"(\frac12,2)": "(0.5,2)",
+    "[-2,7]": r"-2\le x\le 7;7\ge x\ge -2",
+    r"(5,\infty)": "x>5;5<x",
+    "x>5": r"(5,\infty)",
+}
+OTHERS = {
+    "12": r"""12 thousand;12 hundred;12\text{ thousand};12 point five;12 minus three;12 plus one;12 over seven
+        ;12 times two;12 divided by two;12 squared;12 cubed;12\text{ squared};12 factorial;12 halves;12 and a half
+        ;12 or thirteen;12 or 13;12, 13;(12, 13);\{12, 13\};(12)(13);{12}{13}
+        ;12\quad13;x=12=13;12=13;12=x=13;x=12, y=13;-(12);12_3;12_{3};12x
+        ;12\text{i};12\mathrm{x};12\text{k};12\text{ or };12\text{ and }13;x>12""",
+    "5": "5 million;5 factorial;5/2;5 thousandths",
+    "3": r"3 squared;3 or 4;x=3 or x=4;x_1=3, x_2=4;a=3=4;a=4=3;3=4;4=3;a=b=4;x \neq 3;x \le 3",
+    "1.5": r"2\frac{-1}{2}",
+    "2516_8": r"2516_7;2516_3;2516_{10};2516_{\text{seven}};2517_8;2517;1358;2516_8, 2517_8",
+    "4210_5": "4210_7",
+    "-101_2": "101_2",
+    "east": "seat;west;east or west",
+    "even": "neve;odd;even or odd",
+    r"\text{Evelyn}": "Nyleve",
+    r"\pi": "3.141593;3.14159265358979323846",
+    r"\sqrt{2}": "1.414214",
+    r"\frac{\sqrt{3}}{2}": "0.8660254",
+    r"\frac13": "0.333333",
+    r"(\frac13,2)": "(0.333333,2)",
+    r"\begin{pmatrix} 1/3 \\ 2 \end{pmatrix}": r"\begin{pmatrix} 0.333333 \\ 2 \end{pmatrix}",
+    "[-2,7]": r"-2<x\le 7",
+    r"(5,\infty)": r"x\ge 5;x<5",
+}
+
+
+@pytest.mark.parametrize(("truth", "ways"), SAID.items())
+def test_ways_to_say_it(truth: str, ways: str) -> None:
+    assert [way for way in ways.split(";") if not same_answer(truth, way.strip())] == []
+
+
+@pytest.mark.parametrize(("truth", "ways"), OTHERS.items())
+def test_what_is_no_way_to_say_it(truth: str, ways: str) -> None:
+    assert [way for way in ways.split(";") if same_answer(truth, way.strip())] == []
+
+
+def test_a_long_answer_costs_little() -> None:
+    hostile = (
+        "1 " * 5000,
+        "9" * 5000,
+        "5" + " " * 9000,
+        r"\frac{1}{" * 900,
+        "x=" * 3000,
+        "A, " * 3000,
+        "1.5E+99999999",
+    )
+    for text in (*hostile, "5" + r"\text{ a }  " * 24 + "!", "5" + r"\text{ a }  " * 900):
+        started = time.process_time()
+        assert not any(same_answer(truth, text) for truth in ("12", r"\sqrt{2}", "2516_8", "even"))
+        assert time.process_time() - started < 5
+
+
 @pytest.mark.parametrize(
     ("completion", "answer"),
     [
@@ -129,6 +209,8 @@ def test_answers_are_compared_in_a_thread_too() -> None:
 def test_boxes_and_tags_are_paid_for() -> None:
     assert boxed_in_answer("<answer>\\boxed{1}</answer>") == 1.0
     assert boxed_in_answer("\\boxed{1} <answer>1</answer>") == 0.5
+    for unboxed in (r"\boxed", r"\boxed{}", r"\boxed{...}", r"\boxed{1"):
+        assert boxed_in_answer(f"<answer>{unboxed}</answer>") == 0.5
     assert boxed_in_answer("\\boxed{1} <answer>1") == boxed_in_answer("") == 0.0
 
 

@@ -6,10 +6,12 @@ Deviations from its published training code, where that code does not do what it
 - The tag count takes 0.001 for every character of the *whole* text where nothing follows `</answer>`; here only for
   what follows it, and never goes below 0.
 - A box in the answer is looked for as backspace + "oxed" and never found; here it is. d1's 0.25 for an answer without a
-  box is dropped: it is paid for an empty completion too.
+  box is dropped: it is paid for an empty completion too. A box has to be closed and to hold something.
 """
 
 import re
+
+from common.tasks.task import boxed_answers
 
 _SOFT = re.compile(r"\s*<reasoning>.*?</reasoning>\s*<answer>.*?</answer>", re.DOTALL)
 _STRICT = re.compile(r"<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>\n?", re.DOTALL)
@@ -39,7 +41,7 @@ def xml_count(completion: str) -> float:
 
 
 def boxed_in_answer(completion: str) -> float:
-    r"""0.5 for a closed <answer>…</answer>, 1 if there is a \boxed in it too, else 0."""
+    r"""0.5 for a closed <answer>…</answer>, 1 if there is a \boxed{…} with something in it too, else 0."""
     _, opened, rest = completion.partition("<answer>")
     content, closed, _ = rest.partition("</answer>")
-    return (0.5 + 0.5 * (r"\boxed" in content)) if opened and closed else 0.0
+    return (0.5 + 0.5 * any(box.strip(" .…") for box in boxed_answers(content))) if opened and closed else 0.0

@@ -3,10 +3,11 @@ r"""GSM8K (arXiv 2110.14168): word problems whose answer is one number.
 - A row's answer ends in `#### 42`; what stands before is its worked solution, without the `<<…>>` of the calculator.
 - What a completion answers: the last `\boxed{…}` with something in it of the tagged answer, else the last number of the
   tagged answer, else the last such box anywhere, else (compact style) the last number of the completion. In a box the
-  number is all of it, else the first number after its last "=".
+  number is all of it, else the first number after its last "=", or before it where none stands after it.
+- Numbers are decimals, fractions and mixed numbers, times a hundred to a trillion that follows (`common.tasks.number`).
 - Components (d1, arXiv 2504.12216): `correctness` 1 if that number equals the row's; `integer` 1 if the answer is a
-  whole number and nothing else; `soft_format`, `strict_format`, `xml_count`: see `common.tasks.answer_format`. The
-  default weights are d1's.
+  whole number, with commas before groups of three digits or none, and nothing else; `soft_format`, `strict_format`,
+  `xml_count`: see `common.tasks.answer_format`. The default weights are d1's.
 - Deviations from d1's evaluation, each a number that it misreads: 1,200 is not 1; 3/4 is not 3; of several boxes the
   last counts, not the first; an `<answer>` that the stop token closes counts.
 """
@@ -25,7 +26,7 @@ from common.tasks.rows import Row
 from common.tasks.task import Example, boxed_answers, kept, tagged_answer
 
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
-_INTEGER = re.compile(r"-?[0-9]+")
+_INTEGER = re.compile(r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)")
 _DOTS = re.compile(r"[.\s…]*")
 
 
@@ -64,18 +65,20 @@ class Gsm8kTask(QuestionTask):
         """The number that a completion answers; None without one."""
         answer = self.answer(completion)
         is_boxed = any(box == answer for box in boxed_answers(completion))
-        said = plain(answer).rpartition("=")[2] if is_boxed else answer
-        whole = read_number(said)
-        if whole is not None:
-            return whole.value
-        found = numbers_in(said)
-        return None if not found else found[0] if is_boxed else found[-1]
+        for said in reversed(plain(answer).split("=")) if is_boxed else [answer]:
+            whole = read_number(said)
+            if whole is not None:
+                return whole.value
+            found = numbers_in(said)
+            if found:
+                return found[0] if is_boxed else found[-1]
+        return None
 
     def rewards(self, example: Example, completion: str) -> dict[str, float]:
         """Every component; see the module's docstring."""
         return {
             "correctness": float(self.correct(example, completion)),
-            "integer": float(_INTEGER.fullmatch(plain(self.answer(completion)).replace(",", "")) is not None),
+            "integer": float(_INTEGER.fullmatch(plain(self.answer(completion))) is not None),
             "soft_format": soft_format(completion),
             "strict_format": strict_format(completion),
             "xml_count": xml_count(completion),
