@@ -387,7 +387,6 @@ class ReplayBuffer:
             "batch_staleness_max": float(max(ages, default=0)),
             "batch_staleness_mean": sum(ages) / max(1, len(ages)),
             "staleness_bound": -1.0 if bound is None else bound,
-            "life": float(self._groups.life),
             "born": float(self._born),
             "version": float(self.version),
         }

@@ -8,7 +8,7 @@ from common.metrics import CATALOGUE, split_labels
 from learner.buffer_gauges import METRICS, MOST_QUARANTINED, STALENESS_KEYS, BufferGauges, in_catalogue
 
 NOTHING = {f"groups_{state}": 0.0 for state in GroupState}
-NOTHING |= {"life": 0.0, "born": 0.0, "expired_leases": 0.0, "no_spread_discards": 0.0, "lost_groups": 0.0}
+NOTHING |= {"born": 0.0, "expired_leases": 0.0, "no_spread_discards": 0.0, "lost_groups": 0.0}
 
 
 def test_only_groups_that_can_be_trained_are_progress() -> None:
@@ -23,9 +23,8 @@ def test_only_groups_that_can_be_trained_are_progress() -> None:
 
 def test_deaths_of_the_buffer_are_counted_and_returns_of_the_learner_are_not() -> None:
     seen = BufferGauges()
-    lives = [(2.0, 2.0), (3.0, 2.0), (4.0, 4.0), (5.0, 4.0), (6.0, 6.0)]  # of the run; when this buffer began
-    for (life, born), restarts in zip(lives, (0, 0, 1, 1, 2), strict=True):
-        seen.see(NOTHING | {"life": life, "born": born})
+    for born, restarts in zip((2.0, 2.0, 4.0, 4.0, 6.0), (0, 0, 1, 1, 2), strict=True):
+        seen.see(NOTHING | {"born": born})
         assert seen.restarts == restarts
 
 

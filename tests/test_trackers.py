@@ -4,7 +4,6 @@ import asyncio
 import json
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -112,13 +111,10 @@ def test_a_slow_one_holds_nobody_up_and_lacks_rows(monkeypatch: pytest.MonkeyPat
     gate, warnings = threading.Event(), []
     sink = Sink(until=gate)
     trackers = Trackers({"slow": lambda: sink}, warnings.append)
-    began = time.monotonic()
     for number in range(1, 1001):
         trackers.put("step", step(number))
-    assert time.monotonic() - began < 2.0
     trackers.close(seconds=0.05)
-    assert time.monotonic() - began < 4.0
-    gate.set()
+    gate.set()  # neither call waited for it
     assert warnings == [
         "tracker slow is 5 rows behind: it lacks some (metrics.jsonl has them)",
         "tracker slow has not taken the last rows in 0.05 s (metrics.jsonl has them)",
@@ -161,20 +157,19 @@ def test_a_run_ends_well_whatever_its_trackers_do(tmp_path: Path, monkeypatch: p
 
 
 def test_the_event_loop_does_not_wait_for_a_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = threading.Event()
-    threading.Timer(0.5, gate.set).start()
+    gate, reported = threading.Event(), []
     sink = Sink(until=gate)
-    began = time.monotonic()
-    reported: list[float] = []
     report = Controller.report
 
-    async def timed(self: Controller, kind: str, values: dict[str, float]) -> None:
+    async def counted(self: Controller, kind: str, values: dict[str, float]) -> None:
         await report(self, kind, values)
-        reported.append(time.monotonic() - began)
+        reported.append(len(sink.rows))
+        if len(reported) == 5:
+            threading.Timer(0.2, gate.set).start()
 
-    monkeypatch.setattr(Controller, "report", timed)
+    monkeypatch.setattr(Controller, "report", counted)
     events = run_controller(tmp_path, monkeypatch, {"slow": lambda: sink})
-    assert max(reported) < 0.4, "all five were reported before the tracker took one"
+    assert reported == [0] * 5, "all five were reported before the tracker took one"
     assert events[-1][0] == "summary"
     assert len(sink.rows) == 5, "and it was given time to take them at the end"
 
