@@ -26,7 +26,7 @@ def result(lease: Lease, *, spread: float = 1.0, oldest: int | None = None) -> F
 
 
 async def grant(buffer: ReplayBuffer, want: int, worker: str = "a") -> list[Lease]:
-    return (await asyncio.wait_for(buffer.lease(worker, want), 1.0)).leases
+    return (await asyncio.wait_for(buffer.lease(worker, want), 30.0)).leases
 
 
 async def fill(buffer: ReplayBuffer, want: int) -> list[int]:

@@ -143,7 +143,8 @@ async def test_a_stop_while_the_learner_starts_is_no_death_of_it(
     controller = sudoku(tmp_path, metrics={"port": -1})
     monkeypatch.setattr(controller._capacity, "reserve", lambda: None)
     running = asyncio.create_task(controller.run())
-    await asyncio.sleep(0.1)
+    while not Ranks.made:
+        await asyncio.sleep(0.01)
     await controller.stop("SIGTERM")
     summary = await running
     await asyncio.sleep(0.1)

@@ -476,7 +476,7 @@ class Place:
 
 
 async def train(buffer: ReplayBuffer) -> tuple[int, list[int]]:
-    batch = await asyncio.wait_for(buffer.sample(), 1.0)
+    batch = await asyncio.wait_for(buffer.sample(), 30.0)
     assert batch.payloads == [b"group %d" % number for number in batch.numbers]
     await buffer.publish(weights(buffer.version + 1), batch.numbers)
     return buffer.version, batch.numbers
