@@ -353,7 +353,7 @@ class LearnerConfig(Section):
     """Keep only the inputs of the model's layers for the backward pass, and compute the rest again in it: less memory,
     up to a third more time."""
     max_skipped_steps: int = Field(default=3, ge=0)
-    """Batches in a row that may be set aside because a reward, the loss or a gradient is not finite."""
+    """Batches in a row that may be set aside because the loss, a gradient or an importance weight is not finite."""
     max_restarts: int = Field(default=3, ge=0)
     """Deaths of the learner after which it goes on from its newest checkpoint; one more ends the run."""
     diagnostics_every: int = Field(default=20, ge=0)

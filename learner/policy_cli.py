@@ -28,7 +28,7 @@ def generate(
 ) -> None:
     """One completion, how it appears, and what it cost (NFE, tokens per forward).
 
-    Example: diffpo generate runs/sudoku/checkpoints/step-000120 "1004040003104001"
+    Example: diffpo generate runs/sudoku/checkpoints/step-000120 "0100300103042403"
     """
     from common.local_copy import local_copy
     from learner.generation import Choice, usual_tokens

@@ -24,7 +24,7 @@ SAFE = (
         "run.ray_address",
     ),
     *("rollout.actors", "rollout.min_actors", "rollout.max_actors", "rollout.scaling_seconds", "rollout.labels"),
-    *("rollout.slots", "rollout.cpus", "rollout.gpus", "rollout.max_restarts"),
+    *("rollout.slots", "rollout.cpus", "rollout.gpus", "rollout.threads", "rollout.max_restarts"),
     *(
         "rollout.reward_workers",
         "rollout.reward_timeout",
@@ -42,6 +42,9 @@ SAFE = (
         "learner.cpus",
         "learner.gpus",
         "learner.labels",
+        "learner.threads",
+        "learner.micro_batch_tokens",
+        "learner.activation_checkpointing",
     ),
     *("evaluation", "metrics"),
 )

@@ -73,7 +73,7 @@ def find_group(run: RunDirectory, number: int) -> SavedGroup:
         damaged = f"; not readable: {'; '.join(unreadable)}" if unreadable else ""
         raise UserError(
             f"group {number} is not in the files of {run.name}; groups that are: {'; '.join(where) or 'none'}"
-            f"{damaged}; give one of these (a group's file is removed once it is trained)"
+            f"{damaged}; give one of these (a group's bytes go once the oldest checkpoint contains its training)"
         )
     (place, group), *others = found
     set_aside = place.parent if place.parent.parent.last == "set_aside" else None

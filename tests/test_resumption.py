@@ -45,10 +45,12 @@ def test_a_run_goes_on_as_it_was_started(run: Path) -> None:
 def test_safe_keys_change_and_are_written_down(run: Path) -> None:
     overrides = ["learner.steps=40", "rollout.actors=3", "replay.lease_seconds=7", "metrics.port=-1"]
     overrides += ["evaluation.prompts=5", "run.checkpoint_every=2", "learner.max_restarts=9"]
+    overrides += ["learner.micro_batch_tokens=1024", "learner.activation_checkpointing=true"]
     given = resumed_config(RunDirectory(run), file=None, overrides=overrides)
     RunDirectory(run).write_config(given)
     assert (given.learner.steps, given.rollout.actors, given.replay.lease_seconds) == (40, 3, 7.0)
     assert (given.metrics.port, given.evaluation.prompts, given.run.checkpoint_every) == (-1, 5, 2)
+    assert (given.learner.micro_batch_tokens, given.learner.activation_checkpointing) == (1024, True)
     assert saved(run) == given
     assert resumed_config(RunDirectory(run), file=None, overrides=["rollout.actors=2"]).learner.steps == 40
     assert not list(run.glob("*.partial"))
