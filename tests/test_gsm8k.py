@@ -101,6 +101,10 @@ def test_numbers_as_people_write_them(text: str, value: float | None) -> None:
         (r"\boxed{9 + 9 = 18 = x}", 18, True),
         (r"\boxed{x = 18 = 20}", 18, False),
         (r"\boxed{3 or 4}", 4, False),
+        (r"\boxed{5 + 3 = ?}", 5, False),
+        (r"\boxed{8 = ?}", 8, True),
+        (r"\boxed{3 hundred-dollar bills}", 3, True),
+        (r"\boxed{3 hundred-thousand}", 300_000, True),
         ("", 0, False),
     ],
 )

@@ -87,19 +87,23 @@ SAID = {
         ;\$12/hour;\mathbf{12}""",
     "60": r"60\text{ miles/hour};60 miles/hour",
     "3": r"""AB=3;x_1=3;x_{12} = 3;\angle A = 3;m\angle ABC = 3^\circ;\overline{AB} = 3;\text{Area} = 3;f(2)=3
+        ;3 times greater;3\text{ times the price};3 hundred-dollar bills;3 thousand-piece puzzles
         ;3=x;a=b=3;$x = 3$""",
     "5,000,000": r"5 million;5\text{ million};\$5\text{ million dollars};5 thousand thousand",
     "1200": "12 hundred;1.2 thousand",
     r"\frac12": r"\left(\frac12\right);0.5;\frac{-1}{-2};x=\frac{1}{2}",
     r"-\frac12": r"\frac{1}{-2};-0.5;\frac{-1}{2}",
     r"11,\! 111,\! 100": "11111100;11,111,100",
-    "2516_8": r"2516_{8};2516;N = 2516_8;(2516)_8;2,516_8;2516_{\text{eight}};2516_{\text{base }8};2516\,_8",
+    "2516_8": r"""2516_{8};2516;N = 2516_8;(2516)_8;2,516_8;2516_{\text{eight}};2516_{\text{base }8};2516\,_8
+        ;2516_\text{eight};2516\text{ (base 8)};2516_{\text{Eight}}""",
     "A3_{16}": "A3_{16};A3",
     "x=5": r"$x=5$;5;\displaystyle x=5;5 = x",
     "Evelyn": r"evelyn;EVELYN;\text{Evelyn}",
     "east": r"East;\textbf{East};(east)",
     r"\text{no solution}": "No solution",
     r"\sqrt{3}": r"AB=\sqrt3;\left(\sqrt3\right);\displaystyle\sqrt3;\sqrt3\text{ m/s}",
+    "(0,100)": r"(0, 100);\left(0,100\right)",
+    "300000": "3 hundred-thousand;3 hundred thousand",
     r"\frac{\pi}{2}": r"0.5\pi;.5\pi",
     r"(\frac12,2)": "(0.5,2)",
     "[-2,7]": r"-2\le x\le 7;7\ge x\ge -2",
@@ -111,11 +115,15 @@ OTHERS = {
         ;12 times two;12 divided by two;12 squared;12 cubed;12\text{ squared};12 factorial;12 halves;12 and a half
         ;12 or thirteen;12 or 13;12, 13;(12, 13);\{12, 13\};(12)(13);{12}{13}
         ;12\quad13;x=12=13;12=13;12=x=13;x=12, y=13;-(12);12_3;12_{3};12x
-        ;12\text{i};12\mathrm{x};12\text{k};12\text{ or };12\text{ and }13;x>12""",
+        ;12\text{i};12\mathrm{x};12\text{k};12\text{ or };12\text{ and }13;x>12;12 twelfths""",
     "5": "5 million;5 factorial;5/2;5 thousandths",
     "3": r"3 squared;3 or 4;x=3 or x=4;x_1=3, x_2=4;a=3=4;a=4=3;3=4;4=3;a=b=4;x \neq 3;x \le 3",
     "1.5": r"2\frac{-1}{2}",
-    "2516_8": r"2516_7;2516_3;2516_{10};2516_{\text{seven}};2517_8;2517;1358;2516_8, 2517_8",
+    "100": "(0,100)",
+    "1200": "(1,200)",
+    "(1,200)": "1200;1,200;(1,201)",
+    "2516_8": r"""2516\text{ (base 7)};2516_\text{seven};2516_7;2516_3;2516_{10};2516_{\text{seven}};2517_8;2517
+        ;1358;2516_8, 2517_8""",
     "4210_5": "4210_7",
     "-101_2": "101_2",
     "east": "seat;west;east or west",

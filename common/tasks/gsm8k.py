@@ -3,7 +3,7 @@ r"""GSM8K (arXiv 2110.14168): word problems whose answer is one number.
 - A row's answer ends in `#### 42`; what stands before is its worked solution, without the `<<…>>` of the calculator.
 - What a completion answers: the last `\boxed{…}` with something in it of the tagged answer, else the last number of the
   tagged answer, else the last such box anywhere, else (compact style) the last number of the completion. In a box the
-  number is all of it, else the first number after its last "=", or before it where none stands after it.
+  number is all of it, else the first number after its last "=", or where none stands there what stands before it.
 - Numbers are decimals, fractions and mixed numbers, times a hundred to a trillion that follows (`common.tasks.number`).
 - Components (d1, arXiv 2504.12216): `correctness` 1 if that number equals the row's; `integer` 1 if the answer is a
   whole number, with commas before groups of three digits or none, and nothing else; `soft_format`, `strict_format`,
@@ -48,9 +48,6 @@ class Gsm8kTask(QuestionTask):
 
     name = "gsm8k"
 
-    def __init__(self, config: Gsm8kConfig) -> None:
-        super().__init__(config)
-
     def answer(self, completion: str) -> str:
         """What the number is read from, as it is written; empty where nothing is answered."""
         tagged = tagged_answer(completion)
@@ -65,14 +62,15 @@ class Gsm8kTask(QuestionTask):
         """The number that a completion answers; None without one."""
         answer = self.answer(completion)
         is_boxed = any(box == answer for box in boxed_answers(completion))
-        for said in reversed(plain(answer).split("=")) if is_boxed else [answer]:
-            whole = read_number(said)
-            if whole is not None:
-                return whole.value
-            found = numbers_in(said)
-            if found:
-                return found[0] if is_boxed else found[-1]
-        return None
+        *before, said = plain(answer).split("=") if is_boxed else [answer]
+        whole = read_number(said)
+        if whole is not None:
+            return whole.value
+        found = numbers_in(said)
+        if found:
+            return found[0] if is_boxed else found[-1]
+        whole = read_number(before[-1]) if before else None
+        return None if whole is None else whole.value
 
     def rewards(self, example: Example, completion: str) -> dict[str, float]:
         """Every component; see the module's docstring."""

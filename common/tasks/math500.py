@@ -44,9 +44,6 @@ class Math500Task(QuestionTask):
 
     name = "math500"
 
-    def __init__(self, config: Math500Config) -> None:
-        super().__init__(config)
-
     def prepare(self) -> None:
         """See `Task.prepare`."""
         math_answer.prepare()

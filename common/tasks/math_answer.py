@@ -44,7 +44,8 @@ _VARIABLE = re.compile(
     r"(?:_\s*(?:[A-Za-z0-9]|\{[^{}]*\}))?'?\s*(?:\([^()=,]*\))?\s*"
 )
 _BASED = re.compile(
-    r"\s*\(?(?P<digits>-?[0-9A-Z, ]*[0-9][0-9A-Z, ]*)\)?\s*_\s*(?P<base>[0-9]|\{[^{}]*(?:\{[^{}]*\})?\s*\})\s*"
+    r"\s*\(?(?P<digits>-?[0-9A-Z, ]*[0-9][0-9A-Z, ]*)\)?\s*"
+    r"(?:_\s*(?P<base>[0-9]+|[A-Za-z]+|\{[^{}]*(?:\{[^{}]*\})?\s*\})|\(?\s*base\s*(?P<named>[0-9]+|[A-Za-z]+)\s*\)?)\s*"
 )
 
 
@@ -85,7 +86,7 @@ def _based(text: str) -> tuple[str, str] | None:
     found = _BASED.fullmatch(plain(text))
     if found is None:
         return None
-    told = found["base"].strip("{} ").removeprefix("base").strip()
+    told = (found["base"] or found["named"]).strip("{} ").casefold().removeprefix("base").strip()
     words = WORDS.split("|")
     return _digits(found["digits"]), str(words.index(told)) if told in words else told
 

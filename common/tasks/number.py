@@ -17,6 +17,7 @@ WORDS = (
 )
 """The names of 0 to 20, in order, as a pattern."""
 _MOST = 60
+_SCALE = "hundred|thousand|million|billion|trillion"
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
 _DECIMAL = rf"(?:{_DIGITS}(?:\.[0-9]+)?|\.[0-9]+)"
 _LOW = r"0*[1-9][0-9]*"
@@ -27,7 +28,7 @@ _SLASH = rf"(?P<over>{_DIGITS})\s*/\s*(?P<under>{_LOW})(?!\.?[0-9]|,[0-9]{{3}})"
 _POWER = r"(?:\s*(?:\\times|\\cdot|×|\*)\s*10\s*\^\s*(?:\{\s*(?P<power>[+-]?[0-9]{1,2})\s*\}|(?P<power1>[0-9])))"
 _NUMBER = (
     rf"(?:(?:(?P<whole>{_DIGITS})\s*)?{_FRAC}|(?:(?P<and>{_DIGITS})[ \t]+)?{_SLASH}|(?P<plain>{_DECIMAL}){_POWER}?)"
-    r"(?P<scale>(?:[\s-]+(?i:hundred|thousand|million|billion|trillion)s?\b)*)"
+    rf"(?P<scale>(?:[\s-]+(?i:{_SCALE})s?\b(?!-(?!(?i:{_SCALE})s?\b)))*)"  # two hundred-dollar bills are two
 )
 _UNIT = (
     r"(?P<unit>(?:\s*%|(?:\s+|(?<=[0-9}])-|\s*/\s*)(?:[A-Za-z]{3,}|[ckm]?m|kg|ft|in|mi|hr|lb|oz|pm|am)"
@@ -37,8 +38,8 @@ _WHOLE = re.compile(rf"(?P<sign>[+-]?)\s*{_NUMBER}{_UNIT}\s*\.?")
 _ANYWHERE = re.compile(rf"(?:(?<![0-9.,\w)}}])(?P<sign>-)\s?)?{_NUMBER}")
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _NO_UNIT = re.compile(
-    rf"^(?:squared|cubed)\b|\btimes\s+(?!(?:an?|as|each|every|more|per)\b)|\b(?:{WORDS}|{'|'.join(_SCALES)}"
-    r"|(?:thir|for|fif|six|seven|eigh|nine)ty|half|halves|thirds|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths"
+    rf"^(?:squared|cubed)\b|\b(?:{_SCALE})s?\b(?!-)|\b(?:{WORDS}|(?:thir|for|fif|six|seven|eigh|nine)ty|half|halves|thirds"
+    r"|(?:four|fif|six|seven|eigh|nin|ten|twelf|twentie|hundred|thousand)ths"
     r"|plus|minus|over|divided|multiplied|factorial|power|or|pi)s?\b",
     re.IGNORECASE,
 )
@@ -54,7 +55,7 @@ _DROPPED = re.compile(
     r"|\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree|°|\\?\$"
 )
 _ORDINAL = re.compile(r"(?<=[0-9])\s*\^\s*\{\s*(?:st|nd|rd|th)\s*\}|(?<=[0-9])(?:st|nd|rd|th)\b")
-_BRACKETED = re.compile(r"\((.*)\)|\{(.*)\}", re.DOTALL)
+_BRACKETED = re.compile(r"\(([^,]*)\)|\{(.*)\}", re.DOTALL)  # (1,200) is a point
 
 
 @dataclass(frozen=True)
