@@ -31,7 +31,7 @@ _NUMBER = (
     rf"(?P<scale>(?:[\s-]+(?i:{_SCALE})s?\b(?!-(?!(?i:{_SCALE})s?\b)))*)"  # two hundred-dollar bills are two
 )
 _UNIT = (
-    r"(?P<unit>(?:\s*%|(?:\s+|(?<=[0-9}])-|\s*/\s*)(?:[A-Za-z]{3,}|[ckm]?m|kg|ft|in|mi|hr|lb|oz|pm|am)"
+    r"(?P<unit>(?:\s*%|(?:\s+|(?<=[0-9}])-|\s*/\s*)(?:[A-Za-z]{3,}(?:-[A-Za-z]+)*|[ckm]?m|kg|ft|in|mi|hr|lb|oz|pm|am)"
     r"(?:\s*\^\s*\{?[23]\}?)?\.?)*)"
 )
 _WHOLE = re.compile(rf"(?P<sign>[+-]?)\s*{_NUMBER}{_UNIT}\s*\.?")
