@@ -38,11 +38,13 @@ def on_this_node() -> Any:
 
 
 def pending_of(actor_class: str) -> int:
-    """How many actors of a class, of this job, wait for a node."""
-    job = ray.get_runtime_context().get_job_id()
-    table = cluster_state.actor_table(None, job_id=None, actor_state_name="PENDING_CREATION")
-    mine = [one for one in table.values() if one["ActorClassName"] == actor_class and one["JobID"] == job]
-    return sum(not one["Address"]["Port"] for one in mine)
+    """How many actors of a class, of this job, wait for a node, their first or another."""
+    job, count = ray.get_runtime_context().get_job_id(), 0
+    for state in ("PENDING_CREATION", "RESTARTING"):
+        table = cluster_state.actor_table(None, job_id=None, actor_state_name=state)
+        mine = [one for one in table.values() if one["ActorClassName"] == actor_class and one["JobID"] == job]
+        count += sum(not one["Address"]["Port"] for one in mine)
+    return count
 
 
 def pending(actors: list[Any]) -> list[bool]:

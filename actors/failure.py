@@ -26,6 +26,8 @@ from ray.exceptions import (
 from common.errors import one_line
 
 CAUSE_CHARACTERS = 500
+DEATHS = (RayActorError, OutOfMemoryError)
+"""What a call raises whose actor died or does not answer; the second when Ray itself killed it, to save the node."""
 _OWN = re.compile(r"^common\.errors\.\w+: ")  # what these say needs no name
 
 

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 
 from actors.cluster_state import draining_nodes, pending, why_waiting
-from actors.failure import FailureKind, cause_line, comes_back, failure_kind
+from actors.failure import DEATHS, FailureKind, cause_line, comes_back, failure_kind
 from actors.placement import Demand
 from actors.producer import MakeProducer
 from actors.rollout_actor import RolloutActor
@@ -35,6 +35,7 @@ from common.errors import RunError, one_line
 from common.histogram import reported_keys
 
 ANSWER_SECONDS = 1.0
+MUTE_SECONDS = 10.0  # without an answer, after which that is said
 STOP_SECONDS = 10.0
 RETRY_SECONDS = 0.2
 NODE_MARGIN_SECONDS = 2.0  # before its node's deadline, by when an actor gives its leases back
@@ -61,6 +62,7 @@ class _Place:
     """Its actor has answered: it works, and does not wait for resources or start."""
     asked: Any = None
     """Gauges that its actor was asked for and that are still to come."""
+    asked_at: float = 0.0
     gauges: dict[str, float] | None = None
     draining: bool = False
     node: str = ""
@@ -190,9 +192,13 @@ class Fleet:
         """Called by the controller now and then: drains the places whose node is being drained, and starts others."""
         for place in self._places:
             if place.answered and not place.node and place.actor is not None:
-                with suppress(RayError):  # dead meanwhile, which `_keep` sees
-                    place.node = await place.actor.node.remote()
-        deadlines = await asyncio.to_thread(draining_nodes)
+                with suppress(RayError, TimeoutError):  # dead meanwhile, which `_keep` sees, or frozen
+                    place.node = await asyncio.wait_for(place.actor.node.remote(), ANSWER_SECONDS)
+        try:
+            deadlines = await asyncio.to_thread(draining_nodes)
+        except Exception as error:  # of whatever Ray's state is asked through; the next look is soon
+            log.warning("which nodes are being drained cannot be seen: %s", one_line(error))
+            return
         leaving = [place for place in self._places if place.node in deadlines and not place.draining]
         for place in leaving:
             seconds = deadlines[place.node] - time.time() - NODE_MARGIN_SECONDS
@@ -213,9 +219,10 @@ class Fleet:
         await patiently(lambda: self._buffer.drain.remote(name))
         if not await self._answers(place):
             log.info("%s does not answer, or never started; it is killed", name)
-        elif (await asyncio.wait({place.task}, timeout=seconds))[0]:
-            return
         else:
+            actor.drain.remote()
+            if (await asyncio.wait({place.task}, timeout=seconds))[0]:
+                return
             log.warning("%s did not finish within %g s (rollout.drain_seconds, or its node's deadline)", name, seconds)
         await patiently(lambda: self._buffer.return_worker.remote(name))
         ray.kill(actor)
@@ -244,7 +251,10 @@ class Fleet:
             try:
                 await place.actor.run.remote()
                 return None
-            except RayActorError as error:
+            except DEATHS as error:
+                if isinstance(error, ActorUnavailableError):  # it may live: never two of one place
+                    with suppress(RayError):
+                        ray.kill(place.actor)
                 if place.draining or self._stopping:
                     return None
                 if failure_kind(error) is not FailureKind.INFRASTRUCTURE:
@@ -262,7 +272,7 @@ class Fleet:
                 place.gauges = None
                 await patiently(lambda name=name: self._buffer.return_worker.remote(name))
             self._progress()
-        return cause
+        return None if place.draining else cause
 
     @property
     def working(self) -> int:
@@ -293,6 +303,7 @@ class Fleet:
         for place in self._places:
             if place.asked is None and place.actor is not None:  # never two questions: a pending actor would hoard them
                 place.asked = asyncio.ensure_future(place.actor.gauges.remote())
+                place.asked_at = time.monotonic()
         asked = [place.asked for place in self._places if place.asked is not None]
         if asked:
             await asyncio.wait(asked, timeout=ANSWER_SECONDS)
@@ -316,7 +327,7 @@ class Fleet:
             "rollout_token_forwards": total["token_forwards"],
             "rollout_cache_drift": total["probed_kl"] / probed,
             "rollout_cache_flips": total["probed_flips"] / probed,
-            "weights_adopted_version": min((reply["version"] for reply in alive), default=-1.0),
+            "weights_adopted_version": min((v for reply in alive if (v := reply["version"]) >= 0), default=-1.0),
             "rollout_longest_group_seconds": max((reply["longest_group_seconds"] for reply in alive), default=0.0),
             "rollout_longest_pause_seconds": max((reply["longest_pause_seconds"] for reply in alive), default=0.0),
             "weights_damaged": total["damaged_weights"],
@@ -327,4 +338,6 @@ class Fleet:
 def _state(place: _Place, waiting: str) -> str:
     if place.actor is None:
         return "between two lives"
+    if place.answered and place.asked is not None and (mute := time.monotonic() - place.asked_at) > MUTE_SECONDS:
+        return f"has not answered for {mute:.0f} s"
     return "draining" if place.draining else "working" if place.answered else waiting or "starting"

@@ -21,7 +21,7 @@ from actors.request import Failure
 from actors.reward_actor import rewards_of
 from actors.reward_pool import Scores
 from common.config import Config
-from common.errors import UserError, one_line
+from common.errors import RunError, UserError, one_line
 from common.histogram import Histogram
 from common.lease import FinishedGroup, Lease
 from common.policy_loading import open_rollout_policy
@@ -174,6 +174,8 @@ class GroupProducer:
         lease = group.lease
         if self._groups.pop((lease.number, lease.attempt), None) is None:
             return None
+        if isinstance(scores, RunError):  # it is not this group's fault
+            raise scores
         if isinstance(scores, Exception):
             return Fault(lease.number, lease.attempt, _told(scores))
         completions = [c for c in group.completions if c is not None]

@@ -10,11 +10,13 @@ from queue import SimpleQueue
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
+from actors.failure import cause_line
 from actors.placement import Demand
 from actors.reward_pool import Done, RewardError, RewardPool, Scores
 from common.config import Config, RolloutConfig
+from common.errors import RunError
 from common.tasks import Task, TaskConfig, build_task
 from common.tasks.task import Example
 
@@ -83,4 +85,6 @@ def _outcome(error: BaseException | None, result: Callable[[], Scores]) -> Score
     if isinstance(error, RayTaskError):
         cause = error.cause
         return cause if isinstance(cause, Exception) else RewardError(str(cause))
+    if isinstance(error, RayActorError):  # Ray starts one that dies again, and its calls with it
+        return RunError(f"a reward actor cannot start: {cause_line(error)}")
     return error if isinstance(error, Exception) else RewardError(str(error))

@@ -33,6 +33,7 @@ from common.weight_store import Snapshot, digest
 RENEWALS_PER_LEASE = 3
 FETCHES = 3  # of one version's weights in a row, while they arrive damaged
 DAMAGED_SECONDS = 1.0  # before the next try after that
+LOST_SECONDS = 30.0  # at most, while the learner that has them is gone
 RETRY_SECONDS = 0.2  # after which a call that found the buffer dead is made again
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class RolloutActor:
         self._asking = False
         self._ending = self._stopped = False
         self._renewed = self._patient_until = time.monotonic()
+        self._patience = DAMAGED_SECONDS
         self._damaged = 0
         self._base = ""  # digest of the frozen weights that its producer has
 
@@ -75,6 +77,10 @@ class RolloutActor:
         """Called by the fleet, from another thread: end the loop at once; leases go back by `return_worker`."""
         self._events.put(self._abandon)
 
+    def drain(self) -> None:
+        """Called by the fleet, from another thread: end once the leases that it has are done."""
+        self._events.put(self._retire)
+
     def node(self) -> str:
         """Called by the fleet, from another thread: the id of the node that it lives on."""
         return ray.get_runtime_context().get_node_id()
@@ -94,6 +100,9 @@ class RolloutActor:
         self._ending = self._stopped = True
         for held in (self._leases, self._since, self._unanswered):
             held.clear()
+
+    def _retire(self) -> None:
+        self._ending = True
 
     def _done(self) -> bool:
         return self._ending and not self._leases and not self._unanswered
@@ -156,9 +165,9 @@ class RolloutActor:
 
     def _leased(self, reply: LeaseReply) -> None:
         self._asking = False
-        if self._ending:  # stopped while it asked: what was granted goes back with the rest
+        if self._stopped:  # while it asked: what was granted goes back with the rest
             return
-        self._ending = reply.closed
+        self._ending = self._ending or reply.closed
         self._adopt(reply.snapshot)
         for lease in reply.leases:
             if lease.version > self._producer.version:
@@ -202,13 +211,15 @@ class RolloutActor:
                 flat: Any = ray.get(payload[0])
                 base: Any = ray.get(payload[1]) if snapshot.base != self._base else None
             except ObjectLostError:  # the learner that owned them died; the next one publishes anew
-                self._patient_until = time.monotonic() + DAMAGED_SECONDS
+                self._patient_until = time.monotonic() + self._patience
+                self._patience = min(2 * self._patience, LOST_SECONDS)
                 return
             if digest(flat) == snapshot.digest and (base is None or digest(*base) == snapshot.base):
                 if base is not None:
                     self._producer.adopt_base(base)
                     self._base = snapshot.base
                 self._producer.adopt(flat, snapshot)
+                self._patience = DAMAGED_SECONDS
                 self._adopt_seconds.observe(time.monotonic() - started)
                 return
             self._damaged += 1

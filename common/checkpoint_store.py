@@ -174,8 +174,10 @@ class CheckpointStore:
             for _ in self._chunks(checkpoint, name):
                 pass
 
-    def newest_sound(self) -> Found | None:
+    def newest_sound(self, *, before: Checkpoint | None = None) -> Found | None:
         """The newest checkpoint that stands `verify`; None when nothing was ever committed.
+
+        With `before` the newest of those that are older than it; None when there is none.
 
         Broken manifests do not tell their version, and half-written folders have none: each is among the warnings.
 
@@ -187,6 +189,8 @@ class CheckpointStore:
         broken = [found for found in scan.values() if isinstance(found, str)]
         faults = []
         for checkpoint in sorted(_complete(scan), key=_age, reverse=True):
+            if before is not None and _age(checkpoint) >= _age(before):
+                continue
             try:
                 self.verify(checkpoint)
             except CheckpointDamaged as error:
@@ -199,7 +203,7 @@ class CheckpointStore:
             ]
             passed_over = [*faults, *broken, *half_written]
             return Found(checkpoint, [f"{fault}; {checkpoint.name} is used in its place" for fault in passed_over])
-        if not (faults or broken):
+        if before is not None or not (faults or broken):
             return None
         raise CheckpointDamaged(
             f"{self.name} has no sound checkpoint: {'; '.join([*faults, *broken])}",

@@ -489,7 +489,7 @@ class RunConfig(Section):
     """Groups of each learner step whose completions are kept position by position, for `diffpo report` and `view`."""
     capacity_timeout: float = Field(default=1800.0, gt=0)
     """Seconds that a run may wait for nodes, while its learner or all of its rollout actors have none."""
-    stall_timeout: float = Field(default=120.0, gt=0)
+    stall_timeout: float = Field(default=300.0, gt=0)
     """Seconds without any progress after which the run ends with an error; more than one group, one step, or one
     reward of the final evaluation may take."""
     ray_address: str | None = None

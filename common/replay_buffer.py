@@ -96,6 +96,7 @@ class ReplayBuffer:
             self._lock = _lock(lock)
         found = recover(store, checkpoints)
         self._born = found.life
+        self._joins = 0  # learners that began, or told anew what they did
         self._groups = Circulation(
             found,
             store=store,
@@ -261,14 +262,18 @@ class ReplayBuffer:
         """Called by the learner's loop before each step: finished -> sampled, for P groups by ascending number.
 
         Blocks until P groups may be taken or the buffer is closed. Takes nothing when it raises: RuntimeError when a
-        group exceeds the staleness bound, RunError when one cannot be read back from its file.
+        group exceeds the staleness bound, or a learner has begun or joined anew since; RunError when a group cannot be
+        read back from its file.
         """
         read: dict[StoredGroup, FinishedGroup] = {}
+        joins = self._joins
         with self._sample_waits.running():
             while True:
                 async with self._changed:
                     self._groups.check_joined()
-                    await self._changed.wait_for(lambda: self._closed or self._ready())
+                    await self._changed.wait_for(lambda: self._closed or self._joins != joins or self._ready())
+                    if self._joins != joins:  # nobody hears this answer, and the batch is another call's
+                        raise RuntimeError("the learner that asked for a batch is gone, or has asked again")
                     numbers = [] if self._closed else self._groups.selectable()
                     chosen = [self._held[number] for number in numbers]
                     groups = [one.group or read.get(one) for one in chosen]
@@ -317,6 +322,7 @@ class ReplayBuffer:
             if not self._groups.life and self.version < 0:
                 return 0  # nothing has happened yet
             starts = self._groups.rewind(index, step)
+            self._joins += 1
             self._changed.notify_all()
         await self._store.write([])  # the life is used up, whatever comes
         return starts
@@ -333,6 +339,7 @@ class ReplayBuffer:
         """
         async with self._changed:
             self._groups.rejoin(snapshot, history, sampled)
+            self._joins += 1
             self._set_timer()
             self._changed.notify_all()
 

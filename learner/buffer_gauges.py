@@ -51,38 +51,49 @@ class BufferGauges:
         self.progressed = False
         """Groups that can be trained were finished, taken or trained since the reading before."""
         self.failed = False
-        """Groups were quarantined since the reading before."""
+        """Groups were quarantined that are not in a report (`reported`)."""
         self.lost = 0.0
         """How many finished groups have no bytes any more, where that is new; else 0."""
         self.untrainable = ""
-        """How many groups could not be trained, and why; empty while all could."""
+        """How many groups could not be trained since the last progress, and why; empty while all could."""
         self.restarts = 0.0
         """Deaths of the buffer that this controller has started."""
         self._born: float | None = None
         self._mark: tuple[float, ...] = ()
-        self._quarantined = self._quarantined_before = self._lost = self._expired = 0.0
+        self._quarantined = self._quarantined_before = self._reported = self._lost = self._expired = 0.0
+        self._no_spread_before = 0.0
         self._told_of_deadline = False
 
     def see(self, gauges: Mapping[str, float]) -> None:
         """Take the next reading."""
         mark = tuple(gauges[f"{STATE}{state}"] for state in ("finished", "sampled", "trained"))
         quarantined, lost = gauges["groups_quarantined"], gauges["lost_groups"]
+        if self._born is None and gauges["born"] > 0:  # an earlier controller told of these
+            self._reported, self._lost = quarantined, lost
         self.progressed = mark != self._mark
         if self.progressed:
             self._mark, self._quarantined_before = mark, quarantined
-        self.failed = quarantined > self._quarantined
+            self._no_spread_before = gauges["no_spread_discards"]
         self._quarantined = max(self._quarantined, quarantined)
+        self.failed = self._quarantined > self._reported
         self.lost = lost if lost > self._lost else 0.0
         self._lost = max(self._lost, lost)
         self._expired = gauges["expired_leases"]
         self.restarts += self._born is not None and gauges["born"] != self._born
         self._born = gauges["born"]
-        if gauges["groups_discarded"] + quarantined > 0:
-            self.untrainable = (
-                f": {gauges['no_spread_discards']:.0f} groups were discarded for equal rewards (a longer warm start, "
-                f"another reward, or replay.drop_no_spread=false) and {self._quarantined:.0f} quarantined for "
-                "failing rewards or logits (RUN/quarantine.json)"
-            )
+        no_spread = gauges["no_spread_discards"] - self._no_spread_before
+        failed = self._quarantined - self._quarantined_before
+        self.untrainable = (
+            f": {no_spread:.0f} groups since were discarded for equal rewards (a longer warm start, another reward, or "
+            f"replay.drop_no_spread=false) and {failed:.0f} quarantined for failing rewards or logits "
+            "(RUN/quarantine.json)"
+            if no_spread + failed > 0
+            else ""
+        )
+
+    def reported(self) -> None:
+        """Called when all that were quarantined by the newest reading are in a report."""
+        self._reported = self._quarantined
 
     def check_failures(self, last: str) -> None:
         """Called when groups were quarantined, the `last` for this reason.

@@ -14,6 +14,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from actors.cluster_state import pending_of, why_waiting
 from actors.fleet import Fleet
+from actors.placement import Demand
 from actors.reward_actor import RewardActor, reward_demand
 from actors.scaling_policy import Reading, Reason, ScalingPolicy
 from common.config import Config
@@ -23,6 +24,7 @@ from learner.event_log import EventLog
 from learner.learner_ranks import reserved, unplaced
 
 MOST_ACTORS = 500  # half of `BUFFER_CALLS`: each may block one
+EVALUATION_WORKER = "EvaluationWorker"  # its module takes torch, and this one is imported before a run begins
 NODE_SECONDS = 3.0  # between two looks for nodes
 
 
@@ -59,16 +61,26 @@ class Capacity:
             self.group = None
 
     async def keep_looking(
-        self, fleet: Callable[[], Fleet | None], events: EventLog, progress: Callable[[], None]
+        self,
+        fleet: Callable[[], Fleet | None],
+        evaluating: Callable[[], int | None],
+        events: EventLog,
+        progress: Callable[[], None],
     ) -> None:
-        """Look again and again; tell who waits when it lasts, and once there are enough nodes again, which is
-        progress."""
+        """Look again and again; tell who waits when it lasts, and once there are enough nodes again, which is progress.
+
+        Args:
+            fleet: the rollout actors, while there are some.
+            evaluating: evaluation workers that have begun; None where none are wanted.
+            events: told.
+            progress: called.
+        """
         told = before = ""
         blind = False
         while True:
             await asyncio.sleep(NODE_SECONDS)
             try:
-                await self.look(fleet())
+                await self.look(fleet(), evaluating())
             except Exception as error:  # of whatever Ray's state is asked through; the run itself needs none of it
                 if not blind:
                     blind = True
@@ -85,8 +97,8 @@ class Capacity:
                 await events.warn(f"waiting for nodes: {told}")
             before = self.wanting
 
-    async def look(self, fleet: Fleet | None) -> None:
-        """See who waits for nodes now."""
+    async def look(self, fleet: Fleet | None, evaluating: int | None = None) -> None:
+        """See who waits for nodes now; `evaluating` as in `keep_looking`."""
         self.learner = await asyncio.to_thread(unplaced, self.group, self._config.learner)
         self.pending = await fleet.look_for_nodes() if fleet is not None else 0
         rewards, mute = "", 0
@@ -97,10 +109,15 @@ class Capacity:
             rewards = f"rewards of {mute} rollout actors: each {why}" if why else ""
         rollout = f"{self.pending} rollout actors: each {fleet.waiting}" if fleet is not None and self.pending else ""
         learner = f"the learner {self.learner}" if self.learner else ""
+        workers = ""
+        if evaluating is not None and (waiting := await asyncio.to_thread(pending_of, EVALUATION_WORKER)):
+            why = await asyncio.to_thread(why_waiting, Demand.of(self._config.rollout))
+            workers = f"{waiting} evaluation workers: each {why}" if why else ""
         working = fleet.working if fleet is not None else 0
         self.lacking = learner or (rollout if fleet is not None and not working else "")
         self.lacking = self.lacking or (rewards if mute >= working else "")  # else some work, and the others wait
-        self.wanting = "; ".join(filter(None, (learner, rollout, rewards)))
+        self.lacking = self.lacking or (workers if not evaluating else "")
+        self.wanting = "; ".join(filter(None, (learner, rollout, rewards, workers)))
 
     def check(self, actors: int) -> None:
         """Raises UserError for a number of rollout actors that a person may not ask for."""
@@ -118,7 +135,8 @@ class Capacity:
     def shortage(self, actors: int) -> str:
         """What is to be said where the cluster has too few CPUs for so many rollout actors; else nothing."""
         rollout, learner = self._config.rollout, self._config.learner
-        wanted, cpus = actors * rollout.cpus + learner.ranks * learner.cpus, ray.cluster_resources().get("CPU", 0.0)
+        wanted = actors * (rollout.cpus + (rollout.reward_cpus or 0.0)) + learner.ranks * learner.cpus
+        cpus = ray.cluster_resources().get("CPU", 0.0)
         few = f"; they and the learner want {wanted:g} CPUs of {cpus:g}, so some wait until there are more"
         return few if wanted > cpus else ""
 

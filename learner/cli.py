@@ -82,6 +82,8 @@ def main() -> None:
             raise
         typer.echo(f"run failed: too little memory ({one_line(error)}); diffpo plan says what it takes", err=True)
         sys.exit(1)
+    except SystemExit as ended:  # Ray's own handler, before and after a run's, ends with the number of the signal
+        sys.exit(128 + signal.SIGTERM if ended.code == signal.SIGTERM else ended.code)
     except Stopped as stop:
         sys.exit(128 + signal.Signals[str(stop)].value)
     except KeyboardInterrupt:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from common.errors import UserError
+from common.errors import RunError, UserError
 
 app = typer.Typer()
 
@@ -95,13 +95,15 @@ def stop(
         return
     from learner.remote_control import RunEnded, controller_of
 
-    where = run
+    where, phase = run, "ended" if wait else "stopping"
     with suppress(RunEnded), controller_of(run) as call:
         where = call("directory")
         call("stop", "SIGTERM")
         if wait:
-            call("until_ended", seconds=STOP_SECONDS)
-    typer.echo(f"{run}: {'stopped' if wait else 'stopping'}; go on with: diffpo train --resume {quote(where)}")
+            phase = call("until_ended", seconds=STOP_SECONDS)
+    if phase == "failed":
+        raise RunError(f"{run} failed before it had stopped; its output names the cause")
+    typer.echo(f"{run}: {phase}; go on with: diffpo train --resume {quote(where)}")
 
 
 def _remotely(address: str | None, working_dir: Path | None, arguments: list[str], *, seconds: float = 0.0) -> bool:

@@ -25,12 +25,12 @@ from functools import partial
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.exceptions import ActorUnavailableError
 
-from actors.failure import comes_back
+from actors.failure import DEATHS, comes_back
 from actors.fleet import Fleet, patiently
 from common.config import Config
-from common.errors import RunError, UserError
+from common.errors import RunError, UserError, one_line
 from learner.buffer_actor import start_buffer
 from learner.buffer_gauges import BufferGauges
 from learner.capacity import Capacity
@@ -91,7 +91,7 @@ class Controller:
         """
         await self._metrics.open_trackers()
         watchdog = asyncio.create_task(self._watchdog.watch())
-        looks = asyncio.create_task(self._capacity.keep_looking(lambda: self._fleet, self._events, self._watchdog.mark))
+        looks = asyncio.create_task(self._look())
         work = asyncio.create_task(self._work())
         try:
             await asyncio.wait({watchdog, work}, return_when=asyncio.FIRST_COMPLETED)
@@ -155,9 +155,10 @@ class Controller:
         was = await self._scale(self._fleet, actors, "command")
         return {"was": was, "actors": actors, "note": self._capacity.shortage(actors)}
 
-    async def until_ended(self) -> None:
-        """Called by `diffpo stop`: returns, or dies, once the run has ended."""
+    async def until_ended(self) -> str:
+        """Called by `diffpo stop`: the last phase; answers, or dies, once the run has ended."""
         await self._events.until(lambda: self._phase in ("finished", "stopped", "failed"))
+        return self._phase
 
     async def directory(self) -> str:
         """Called by whoever found this actor by its name: which run it is."""
@@ -193,8 +194,9 @@ class Controller:
         self._capacity.reserve()
         await self._enter("warm_start")
         await self._unless_stopped(self._learner.start())
-        reached = {"steps": 0.0, "version": 0.0}
-        if not self._stopping.is_set():
+        if self._stopping.is_set():
+            reached = await self._saved()
+        else:
             await self._enter("train")
             reached = await self._train()
         self._learner.end()
@@ -224,7 +226,7 @@ class Controller:
             actor=self._parts.actor,
             progress=self._watchdog.mark,
         )
-        training = asyncio.create_task(self._learner.learn(self._buffer))
+        training = asyncio.create_task(self._learner.learn(self._buffer, self._unless_stopped))
         generation = asyncio.create_task(self._fleet.run())
         gauges = asyncio.create_task(self._collect())
         try:
@@ -235,10 +237,13 @@ class Controller:
                     if part.done():
                         part.result()  # raises the cause, if it has one
             reached = await training
-            with suppress(ActorUnavailableError):  # a buffer that is being started again has nothing to add
-                await self._update_gauges()
-            return reached
-        except RayActorError as error:
+            gauges.cancel()
+            try:
+                await self._update_gauges(last=True)
+            except Exception as error:  # what is trained is trained
+                log.warning("the last gauges are missing: %s", one_line(error))
+            return reached or await self._saved()
+        except DEATHS as error:
             raise buffer_death(config, error) from error
         finally:
             training.cancel()
@@ -282,13 +287,28 @@ class Controller:
         task.cancel()  # else it takes the end of its parts for a death, and starts them again
         return None
 
+    async def _saved(self) -> dict[str, float]:
+        """Steps and version of the newest checkpoint."""
+        kept = await asyncio.to_thread(self._checkpoints.checkpoints)
+        newest = max(kept, key=lambda one: one.version, default=None)
+        return {"steps": float(newest.step if newest else 0), "version": float(newest.version if newest else 0)}
+
     async def _enter(self, phase: str) -> None:
         self._phase = phase
         self._watchdog.mark()
+        self._watchdog.untrainable = ""
         await self._metrics.enter(phase)
         await self._events.tell("phase", {"phase": phase})
 
     # -- what the phase train sees, and does about it -----------------------------------------------------------
+
+    async def _look(self) -> None:
+        await self._capacity.keep_looking(
+            lambda: self._fleet,
+            lambda: None if self._phase != "evaluate" else len(self._evaluating),
+            self._events,
+            self._watchdog.mark,
+        )
 
     async def _collect(self) -> None:
         while True:
@@ -299,7 +319,7 @@ class Controller:
                     raise
             await asyncio.sleep(GAUGE_SECONDS)
 
-    async def _update_gauges(self) -> None:
+    async def _update_gauges(self, *, last: bool = False) -> None:
         if self._fleet is None:
             return
         if self._stopping.is_set():  # a buffer that was started anew does not know
@@ -307,7 +327,8 @@ class Controller:
         await self._fleet.leave_drained_nodes()
         gauges, fleet = await asyncio.gather(self._buffer.gauges.remote(), self._fleet.gauges())
         await self._heed(gauges, fleet)
-        proposal = None if self._stopping.is_set() else self._capacity.propose(gauges, self._fleet, time.monotonic())
+        ending = last or self._stopping.is_set()
+        proposal = None if ending else self._capacity.propose(gauges, self._fleet, time.monotonic())
         if proposal is not None:
             await self._scale(self._fleet, *proposal)
         fleet |= self._capacity.gauges(self._fleet.asked)
@@ -339,6 +360,7 @@ class Controller:
         if seen.failed:
             newest = await self._quarantine.write(await self._buffer.quarantine.remote())
             await self._events.tell("quarantine", newest)
+            seen.reported()
             seen.check_failures(newest["reason"])
 
     async def _scale(self, fleet: Fleet, actors: int, reason: str) -> int:

@@ -12,10 +12,10 @@ from shlex import quote
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from actors.cluster_state import on_this_node
-from actors.failure import cause_line
+from actors.failure import DEATHS, cause_line
 from common.config import Config
 from common.errors import RunError, UserError, one_line
 from common.place import FAILURES
@@ -24,6 +24,7 @@ from learner.exporter import check_port
 from learner.parts import POLICY, Parts
 from learner.ray_connection import LOCAL, chosen_address, connect, dead_daemons
 from learner.run_directory import RunDirectory
+from learner.run_lock import LockLost
 from learner.stop_signals import StopSignals
 from learner.trackers import check_trackers
 
@@ -103,6 +104,8 @@ def _follow_in(
     try:
         directory.write_json(CONTROLLER_FILE, cluster)
         return _follow(config, directory, show, parts)
+    except LockLost:  # there is nothing to go on with
+        raise
     except RunError as error:
         raise RunError(
             f"{error} -- once its cause is gone, go on with: diffpo train --resume {quote(directory.name)}"
@@ -182,7 +185,7 @@ def _follow(
                 raise RunError(" ".join(str(cause).split())[:MESSAGE_CHARACTERS]) from error
             named = "" if isinstance(cause, RayError) else f"{type(cause).__name__}: "
             raise RunError(named + cause_line(cause)) from error
-        except RayActorError as error:
+        except DEATHS as error:
             raise RunError(f"the controller died: {one_line(error)}") from error
 
 

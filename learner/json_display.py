@@ -12,7 +12,7 @@ import time
 from contextlib import redirect_stdout
 from typing import Any, Self, TextIO
 
-from common.errors import RunError, UserError, shown
+from common.errors import RunError, UserError, is_out_of_memory, shown
 
 
 class JsonDisplay:
@@ -53,7 +53,7 @@ def _told(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     name, message = type(error).__name__, shown(error)
-    if isinstance(error, UserError | RunError | OSError | MemoryError):
+    if isinstance(error, UserError | RunError | OSError) or is_out_of_memory(error):
         return message or name
     return f"{name}: {message}" if message else name
 

@@ -17,10 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from common.checkpoint_store import Found
 from common.config import Config
 from common.config_file import dump_config
-from common.errors import RunError
+from common.errors import RunError, cause
 from common.lease import FinishedGroup, Sample
+from common.ledger import LedgerError
+from common.place import FAILURES
 from common.segment_folder import SegmentFolder
 from learner.buffer_link import BufferLink
 from learner.checkpoint_writer import CheckpointWriter
@@ -126,17 +129,32 @@ class LearnerActor:
             if writer.newest < 0:
                 raise RunError(writer.fault)
         else:
-            for warning in found.warnings:
-                self._controller.warn.remote(warning)
-            with self._checkpoints.fetch(found.checkpoint) as folder:
-                self._trainer.restore(folder)
-            version = link.rewind(found.checkpoint.journal_index, self._trainer.steps)
+            found, version = self._return_to(found, link)
             self._record.rewind(self._trainer.steps)
             writer.newest = found.checkpoint.step
         link.publish(version, self._trainer.weights(), [], self._trainer.base())
         begun = {"learner_steps": float(self._trainer.steps), "weights_version": float(version)}
         self._report("started", begun | self._counters(writer) | self._trainer.gauges())
         return version
+
+    def _return_to(self, found: Found, link: BufferLink) -> tuple[Found, int]:
+        """The checkpoint that training goes on from, `found` or an older one, and the version to publish next."""
+        while True:
+            for warning in found.warnings:
+                self._controller.warn.remote(warning)
+            with self._checkpoints.fetch(found.checkpoint) as folder:
+                self._trainer.restore(folder)
+            try:
+                return found, link.rewind(found.checkpoint.journal_index, self._trainer.steps)
+            except LedgerError as error:  # it could not be read once, and training went on from an older one
+                older = self._checkpoints.newest_sound(before=found.checkpoint)
+                if older is None:
+                    raise
+                self._controller.warn.remote(
+                    f"checkpoint {found.checkpoint.name} was left behind; {older.checkpoint.name} is used in its place "
+                    f"({cause(error)})"
+                )
+                found = older
 
     def _checkpoint(self, link: BufferLink, writer: CheckpointWriter, version: int) -> None:
         started = time.monotonic()
@@ -165,10 +183,14 @@ class LearnerActor:
         self._skipped += 1
         self._skipped_in_row += 1
         kept = self._directory.set_aside
-        if len(kept.folders()) < MOST_SET_ASIDE:
-            where = f"is set aside in {self._keep_aside(sampled, reason)}"
-        else:
+        try:
+            full = len(kept.folders()) >= MOST_SET_ASIDE
+        except FAILURES as error:
+            raise RunError(f"{kept} cannot be listed ({cause(error)}); mend it and go on with --resume") from error
+        if full:
             where = f"is not kept, {kept} has {MOST_SET_ASIDE} already (move some away to keep more)"
+        else:
+            where = f"is set aside in {self._keep_aside(sampled, reason)}"
         link.set_aside(sampled.numbers, f"skipped: {reason}")
         self._controller.warn.remote(f"a batch that cannot be trained on {where}: {reason}")
         self._report("skipped", {"learner_skipped_steps": float(self._skipped)})

@@ -1,12 +1,12 @@
 """LearnerLives: the learner of a run, started again when it dies, up to `learner.max_restarts` times."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from actors.failure import FailureKind, cause_line, failure_kind
+from actors.failure import DEATHS, FailureKind, cause_line, failure_kind
 from common.config import Config
 from common.errors import RunError, one_line
 from learner.capacity import Capacity
@@ -15,10 +15,12 @@ from learner.learner_ranks import LearnerRanks
 from learner.parts import Parts
 from learner.reply import reply_of
 
+UnlessStopped = Callable[[Awaitable[LearnerRanks]], Awaitable[LearnerRanks | None]]
 
-def buffer_death(config: Config, error: RayActorError) -> RunError:
+
+def buffer_death(config: Config, error: RayError) -> RunError:
     """What ends a run whose replay buffer is gone: it could not start, or died too often."""
-    if error.actor_init_failed:
+    if isinstance(error, RayActorError) and error.actor_init_failed:
         return RunError(f"the replay buffer cannot start: {cause_line(error)}")
     most = config.replay.max_restarts
     return RunError(
@@ -60,11 +62,16 @@ class LearnerLives:
             try:
                 await ranks.warm_start()
                 return ranks
-            except RayActorError as error:
+            except DEATHS as error:
                 await self.died(error)
 
-    async def learn(self, buffer: Any) -> dict[str, float]:
+    async def learn(self, buffer: Any, unless_stopped: UnlessStopped) -> dict[str, float] | None:
         """Steps and version reached by the learner that was started; again from the newest checkpoint, should it die.
+        None when the run is stopped while there is none.
+
+        Args:
+            buffer: the replay buffer.
+            unless_stopped: awaits another learner, or gives None when a stop comes first.
 
         Raises:
             RunError: as `start`, and when the buffer is what died.
@@ -73,11 +80,13 @@ class LearnerLives:
         while True:
             try:
                 return await ranks.run(buffer)
-            except RayActorError as error:
+            except DEATHS as error:
                 await self.died(error)
-            ranks = await self.start()
+            ranks = await unless_stopped(self.start())
+            if ranks is None:
+                return None
 
-    async def died(self, error: RayActorError) -> None:
+    async def died(self, error: RayError) -> None:
         """Raises RunError unless another learner may be started."""
         if isinstance(error, RayTaskError):  # the learner lives, and raises what it saw
             raise buffer_death(self._config, error) from error

@@ -14,12 +14,12 @@ from collections.abc import Awaitable, Sequence
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.cluster_state import why_waiting
-from actors.failure import FailureKind, failure_kind
+from actors.failure import DEATHS, FailureKind, failure_kind
 from actors.placement import Demand
 from common.config import Config, LearnerConfig
 from common.errors import UserError
@@ -120,7 +120,7 @@ class LearnerRanks:
             _, pending = await asyncio.wait(pending, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         errors = _errors(everyone)
         self.kill()
-        raise min(errors, key=lambda error: not _is_death(error))
+        raise min(errors, key=lambda error: (not _is_death(error), _is_told(error)))
 
 
 def _errors(calls: Sequence[asyncio.Future[Any]]) -> list[BaseException]:
@@ -135,8 +135,13 @@ def _lost_another(error: BaseException) -> bool:
     """Whether a rank failed since another did not answer: an order to it, or a collective call."""
     cause = error.cause if isinstance(error, RayTaskError) else error
     words = str(cause).lower()
-    return isinstance(cause, RayActorError) or any(word in words for word in ("gloo", "nccl", "connection closed"))
+    return isinstance(cause, DEATHS) or any(word in words for word in ("gloo", "nccl", "connection closed"))
+
+
+def _is_told(error: BaseException) -> bool:
+    """Whether it is what one rank says of another's end, which that one knows better."""
+    return isinstance(error, RayTaskError) and isinstance(error.cause, DEATHS)
 
 
 def _is_death(error: BaseException) -> bool:
-    return isinstance(error, RayActorError) and failure_kind(error) is FailureKind.INFRASTRUCTURE
+    return failure_kind(error) is FailureKind.INFRASTRUCTURE

@@ -47,7 +47,7 @@ def preflight(config: Config, *, trains: bool = True, evaluates: bool = True, he
         check_task(config, task, trains=trains, evaluates=evaluates)
     if evaluates:
         check_cache_of_folder(config)
-    if trains:
+    if trains or not evaluates:  # supervised training from a file needs no question
         check_threshold_of_folder(config)
     if config.model.lora is not None:  # targets that its layers do not have; on the CPU, its memory is not touched
         open_rollout_policy(on_cpu(config), task)

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayTaskError
 
+from actors.failure import DEATHS
 from common.config import IN_RAY_JOB
 from common.errors import RunError, UserError, one_line
 from common.location import above, below
@@ -66,7 +67,7 @@ def controller_of(run: str) -> Iterator[Callable[..., Any]]:
         raise
     except GetTimeoutError as error:
         raise RunError(f"the controller of run {name} does not answer in time; look at its log") from error
-    except RayActorError as error:
+    except DEATHS as error:
         raise RunEnded(f"run {name} ended meanwhile: {one_line(error)}") from error
     finally:
         ray.shutdown()

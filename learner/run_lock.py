@@ -32,12 +32,16 @@ WATCH_SECONDS = 1.0
 MEND = "mend the permissions of the folder and of `lock` in it, or choose another run.name"
 
 
+class LockLost(RunError):
+    """Another process works on the run now."""
+
+
 class RunLock:
     """Held from `held` until it ends."""
 
     def __init__(self, place: Place) -> None:
         self._place = place
-        self._owner = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
+        self._owner = {"host": socket.gethostname(), "boot": _boot(), "pid": os.getpid(), "token": uuid.uuid4().hex}
         self._beats = 0
         self._ended = threading.Event()
         self.lost = ""
@@ -98,7 +102,7 @@ class RunLock:
 
     def _is_dead(self, there: dict[str, Any]) -> bool:
         """Whether it is known at once that the owner is gone."""
-        if there.get("host") != self._owner["host"]:
+        if any(there.get(key) != self._owner[key] for key in ("host", "boot")):  # hosts may share a name
             return False
         try:
             os.kill(int(there["pid"]), 0)
@@ -131,12 +135,20 @@ class RunLock:
         self._place.write(NAME, json.dumps(self._owner | {"beats": self._beats}).encode())
 
     def check(self) -> None:
-        """Raises RunError once another process has taken the lock."""
+        """Raises LockLost once another process has taken the lock."""
         if self.lost:
-            raise RunError(
+            raise LockLost(
                 f"run {self._place} was taken over by {self.lost}, since this process did not reach the store for "
                 f"{DEAD_SECONDS:.0f} s; leave it to that one"
             )
+
+
+def _boot() -> str:
+    """Tells this machine from others of its name; empty where the system does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _name(owner: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """StopSignals: Ctrl-C and SIGTERM of a driver ask its run to stop; a second one ends the driver at once."""
 
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
@@ -41,7 +42,9 @@ class StopSignals:
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         if self._first is not None:
-            raise KeyboardInterrupt
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            sys.exit(128 + number)
         self._first = number
         self._stop(signal.Signals(number).name)  # told by the run, as its event: this may interrupt `show` itself
         self._alarm.start()

@@ -35,6 +35,7 @@ def test_failures_in_a_row_are_too_many_and_failures_between_results_are_not() -
         failed += MOST_QUARANTINED - 1
         seen.see(NOTHING | {"groups_quarantined": failed, "groups_trained": trained})
         assert seen.failed
+        seen.reported()
         seen.check_failures("ValueError: no number")
         trained += 8
         seen.see(NOTHING | {"groups_quarantined": failed, "groups_trained": trained})
@@ -54,13 +55,32 @@ def test_bytes_that_are_lost_are_news_once() -> None:
     assert told == [0.0, 3.0, 0.0, 5.0]
 
 
-def test_groups_that_cannot_be_trained_are_counted_with_the_way_out() -> None:
+def test_what_an_earlier_controller_told_is_no_news() -> None:
+    seen, before = BufferGauges(), NOTHING | {"born": 2.0, "lost_groups": 3.0, "groups_quarantined": 5.0}
+    seen.see(before)
+    assert (seen.lost, seen.failed) == (0.0, False)
+    seen.see(before | {"lost_groups": 4.0, "groups_quarantined": 6.0})
+    assert (seen.lost, seen.failed) == (4.0, True)
+    seen.see(before | {"lost_groups": 4.0, "groups_quarantined": 6.0})
+    assert seen.failed, "no report was written"
+    seen.reported()
+    seen.see(before | {"lost_groups": 4.0, "groups_quarantined": 6.0})
+    assert not seen.failed
+
+
+def test_groups_that_cannot_be_trained_are_counted_since_the_last_progress_with_the_way_out() -> None:
     seen = BufferGauges()
     seen.see(NOTHING)
     assert seen.untrainable == ""
-    seen.see(NOTHING | {"groups_discarded": 7.0, "no_spread_discards": 7.0, "groups_quarantined": 2.0})
-    assert "7 groups were discarded for equal rewards (a longer warm start" in seen.untrainable
+    failures = NOTHING | {"groups_discarded": 7.0, "no_spread_discards": 7.0, "groups_quarantined": 2.0}
+    seen.see(failures)
+    assert "7 groups since were discarded for equal rewards (a longer warm start" in seen.untrainable
     assert "2 quarantined" in seen.untrainable
+    seen.see(failures | {"groups_trained": 8.0})
+    assert seen.untrainable == ""
+    seen.see(failures | {"groups_trained": 8.0, "no_spread_discards": 9.0})
+    assert "2 groups since were discarded" in seen.untrainable
+    assert "0 quarantined" in seen.untrainable
 
 
 def test_a_deadline_that_is_too_short_is_told_once_with_a_longer_one() -> None:

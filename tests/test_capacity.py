@@ -1,4 +1,4 @@
-"""Capacity: the learner's place is given back once, so that the evaluation can have it."""
+"""Capacity: the learner's place, and who lacks a node."""
 
 import asyncio
 
@@ -7,6 +7,7 @@ import pytest
 from common.config_file import parse_config
 from learner import capacity as capacity_module
 from learner.capacity import Capacity
+from learner.evaluation_fleet import EvaluationWorker
 from learner.event_log import EventLog
 
 
@@ -28,14 +29,14 @@ def test_a_look_that_fails_is_told_once_and_not_the_last(monkeypatch: pytest.Mon
         capacity, events = Capacity(parse_config({"task": {"name": "sudoku"}})), EventLog()
         looked: list[int] = []
 
-        async def look(fleet: object) -> None:
+        async def look(fleet: object, evaluating: int | None) -> None:
             looked.append(len(looked))
             if looked[-1] in (1, 2):
                 raise RuntimeError("the state of the cluster cannot be had")
 
         monkeypatch.setattr(capacity_module, "NODE_SECONDS", 0.0)
         monkeypatch.setattr(capacity, "look", look)
-        looking = asyncio.create_task(capacity.keep_looking(lambda: None, events, lambda: None))
+        looking = asyncio.create_task(capacity.keep_looking(lambda: None, lambda: None, events, lambda: None))
         while len(looked) < 6:
             await asyncio.sleep(0)
         looking.cancel()
@@ -43,3 +44,14 @@ def test_a_look_that_fails_is_told_once_and_not_the_last(monkeypatch: pytest.Mon
         assert told["text"] == "who waits for nodes cannot be seen: the state of the cluster cannot be had"
 
     asyncio.run(scenario())
+
+
+def test_an_evaluation_of_which_no_worker_has_a_node_waits_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capacity_module, "unplaced", lambda *_: "")
+    monkeypatch.setattr(capacity_module, "pending_of", lambda kind: 2 if kind == EvaluationWorker.__name__ else 0)
+    monkeypatch.setattr(capacity_module, "why_waiting", lambda demand: f"waits for {demand}")
+    capacity = Capacity(parse_config({"task": {"name": "sudoku"}}))
+    told = "2 evaluation workers: each waits for 1 CPUs"
+    for begun, lacking, wanting in ((None, "", ""), (0, told, told), (1, "", told)):
+        asyncio.run(capacity.look(None, begun))
+        assert (capacity.lacking, capacity.wanting) == (lacking, wanting)

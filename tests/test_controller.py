@@ -155,6 +155,37 @@ async def test_a_stop_while_the_learner_starts_is_no_death_of_it(
     assert Ranks.made == 1
 
 
+async def test_training_that_ends_early_is_never_a_finished_run(
+    monkeypatch: pytest.MonkeyPatch, controller: Controller
+) -> None:
+    async def nothing() -> None: ...
+
+    async def train() -> dict[str, float]:
+        return {"steps": 3.0, "version": 3.0}
+
+    monkeypatch.setattr(controller._capacity, "reserve", lambda: None)
+    monkeypatch.setattr(controller._learner, "start", nothing)
+    monkeypatch.setattr(controller, "_train", train)
+    most = controller.config.learner.steps
+    with pytest.raises(RunError, match=f"training ended after 3 of {most} steps"):
+        await controller.run()
+    assert await controller.until_ended() == "failed"
+
+
+async def test_a_run_that_is_stopped_before_it_trains_again_says_where_it_is(
+    monkeypatch: pytest.MonkeyPatch, controller: Controller
+) -> None:
+    controller._checkpoints.begin(40).commit(version=40, journal_index=0)
+    monkeypatch.setattr(controller._capacity, "reserve", lambda: None)
+    monkeypatch.setattr(controller._learner, "start", asyncio.Event().wait)
+    running = asyncio.create_task(controller.run())
+    while controller._phase != "warm_start":
+        await asyncio.sleep(0)
+    await controller.stop("SIGINT")
+    assert await running == {"stopped": "SIGINT", "steps": 40.0, "version": 40.0}
+    assert await controller.until_ended() == "stopped"
+
+
 async def test_a_run_whose_plot_finds_no_room_has_not_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, controller: Controller
 ) -> None:

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, RayActorError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError, RayActorError, RayError
 
 from actors import fleet as module
 from actors.fleet import Fleet
@@ -36,6 +36,9 @@ class Actor:
     def call_stop(self) -> Any:
         if not (self.pending or self.hanging):
             self.end()
+
+    def call_drain(self) -> None:
+        """The buffer does it here: `Stage.drain`."""
 
     def call_node(self) -> Any:
         reply = asyncio.get_running_loop().create_future()
@@ -309,6 +312,38 @@ async def test_a_preempted_node_costs_no_restart(monkeypatch: pytest.MonkeyPatch
         assert (fleet.restarts, fleet.preemptions) == (0, 4)
         gauges = await fleet.gauges()
         assert (gauges["rollout_restarts"], gauges["rollout_preemptions"]) == (0, 4)
+
+
+@pytest.mark.parametrize("error", [OutOfMemoryError("the node was low on memory"), ActorUnavailableError("lost", None)])
+async def test_an_actor_that_ray_killed_or_lost_is_replaced(error: RayError, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with playing(monkeypatch, max_restarts=1) as (fleet, stage):
+        stage.actors["rollout-0.0"].end(error)
+        await settle()
+        assert stage.alive() == ["rollout-0.1"]
+        assert fleet.restarts == 1
+        killed = isinstance(error, ActorUnavailableError)
+        assert ("rollout-0.0" in stage.killed) == killed, "it may live, and hold its place"
+
+
+async def test_a_look_at_drained_nodes_that_fails_is_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing() -> dict[str, float]:
+        raise RuntimeError("the state of the cluster cannot be had")
+
+    async with playing(monkeypatch) as (fleet, stage):
+        monkeypatch.setattr(module, "draining_nodes", failing)
+        await fleet.leave_drained_nodes()
+        assert stage.alive() == ["rollout-0.0"]
+
+
+async def test_an_actor_that_does_not_answer_says_since_when(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MUTE_SECONDS", 0.05)
+    monkeypatch.setattr(module, "pending", lambda handles: [False for _ in handles])
+    async with playing(monkeypatch) as (fleet, stage):
+        stage.actors["rollout-0.0"].hanging = True
+        await fleet.gauges()
+        await settle(0.1)
+        assert (await fleet.doing())["rollout-0.0"] == "has not answered for 0 s"
+        stage.actors["rollout-0.0"].hanging = False
 
 
 async def test_actors_without_a_node_say_what_they_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:

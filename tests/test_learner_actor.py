@@ -306,6 +306,23 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
         assert f"{newest.name}/trained.json" in warning
 
 
+def test_a_checkpoint_that_was_passed_over_and_is_sound_again_is_left_behind(tmp_path: Path) -> None:
+    """What it contains was taken back for the older one that was used in its place."""
+    with world(tmp_path) as found:
+        found.dies_at = [6]
+        with pytest.raises(Killed):
+            found.learn()
+        newest = found.directory.path / "checkpoints" / f"step-{found.checkpoints()[-1]:06d}" / "trained.json"
+        sound = newest.read_bytes()
+        newest.write_text("[]")
+        found.dies_at = [3]
+        with pytest.raises(Killed):
+            found.learn()
+        newest.write_bytes(sound)
+        assert_each_was_trained_once(found, found.learn())
+        assert f"checkpoint {newest.parent.name} was left behind; step-000002 is used" in found.warnings[-1]
+
+
 def test_a_batch_that_cannot_be_trained_on_is_set_aside(tmp_path: Path) -> None:
     """Two in a row meet the same weights; their steps are done with other groups."""
     with world(tmp_path) as found:

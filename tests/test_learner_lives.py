@@ -1,9 +1,11 @@
 """LearnerLives: which deaths are followed by another life."""
 
 import asyncio
+from collections.abc import Awaitable
+from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from common.config_file import parse_config
 from common.errors import RunError
@@ -41,14 +43,43 @@ def test_the_death_of_the_buffer_that_a_learner_saw_is_the_buffers(starts: bool,
         asyncio.run(lives(3, EventLog()).died(error))
 
 
-def test_a_learner_may_die_so_many_times() -> None:
+@pytest.mark.parametrize("error", [RayActorError(None, "killed"), OutOfMemoryError("the node was low on memory")])
+def test_a_learner_may_die_so_many_times(error: RayError) -> None:
     async def scenario() -> None:
         events = EventLog()
         learner = lives(1, events)
-        await learner.died(RayActorError(None, "killed"))
+        await learner.died(error)
         assert learner.deaths == 1
         assert events.newest("warning")["text"].startswith("the learner died and is started again")
         with pytest.raises(RunError, match=r"died 2 times \(learner\.max_restarts=1\)"):
-            await learner.died(RayActorError(None, "killed"))
+            await learner.died(error)
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_no_other_learner_is_waited_for_once_the_run_is_stopped(stopped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its node may never come. `ray.kill` and Ray's own memory monitor raise different errors."""
+    ended: list[Any] = [{"steps": 3.0}, OutOfMemoryError("low"), RayActorError(None, "killed")]
+
+    class Ranks:
+        async def run(self, buffer: Any) -> dict[str, float]:
+            if isinstance(result := ended.pop(), Exception):
+                raise result
+            return result
+
+    async def scenario() -> dict[str, float] | None:
+        learner = lives(3, EventLog())
+
+        async def start() -> Any:
+            return Ranks()
+
+        async def unless_stopped(another: Awaitable[Any]) -> Any:
+            found = await another
+            return None if stopped else found
+
+        monkeypatch.setattr(learner, "start", start)
+        return await learner.learn(None, unless_stopped)
+
+    assert asyncio.run(scenario()) == (None if stopped else {"steps": 3.0})
+    assert len(ended) == (2 if stopped else 0)

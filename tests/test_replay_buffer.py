@@ -357,6 +357,21 @@ async def test_a_learner_whose_call_failed_gets_its_batch_again() -> None:
         buffer._ledger.requeue(again.numbers[0], reason="not possible")
 
 
+@pytest.mark.parametrize("after", ["rewind", "rejoin"])
+async def test_a_call_of_a_learner_that_is_gone_takes_no_batch(after: str) -> None:
+    """Nobody cancels a call when its caller dies: it would be first, and answer nobody."""
+    buffer = await started()
+    orphan = await blocked(buffer.sample())
+    if after == "rewind":
+        await buffer.publish(weights(await buffer.rewind(0, 0)), [])
+    else:
+        await buffer.rejoin(weights(0), [], [])
+    with pytest.raises(RuntimeError, match="the learner that asked for a batch is gone"):
+        await orphan
+    await fill(buffer, 4)
+    assert (await buffer.sample()).numbers == [0, 1]
+
+
 async def test_a_batch_sampled_ahead_counts_the_step_before_it() -> None:
     buffer = await started()
     await fill(buffer, 4)
