@@ -274,6 +274,12 @@ def test_the_report_says_what_the_runs_say(tmp_path: Path) -> None:
     assert "What we learned" not in text
     told = write_report("told", study(findings="Nothing at all."), runs, done, tmp_path).read_text()
     assert told.index("| it learns |") < told.index("Nothing at all.") < told.index("## Arms")
+    gone = tuple(f"claim {number}; its runs are lost" for number in range(5))
+    fewer = write_report("fewer", study(withdrawn=gone), runs, done, tmp_path).read_text()
+    assert "| 2 | holds, not after Holm | 0.010 | 0.063 |" in fewer, "six claims of seven have a larger p"
+    assert (
+        "the 2 claims of this table and the 5 that are withdrawn:\n\n- claim 0; its runs are lost\n- claim 1" in fewer
+    )
     for name in ("frontier", "curves", "drift"):
         assert f"(name/{name}.png)" in text
         assert (tmp_path / "name" / f"{name}.png").read_bytes().startswith(b"\x89PNG")

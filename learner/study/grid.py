@@ -98,6 +98,9 @@ class Study(Section):
     """Arms by name, in the order in which they run."""
     comparisons: tuple[Comparison, ...] = ()
     """The claims."""
+    withdrawn: tuple[str, ...] = ()
+    """Claims that were made before the first run and cannot be tested any more, each with its reason. They count among
+    those that p is adjusted for, so that what is left becomes no surer by their going."""
     findings: str = ""
     """What was learned, written by people who read the tables; printed behind the claims."""
 

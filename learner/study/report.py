@@ -41,6 +41,7 @@ ADAPTATION = {
     "area, learned less constant gamma": "learned_minus_constant",
     "reward that the best gamma per difficulty would add (slack)": "slack",
 }
+LEVEL = 0.05  # of an adjusted p
 LEVEL_SHARE = 0.5  # of the way from the warm start's to the best arm's last sampled validation reward
 
 
@@ -66,7 +67,8 @@ def write_report(name: str, study: Study, runs: list[Planned], done: Done, out: 
         f"commits {', '.join(commits) or 'unknown'}. Figures are means over seeds ± half the 95 % t-interval, which "
         "covers seeds of training on one set of prompts, not the choice of prompts; differences are paired by seed. "
         "`area` is the mean greedy exact-solve accuracy over log2(NFE) (`actors/frontier.py`); `reward` "
-        f"{_reward(runs)}. Seconds are indicative: of training without validation, on shared cores.",
+        f"{_reward(runs)}. `test.after` is the checkpoint that validation chose (column `step chosen`), `last` the "
+        "last step. Seconds are indicative: of training without validation, on shared cores.",
         "",
     ]
     lines += _claims(study, by_arm)
@@ -143,7 +145,7 @@ def _claims(study: Study, by_arm: dict[str, list[Result]]) -> list[str]:
         if all(name in by_arm for name in (comparison.arm, comparison.baseline) if name not in (BEFORE, None))
     ]
     found = [differences(comparison, by_arm) for comparison in shown]
-    adjusted = iter(holm([p_value(values) for values in found if values]))
+    adjusted = iter(holm([*(p_value(values) for values in found if values), *(1.0 for _ in study.withdrawn)]))
     rows = []
     for comparison, values in zip(shown, found, strict=True):
         against = "" if comparison.baseline is None else f" - {comparison.baseline}"
@@ -151,14 +153,19 @@ def _claims(study: Study, by_arm: dict[str, list[Result]]) -> list[str]:
         if not values:
             rows.append([comparison.claim, what, "-", "0", "not measured", "-", "-"])
             continue
-        mean, half = interval(values)
-        said = [number(mean, half), str(len(values)), verdict(mean, half, comparison.expected)]
-        rows.append([comparison.claim, what, *said, f"{p_value(values):.3f}", f"{next(adjusted):.3f}"])
+        (mean, half), holms = interval(values), next(adjusted)
+        said = verdict(mean, half, comparison.expected)
+        if said in ("holds", "refuted") and holms > LEVEL:
+            said += ", not after Holm"
+        cells = [number(mean, half), str(len(values)), said, f"{p_value(values):.3f}", f"{holms:.3f}"]
+        rows.append([comparison.claim, what, *cells])
     head = ["claim", "difference of", "value", "seeds", "verdict", "p", "p, Holm"]
     lines = _table(head, rows, "Claims")
     measured = sum(map(bool, found))
-    note = f"A verdict goes by its own interval; the last column adjusts p for the {measured} claims of this table."
-    return [*lines, note, ""] if lines else []
+    note = f"A verdict goes by its own interval; the last column adjusts p for the {measured} claims of this table"
+    note += f" and the {len(study.withdrawn)} that are withdrawn:" if study.withdrawn else "."
+    gone = ["", *(f"- {claim}" for claim in study.withdrawn)] if study.withdrawn else []
+    return [*lines, note, *gone, ""] if lines else []
 
 
 def _means(results: list[Result], path: str, digits: int = 3) -> str:
