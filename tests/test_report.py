@@ -17,7 +17,7 @@ from learner.benchmarks.drawn_run import draw_run
 from learner.cli import main
 from learner.pareto import draw_pareto
 from learner.record_rows import SCHEMA
-from learner.report.arms import arms, differences, estimate
+from learner.report.arms import Estimate, arms, differences, estimate
 from learner.report.completions import recorded_group, slowest, standouts
 from learner.report.curves import curves
 from learner.report.figure import POINTS, Figure, drawn, line, thinned
@@ -232,6 +232,18 @@ def test_runs_that_differ_in_their_seed_alone_are_one_arm(tmp_path: Path) -> Non
     assert "4 runs" in page.words
     assert "replay.max_staleness=2" in page.words
     assert "ESS by reveal step" not in page.words, "that is of one run"
+
+
+def test_runs_of_one_seed_are_no_more_seeds(tmp_path: Path) -> None:
+    runs = [draw_run(tmp_path, name, steps=3, per_step=4, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    data = [RunData.read(str(run)) for run in runs]
+    (arm,) = arms(data)
+    a, b, c = (run.series("rollout_generated_nfe")[1] for run in data)
+    assert arm.seeds == 2
+    assert arm.series("rollout_generated_nfe")[1][0] == estimate([(a[0] + b[0]) / 2, c[0]])
+    alone = arm.estimate(lambda run: 1.0 if run is data[2] else None)
+    assert isinstance(alone, Estimate)
+    assert (alone.mean, alone.count) == (1.0, 1)
 
 
 @pytest.mark.filterwarnings("ignore:No artists")  # of a plot without points

@@ -31,23 +31,39 @@ class Arm:
     label: str
     runs: list[RunData]
 
+    @property
+    def seeds(self) -> int:
+        """How many different ones its runs have."""
+        return len({_seed(run) for run in self.runs})
+
     def estimate(self, value: Callable[[RunData], float | None]) -> Estimate | None:
-        """Of the runs that have a value; None if none has."""
-        found = [one for one in map(value, self.runs) if one is not None]
-        return estimate(found) if found else None
+        """Of the runs that have a value, runs of one seed by their mean; None if none has."""
+        found = [(_seed(run), one) for run in self.runs if (one := value(run)) is not None]
+        return _over_seeds(found) if found else None
 
     def series(self, key: str) -> tuple[list[float], list[Estimate]]:
         """Steps that all runs of the arm which have the key have, and the estimate at each."""
-        known = [dict(zip(*run.series(key), strict=True)) for run in self.runs]
-        known = [values for values in known if values]
-        steps = sorted(set.intersection(*map(set, known))) if known else []
-        return steps, [estimate([values[step] for values in known]) for step in steps]
+        known = [(_seed(run), dict(zip(*run.series(key), strict=True))) for run in self.runs]
+        known = [(seed, values) for seed, values in known if values]
+        steps = sorted(set.intersection(*(set(values) for _, values in known))) if known else []
+        return steps, [_over_seeds([(seed, values[step]) for seed, values in known]) for step in steps]
 
 
 def estimate(values: Sequence[float]) -> Estimate:
     """Mean and half of Student's interval."""
     mean, half = interval(values)
     return Estimate(mean, half if len(values) > 1 else float("nan"), len(values))
+
+
+def _over_seeds(values: Sequence[tuple[object, float]]) -> Estimate:
+    by_seed: dict[object, list[float]] = {}
+    for seed, value in values:
+        by_seed.setdefault(seed, []).append(value)
+    return estimate([sum(same) / len(same) for same in by_seed.values()])
+
+
+def _seed(run: RunData) -> object:
+    return run.config.get("run", {}).get("seed", 0)
 
 
 def arms(runs: Sequence[RunData]) -> list[Arm]:

@@ -91,7 +91,7 @@ def curves(arms: Sequence[Arm]) -> list[Figure]:
 def _alone(arms: Sequence[Arm], lines: list[Curve]) -> str:
     """What a caption says besides where there are several runs."""
     which = f"; of several runs the first of these alone: {lines[0].label}" if len(lines) > 1 else ""
-    seeds = "; bands are 95 % intervals over seeds" if any(len(arm.runs) > 1 for arm in arms) else ""
+    seeds = "; bands are 95 % intervals over seeds" if any(arm.seeds > 1 for arm in arms) else ""
     return which + seeds
 
 
@@ -113,7 +113,7 @@ def _plain(arms: Sequence[Arm], title: str, about: str, unit: str, lines: list[C
                 line(axes, figure, steps, [one.mean for one in found], arm.label, colour)
             for number, arm in enumerate(arms):
                 steps, found = arm.series(lines[0].key)
-                if len(arm.runs) > 1:
+                if arm.seeds > 1:
                     low, high = [one.mean - one.half for one in found], [one.mean + one.half for one in found]
                     band(axes, steps, low, high, COLOURS[number % len(COLOURS)])
     return figure

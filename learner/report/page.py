@@ -154,7 +154,7 @@ def _compared(arm: Arm) -> dict[str, Any]:
     def said(one: Estimate | None) -> str:
         if one is None:
             return "-"
-        return f"{one}" if one.count == len(arm.runs) else f"{one} ({one.count} of {len(arm.runs)})"
+        return f"{one}" if one.count == arm.seeds else f"{one} ({one.count} of {arm.seeds})"
 
     estimates = [
         arm.estimate(lambda run: run.ending("rollout_generated_reward")),
@@ -163,7 +163,7 @@ def _compared(arm: Arm) -> dict[str, Any]:
         *(arm.estimate(learned(policy, "nfe")) for policy in ("before", "after")),
         arm.estimate(gain),
     ]
-    return {"label": arm.label, "seeds": len(arm.runs), "values": [said(one) for one in estimates]}
+    return {"label": arm.label, "seeds": arm.seeds, "values": [said(one) for one in estimates]}
 
 
 def _settings(run: RunData) -> dict[str, Any]:
