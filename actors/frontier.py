@@ -56,8 +56,8 @@ def gain(
     """Difference of areas with a paired bootstrap interval over prompts.
 
     Returns:
-        (gain, lower, upper) of the 95 % percentile interval; it covers the choice of prompts, not of training seeds, and
-        is too narrow where prompts repeat (countdown).
+        (gain, lower, upper) of the 95 % percentile interval; it covers the choice of prompts, not of training seeds,
+        and is too narrow where prompts repeat (countdown).
     """
     old, new = frontier_points(before), frontier_points(after)
     observed = area(after, nfe_range) - area(before, nfe_range)

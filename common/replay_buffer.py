@@ -374,10 +374,6 @@ class ReplayBuffer:
             self._set_timer()
             self._changed.notify_all()
 
-    async def snapshot(self, version: int | None = None) -> Snapshot:
-        """Called by whoever needs weights outside its leases: the newest, or a kept version (else LookupError)."""
-        return self._groups.weights.latest if version is None else self._groups.weights.get(version)
-
     async def gauges(self) -> dict[str, float]:
         """Called by the controller's metrics loop. Totals count from the start of the run."""
         counts, tickets = self._ledger.counts(), self._ledger.active_count
@@ -416,10 +412,6 @@ class ReplayBuffer:
     async def quarantine(self) -> list[tuple[int, str]]:
         """Called by the controller's report: number and last reason of each quarantined group."""
         return self._ledger.quarantined()
-
-    async def journal(self, since: int = 0) -> list[tuple[Any, ...]]:
-        """Called by whoever looks into a run: the ledger's entries from index `since` on."""
-        return self._ledger.journal(since)
 
     # -- under the lock -----------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ Contract:
   handle in its payload: who has them already does not fetch them again.
 """
 
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,28 +49,15 @@ class WeightStore:
         """Raises `UserError` when `keep` is below 1."""
         if keep < 1:
             raise UserError(f"keep_versions is {keep}; at least the newest version must be kept, give 1 or more")
-        self._keep = keep
-        self._kept: dict[int, Snapshot] = {}
-        self._latest = UNPUBLISHED
+        self._kept: deque[Snapshot] = deque(maxlen=keep)
 
     @property
     def latest(self) -> Snapshot:
         """The newest snapshot; `UNPUBLISHED` before the first publication."""
-        return self._latest
+        return self._kept[-1] if self._kept else UNPUBLISHED
 
     def publish(self, snapshot: Snapshot) -> None:
         """Makes `snapshot` the newest. Raises RuntimeError when its version is not above every earlier one."""
-        if snapshot.version <= self._latest.version:
-            raise RuntimeError(f"version {snapshot.version} published after {self._latest.version}; it must be greater")
-        self._latest = snapshot
-        self._kept[snapshot.version] = snapshot
-        if len(self._kept) > self._keep:
-            del self._kept[next(iter(self._kept))]
-
-    def get(self, version: int) -> Snapshot:
-        """The snapshot of `version`. Raises LookupError naming the versions that are kept."""
-        try:
-            return self._kept[version]
-        except KeyError:
-            kept = ", ".join(map(str, self._kept)) or "none, nothing was published"
-            raise LookupError(f"weights of version {version} are not kept; kept: {kept}") from None
+        if snapshot.version <= self.latest.version:
+            raise RuntimeError(f"version {snapshot.version} published after {self.latest.version}; it must be greater")
+        self._kept.append(snapshot)

@@ -174,9 +174,9 @@ def test_no_completion_breaks_the_scorer(completion: str) -> None:
 )
 def test_hostile_completions_cost_little(hostile: str) -> None:
     task = build_task(CountdownConfig())
-    start = time.perf_counter()
+    start = time.process_time()
     assert task.rewards(EXAMPLE, hostile)["answer"] == 0.0
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
 
 
 def test_solutions_use_as_few_multiplications_as_possible() -> None:

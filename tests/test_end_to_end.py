@@ -120,11 +120,9 @@ def test_a_dead_fleet_ends_the_run_with_its_cause(tmp_path: Path) -> None:
     kill(process.pid, "RolloutActor")
     wait_for_step(process, run, len(rows(run)) + 12)  # more than was buffered: the replacement generates
     kill(process.pid, "RolloutActor")
-    killed = time.monotonic()
-    output, _ = process.communicate(timeout=90)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 1, output
     assert "all 1 rollout actors are dead" in output
-    assert time.monotonic() - killed < 60
 
 
 @pytest.mark.slow

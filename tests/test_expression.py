@@ -76,10 +76,10 @@ def test_values(text: str, value: Fraction, numbers: tuple[int, ...]) -> None:
     ],
 )
 def test_refused_quickly(text: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ExpressionError):
         evaluate(text)
-    assert time.perf_counter() - start < 0.1
+    assert time.process_time() - start < 0.1
 
 
 def test_limits_are_reached_without_error() -> None:

@@ -198,6 +198,13 @@ async def test_a_drained_actor_that_does_not_finish_in_time_is_ended(monkeypatch
 async def test_the_actors_of_a_drained_node_leave_before_its_deadline_and_others_start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    drain, gone, seconds = Fleet._drain, asyncio.Event(), list[float]()
+
+    async def drained(fleet: Fleet, place: Any, within: float) -> None:
+        seconds.append(within)
+        await gone.wait()
+        await drain(fleet, place, 0.0)
+
     async with playing(monkeypatch, drain_seconds=60.0) as (fleet, stage):
         draining: dict[str, float] = {}
         monkeypatch.setattr(module, "draining_nodes", lambda: draining)
@@ -207,12 +214,16 @@ async def test_the_actors_of_a_drained_node_leave_before_its_deadline_and_others
         await fleet.leave_drained_nodes()
         assert stage.alive() == ["rollout-0.0", "rollout-1.0"]
         stage.finishes = False
-        draining["node of rollout-0.0"] = time.time() + module.NODE_MARGIN_SECONDS + 0.1  # earlier than drain_seconds
+        monkeypatch.setattr(Fleet, "_drain", drained)
+        draining["node of rollout-0.0"] = time.time() + module.NODE_MARGIN_SECONDS + 30.0  # earlier than drain_seconds
         await fleet.leave_drained_nodes()
         await fleet.leave_drained_nodes()
         await settle()
         assert stage.alive() == ["rollout-0.0", "rollout-1.0", "rollout-2.0"]
-        await settle(0.2)
+        [within] = seconds
+        assert 0.0 < within <= 30.0
+        gone.set()
+        await settle()
         assert (stage.alive(), "rollout-0.0" in stage.returned) == (["rollout-1.0", "rollout-2.0"], True)
         assert fleet.restarts == 0
 

@@ -53,6 +53,13 @@ def scored(pool: RewardPool, completions: list[str]) -> Any:
     return outcome.get(timeout=PATIENCE)
 
 
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def failure(pool: RewardPool, *completions: str) -> str:
     """How a group fails, in full; the next one is scored."""
     found = scored(pool, list(completions))
@@ -164,7 +171,9 @@ def test_time_is_limited_whatever_the_reward_does(pool: RewardPool) -> None:
 def test_a_process_killed_while_idle_or_at_work_is_replaced(pool: RewardPool) -> None:
     [found] = scored(pool, ["pid"])
     os.kill(int(found.rewards["cells"]), signal.SIGKILL)
-    time.sleep(0.2)
+    until = time.monotonic() + PATIENCE
+    while alive(int(found.rewards["cells"])) and time.monotonic() < until:
+        time.sleep(0.01)
     assert scored(pool, [SOLUTION]) == [RIGHT]
     [found] = scored(pool, ["pid"])
     outcome: SimpleQueue[Any] = SimpleQueue()
@@ -179,6 +188,7 @@ def test_closing_stops_a_hanging_reward_at_once() -> None:
     outcome: SimpleQueue[Any] = SimpleQueue()
     before = set(multiprocessing.active_children())
     opened = RewardPool(TASK, RolloutConfig(reward_timeout=600, reward_workers=2))
+    assert scored(opened, [SOLUTION, SOLUTION]) == [RIGHT, RIGHT]
     for _ in range(4):
         opened.submit(EXAMPLE, ["hang"], outcome.put)
     time.sleep(0.2)
