@@ -266,11 +266,12 @@ class Controller:
 
         config = self.config
         listener = ray.get_runtime_context().current_actor
-        last = max(self._checkpoints.checkpoints(), key=lambda one: one.version)
+        last = max(await asyncio.to_thread(self._checkpoints.checkpoints), key=lambda one: one.version)
         folders = {"before": self._directory.warm_start.name, "after": self._checkpoints.location(last)}
-        kept = ShardFolder(self._directory.place, config, folders)
-        points = await Evaluation(config, folders, kept).on_ray(workers=room_for_workers(config), listener=listener)
-        results = {"steps": steps, **summarise(config, points)}
+        kept = await asyncio.to_thread(ShardFolder, self._directory.place, config, folders)
+        evaluation = await asyncio.to_thread(Evaluation, config, folders, kept)  # reads the shards that there are
+        points = await evaluation.on_ray(workers=room_for_workers(config), listener=listener)
+        results = {"steps": steps, **await asyncio.to_thread(summarise, config, points)}
         plot = draw_pareto(points, title=f"{config.task.name}, run {config.run.name}")
         self._directory.place.write(PARETO, plot)
         self._directory.write_json(EVALUATION, results)  # with it the run has finished: last
