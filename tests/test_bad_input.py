@@ -20,6 +20,7 @@ import torch
 from filelock import FileLock
 from pydantic import BaseModel
 from ray.exceptions import ActorAlreadyExistsError
+from test_help import COMMANDS as KNOWN
 
 import learner.warm_start
 from common.checkpoint_manifest import MANIFEST
@@ -516,6 +517,19 @@ def inputs() -> Iterator[Case]:
     gone = write(controller, '{"ray_address": "127.0.0.1:1", "namespace": "x"}')
     yield Case("scale: gone", ["scale", "done", "--actors", "2"], ["not going any more"], gone)
 
+    for name in ("status", "stop", "report", "view"):
+        yield Case(f"{name}: no run", [name, "nowhere"], ["run 'nowhere'"])
+    yield Case("stop: gone", ["stop", "done"], ["not going any more"], gone)
+    yield Case("view: no group", ["view", "done", "--group", "7"], ["done", "group"])
+    yield Case("view: no number", ["view", "done", "--group", "best"], ["Invalid value"])
+    yield Case("score: no file", ["score", "--task", "sudoku", "nowhere.jsonl"], ["nowhere.jsonl is no file or folder"])
+    yield Case("score: no task", ["score", "--task", "chess", "nowhere.jsonl"], ["chess"])
+    yield Case("score: no field", ["score", "--task", "sudoku", "a.jsonl"], ["row 1", "completion"], write(
+        "a.jsonl", '{"question": "x"}'))  # fmt: skip
+    yield Case("convert: no folder", ["convert", "nowhere", "out"], ["nowhere: no config.json there"])
+    yield Case("export: no folder", ["export", "nowhere", "out"], ["nowhere: no config.json there"])
+    yield Case("plan: no file", ["plan", "nowhere.yaml"], ["config nowhere.yaml: no such file"])
+    yield Case("doctor: argument", ["doctor", "x"], ["unexpected extra argument"])
     yield Case("study: unknown", ["study", "luck"], ["known studies"])
     yield Case("study: path", ["study", "../../etc/passwd"], ["no file"])
     yield Case("study: out is a file", ["study", "study.yaml", "--out", "good.yaml"], ["another --out"])
@@ -542,7 +556,7 @@ def test_there_are_enough_and_each_once() -> None:
     assert len(names) > 500
     assert sorted(set(names)) == sorted(names)
     covered = {case.arguments[0] for case in CASES}
-    assert covered >= {"train", "sft", "eval", "generate", "bench", "scale", "study", "replay", "metrics", "config"}
+    assert covered >= set(KNOWN)
 
 
 def check(case: Case, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
