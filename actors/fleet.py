@@ -190,10 +190,12 @@ class Fleet:
 
     async def leave_drained_nodes(self) -> None:
         """Called by the controller now and then: drains the places whose node is being drained, and starts others."""
-        for place in self._places:
-            if place.answered and not place.node and place.actor is not None:
-                with suppress(RayError, TimeoutError):  # dead meanwhile, which `_keep` sees, or frozen
-                    place.node = await asyncio.wait_for(place.actor.node.remote(), ANSWER_SECONDS)
+        unknown = [place for place in self._places if place.answered and not place.node and place.actor is not None]
+        calls = [place.actor.node.remote() for place in unknown]
+        replies = await asyncio.gather(*map(self._soon, calls), return_exceptions=True)
+        for place, reply in zip(unknown, replies, strict=True):
+            if isinstance(reply, str):  # else it is dead meanwhile, which `_keep` sees, or frozen
+                place.node = reply
         try:
             deadlines = await asyncio.to_thread(draining_nodes)
         except Exception as error:  # of whatever Ray's state is asked through; the next look is soon
@@ -205,6 +207,10 @@ class Fleet:
             log.warning("the node of %s is being drained; it leaves within %.0f s", place.name, max(0.0, seconds))
             self._begin_drain(place, seconds)
         self._start_places(len(leaving))
+
+    @staticmethod
+    async def _soon(reply: Any) -> Any:
+        return await asyncio.wait_for(reply, ANSWER_SECONDS)
 
     def _begin_drain(self, place: _Place, seconds: float) -> None:
         place.draining = True
@@ -338,6 +344,7 @@ class Fleet:
 def _state(place: _Place, waiting: str) -> str:
     if place.actor is None:
         return "between two lives"
-    if place.answered and place.asked is not None and (mute := time.monotonic() - place.asked_at) > MUTE_SECONDS:
+    asked = place.asked is not None and not place.asked.done()
+    if place.answered and asked and (mute := time.monotonic() - place.asked_at) > MUTE_SECONDS:
         return f"has not answered for {mute:.0f} s"
     return "draining" if place.draining else "working" if place.answered else waiting or "starting"

@@ -211,15 +211,16 @@ class RolloutActor:
                 flat: Any = ray.get(payload[0])
                 base: Any = ray.get(payload[1]) if snapshot.base != self._base else None
             except ObjectLostError:  # the learner that owned them died; the next one publishes anew
-                self._patient_until = time.monotonic() + self._patience
-                self._patience = min(2 * self._patience, LOST_SECONDS)
+                if (now := time.monotonic()) >= self._patient_until:
+                    self._patient_until = now + self._patience
+                    self._patience = min(2 * self._patience, LOST_SECONDS)
                 return
             if digest(flat) == snapshot.digest and (base is None or digest(*base) == snapshot.base):
                 if base is not None:
                     self._producer.adopt_base(base)
                     self._base = snapshot.base
                 self._producer.adopt(flat, snapshot)
-                self._patience = DAMAGED_SECONDS
+                self._patience, self._patient_until = DAMAGED_SECONDS, time.monotonic()
                 self._adopt_seconds.observe(time.monotonic() - started)
                 return
             self._damaged += 1

@@ -128,6 +128,10 @@ class CheckpointStore:
                 self._remove(folder_name(step))
         return stay
 
+    def discard(self, checkpoint: Checkpoint) -> None:
+        """Remove one. Raises RunError when it cannot be."""
+        self._remove(checkpoint.name)
+
     def remove(self) -> None:
         """Remove everything, the folder too; what cannot be removed stays."""
         with suppress(RunError):

@@ -96,6 +96,7 @@ class ReplayBuffer:
             self._lock = _lock(lock)
         found = recover(store, checkpoints)
         self._born = found.life
+        self._lost_before = found.counters.get("lost_groups", 0.0)
         self._joins = 0  # learners that began, or told anew what they did
         self._groups = Circulation(
             found,
@@ -391,6 +392,7 @@ class ReplayBuffer:
             "batch_staleness_mean": sum(ages) / max(1, len(ages)),
             "staleness_bound": -1.0 if bound is None else bound,
             "born": float(self._born),
+            "lost_before": self._lost_before,
             "version": float(self.version),
         }
 

@@ -47,7 +47,8 @@ def in_catalogue(gauges: Mapping[str, float]) -> dict[str, float]:
 class BufferGauges:
     """Sees every reading of a run's gauges, in order; its attributes say what the newest showed."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, reported: int = 0) -> None:
+        """`reported`: quarantined groups that a report of an earlier controller names."""
         self.progressed = False
         """Groups that can be trained were finished, taken or trained since the reading before."""
         self.failed = False
@@ -60,16 +61,16 @@ class BufferGauges:
         """Deaths of the buffer that this controller has started."""
         self._born: float | None = None
         self._mark: tuple[float, ...] = ()
-        self._quarantined = self._quarantined_before = self._reported = self._lost = self._expired = 0.0
-        self._no_spread_before = 0.0
+        self._quarantined = self._quarantined_before = self._lost = self._expired = self._no_spread_before = 0.0
+        self._reported = float(reported)
         self._told_of_deadline = False
 
     def see(self, gauges: Mapping[str, float]) -> None:
         """Take the next reading."""
         mark = tuple(gauges[f"{STATE}{state}"] for state in ("finished", "sampled", "trained"))
         quarantined, lost = gauges["groups_quarantined"], gauges["lost_groups"]
-        if self._born is None and gauges["born"] > 0:  # an earlier controller told of these
-            self._reported, self._lost = quarantined, lost
+        if self._born is None:
+            self._lost = gauges["lost_before"]  # an earlier controller told of these
         self.progressed = mark != self._mark
         if self.progressed:
             self._mark, self._quarantined_before = mark, quarantined

@@ -71,11 +71,11 @@ class Capacity:
 
         Args:
             fleet: the rollout actors, while there are some.
-            evaluating: evaluation workers that have begun; None where none are wanted.
+            evaluating: evaluation workers that have begun and live; None where none are wanted.
             events: told.
             progress: called.
         """
-        told = before = ""
+        told = before = lacked = ""
         blind = False
         while True:
             await asyncio.sleep(NODE_SECONDS)
@@ -87,8 +87,9 @@ class Capacity:
                     await events.warn(f"who waits for nodes cannot be seen: {one_line(error)}")
                 continue
             blind = False
-            if before and not self.lacking:
+            if lacked and not self.lacking:
                 progress()
+            lacked = self.lacking
             if told and not self.wanting:
                 await events.warn("all have their nodes now")
                 told = ""

@@ -103,7 +103,8 @@ def stop(
             phase = call("until_ended", seconds=STOP_SECONDS)
     if phase == "failed":
         raise RunError(f"{run} failed before it had stopped; its output names the cause")
-    typer.echo(f"{run}: {phase}; go on with: diffpo train --resume {quote(where)}")
+    way_on = "" if phase == "finished" else f"; go on with: diffpo train --resume {quote(where)}"
+    typer.echo(f"{run}: {phase}{way_on}")
 
 
 def _remotely(address: str | None, working_dir: Path | None, arguments: list[str], *, seconds: float = 0.0) -> bool:

@@ -73,8 +73,8 @@ class Controller:
         self._buffer: Any = None
         self._actor_restarts = 0.0
         self._actors_given_up = 0
-        self._buffer_gauges = BufferGauges()
         self._quarantine = QuarantineReport(config, self._directory)
+        self._buffer_gauges = BufferGauges(reported=self._quarantine.written())
         self._fleet: Fleet | None = None
         self._evaluating: dict[int, str] = {}  # what each evaluation worker does
         self._phase = ""
@@ -128,7 +128,10 @@ class Controller:
         await self._events.warn(text)
 
     async def evaluating(self, worker: int, doing: str) -> None:
-        """Called by evaluation workers, now and then, as long as they get on."""
+        """Called by evaluation workers, now and then, as long as they get on; with no text for one that is gone."""
+        if not doing:
+            self._evaluating.pop(worker, None)
+            return
         self._evaluating[worker] = doing
         self._watchdog.mark()
 

@@ -117,7 +117,8 @@ async def measure_on_ray(
         shards: what to measure, by number.
         done: called in this process.
         workers: how many; those that find no room in the cluster wait, and the others do their part.
-        listener: an actor whose `evaluating(worker, doing)` hears what each of them does; None is nobody.
+        listener: an actor whose `evaluating(worker, doing)` hears what each of them does, and nothing of one that is
+            gone; None is nobody.
 
     Raises:
         UserError, RunError: as `EvaluationWorker.measure`; RunError when a worker dies too often.
@@ -152,6 +153,8 @@ async def measure_on_ray(
                     waiting.put_nowait(number)
                     number = None
             finally:
+                if listener is not None:
+                    listener.evaluating.remote(place, "")
                 with suppress(RayError):
                     ray.kill(worker)
 

@@ -31,7 +31,7 @@ from learner.evaluation_fleet import Shard
 
 ANSWERS = "answers.parquet"
 ELSEWHERE = {"actors", "min_actors", "max_actors", "scaling_seconds", "labels", "cpus", "gpus"}
-ELSEWHERE |= {"max_restarts", "drain_seconds", "reward_workers", "reward_cpus", "reward_labels"}
+ELSEWHERE |= {"threads", "max_restarts", "drain_seconds", "reward_workers", "reward_cpus", "reward_labels"}
 COMPONENT = "component."  # prefix of a column
 Points = Mapping[str, list[Point]]
 

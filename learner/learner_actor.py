@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from actors.failure import cause_line
+from common.checkpoint_manifest import Checkpoint
 from common.checkpoint_store import Found
 from common.config import Config
 from common.config_file import dump_config
@@ -139,22 +141,28 @@ class LearnerActor:
 
     def _return_to(self, found: Found, link: BufferLink) -> tuple[Found, int]:
         """The checkpoint that training goes on from, `found` or an older one, and the version to publish next."""
+        left: list[Checkpoint] = []
         while True:
             for warning in found.warnings:
                 self._controller.warn.remote(warning)
             with self._checkpoints.fetch(found.checkpoint) as folder:
                 self._trainer.restore(folder)
             try:
-                return found, link.rewind(found.checkpoint.journal_index, self._trainer.steps)
+                version = link.rewind(found.checkpoint.journal_index, self._trainer.steps)
+                break
             except LedgerError as error:  # it could not be read once, and training went on from an older one
                 older = self._checkpoints.newest_sound(before=found.checkpoint)
                 if older is None:
                     raise
                 self._controller.warn.remote(
-                    f"checkpoint {found.checkpoint.name} was left behind; {older.checkpoint.name} is used in its place "
-                    f"({cause(error)})"
+                    f"checkpoint {found.checkpoint.name} was left behind and goes; {older.checkpoint.name} is used in "
+                    f"its place ({cause_line(error)})"
                 )
+                left.append(found.checkpoint)
                 found = older
+        for checkpoint in left:  # nothing can return to it, and it would take the place of one that is kept
+            self._checkpoints.discard(checkpoint)
+        return found, version
 
     def _checkpoint(self, link: BufferLink, writer: CheckpointWriter, version: int) -> None:
         started = time.monotonic()

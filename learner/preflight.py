@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from queue import SimpleQueue
 from traceback import extract_tb
 
 import torch
 
-from actors.reward_pool import score_apart
+from actors.reward_pool import RewardPool, Score
 from common.config import Config
 from common.errors import RunError, UserError, one_line
 from common.policy_loading import (
@@ -92,12 +93,16 @@ def check_size(task: Task, split: Split, key: str, prompts: int) -> None:
 
 def check_reward(config: Config, task: Task, split: Split) -> None:
     """Score one example as training will, so that a reward that cannot work is known before it starts."""
-    example = task.example(split, 0)
-    completion = task.demonstration(example, 0)
+    outcome: SimpleQueue[list[Score] | Exception] = SimpleQueue()
+    pool = RewardPool(task, config.rollout)
     try:
-        score_apart(task, example, [completion], config.rollout)
-    except Exception as error:
-        raise UserError(f"the reward of {split} example 0 cannot be computed: {one_line(error)}") from error
+        example = task.example(split, 0)
+        pool.submit(example, [task.demonstration(example, 0)], outcome.put)
+        found = outcome.get()
+    finally:
+        pool.close()
+    if isinstance(found, Exception):
+        raise UserError(f"the reward of {split} example 0 cannot be computed: {one_line(found)}")
 
 
 def check_device(name: str, *, here: bool = True) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from common.config import Config
+from common.place import FAILURES
 from common.tasks import Task, build_task
 from learner.run_directory import RunDirectory
 
@@ -15,6 +16,13 @@ class QuarantineReport:
     def __init__(self, config: Config, directory: RunDirectory) -> None:
         self._config, self._directory = config, directory
         self._task: Task | None = None
+
+    def written(self) -> int:
+        """How many groups an earlier report of the run names; 0 without one that can be read."""
+        try:
+            return len(self._directory.read_json("quarantine.json"))
+        except (*FAILURES, ValueError, TypeError):
+            return 0
 
     async def write(self, found: Sequence[tuple[int, str]]) -> dict[str, Any]:
         """Write all of them down.

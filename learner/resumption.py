@@ -1,7 +1,7 @@
 """Resumption: which run goes on, with which configuration.
 
 A run goes on with the configuration that it was started with. Keys that say where and how it runs, but not what it
-computes, may be changed (`SAFE`); any other difference is refused and shown.
+computes (rounding apart), may be changed (`SAFE`); any other difference is refused and shown.
 """
 
 from pathlib import Path

@@ -1,11 +1,12 @@
 """StopSignals: Ctrl-C and SIGTERM of a driver ask its run to stop; a second one ends the driver at once."""
 
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, Self
+
+from common.errors import Stopped
 
 STOP_WINDOW = 2.5  # seconds; Ray kills a job's driver 3 s after its SIGTERM (RAY_JOB_STOP_WAIT_TIME_S)
 HANDLED = (signal.SIGINT, signal.SIGTERM)
@@ -25,6 +26,7 @@ class StopSignals:
         """
         self._stop, self._newest_step, self._show = stop, newest_step, show
         self._first: int | None = None
+        self._second: int | None = None
         self._alarm = threading.Timer(STOP_WINDOW, self._late)
         self._alarm.daemon = True
         self._previous: dict[int, Any] = {}
@@ -35,16 +37,17 @@ class StopSignals:
         self._previous = {number: signal.signal(number, self._on_signal) for number in HANDLED}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._alarm.cancel()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if kind is KeyboardInterrupt and self._second == signal.SIGTERM:
+            raise Stopped("SIGTERM")
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         if self._first is not None:
-            if number == signal.SIGINT:
-                raise KeyboardInterrupt
-            sys.exit(128 + number)
+            self._second = number
+            raise KeyboardInterrupt  # what Ray's waiting lets through, whatever the signal
         self._first = number
         self._stop(signal.Signals(number).name)  # told by the run, as its event: this may interrupt `show` itself
         self._alarm.start()

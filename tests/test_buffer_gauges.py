@@ -8,7 +8,7 @@ from common.metrics import CATALOGUE, split_labels
 from learner.buffer_gauges import METRICS, MOST_QUARANTINED, STALENESS_KEYS, BufferGauges, in_catalogue
 
 NOTHING = {f"groups_{state}": 0.0 for state in GroupState}
-NOTHING |= {"born": 0.0, "expired_leases": 0.0, "no_spread_discards": 0.0, "lost_groups": 0.0}
+NOTHING |= {"born": 0.0, "lost_before": 0.0, "expired_leases": 0.0, "no_spread_discards": 0.0, "lost_groups": 0.0}
 
 
 def test_only_groups_that_can_be_trained_are_progress() -> None:
@@ -56,7 +56,14 @@ def test_bytes_that_are_lost_are_news_once() -> None:
 
 
 def test_what_an_earlier_controller_told_is_no_news() -> None:
-    seen, before = BufferGauges(), NOTHING | {"born": 2.0, "lost_groups": 3.0, "groups_quarantined": 5.0}
+    before = NOTHING | {"born": 2.0, "lost_before": 3.0, "lost_groups": 3.0, "groups_quarantined": 5.0}
+    seen = BufferGauges(reported=4)
+    seen.see(before)
+    assert seen.failed, "its driver was killed before it could report the fifth"
+    seen = BufferGauges()
+    seen.see(before | {"lost_groups": 7.0})
+    assert seen.lost == 7.0, "what this very recovery lost is news"
+    seen = BufferGauges(reported=5)
     seen.see(before)
     assert (seen.lost, seen.failed) == (0.0, False)
     seen.see(before | {"lost_groups": 4.0, "groups_quarantined": 6.0})

@@ -46,6 +46,34 @@ def test_a_look_that_fails_is_told_once_and_not_the_last(monkeypatch: pytest.Mon
     asyncio.run(scenario())
 
 
+def test_only_nodes_that_a_run_cannot_go_on_without_are_progress_when_they_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else a run of which some actors wait, and the others hang, would never end."""
+
+    async def scenario() -> int:
+        capacity, events = Capacity(parse_config({"task": {"name": "sudoku"}})), EventLog()
+        seen = iter([("", "2 actors"), ("", "2 actors"), ("the learner", "the learner"), ("", "2 actors"), ("", "")])
+        progress: list[str] = []
+        over = asyncio.Event()
+
+        async def look(fleet: object, evaluating: int | None) -> None:
+            if (found := next(seen, None)) is None:
+                over.set()
+            else:
+                capacity.lacking, capacity.wanting = found
+
+        monkeypatch.setattr(capacity_module, "NODE_SECONDS", 0.0)
+        monkeypatch.setattr(capacity, "look", look)
+        given = (lambda: None, lambda: None, events, lambda: progress.append("nodes"))
+        looking = asyncio.create_task(capacity.keep_looking(*given))
+        await over.wait()
+        looking.cancel()
+        return len(progress)
+
+    assert asyncio.run(scenario()) == 1
+
+
 def test_an_evaluation_of_which_no_worker_has_a_node_waits_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capacity_module, "unplaced", lambda *_: "")
     monkeypatch.setattr(capacity_module, "pending_of", lambda kind: 2 if kind == EvaluationWorker.__name__ else 0)

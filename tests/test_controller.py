@@ -44,7 +44,14 @@ class Buffer:
 
     def _gauges(self) -> dict[str, float]:
         groups = {f"groups_{state}": float(count) for state, count in self.groups.items()}
-        return {**groups, "born": 0.0, "expired_leases": 0.0, "no_spread_discards": 0.0, "lost_groups": self.lost}
+        return {
+            **groups,
+            "born": 0.0,
+            "lost_before": 0.0,
+            "expired_leases": 0.0,
+            "no_spread_discards": 0.0,
+            "lost_groups": self.lost,
+        }
 
     def _quarantine(self) -> list[tuple[int, str]]:
         return self.failed
