@@ -85,7 +85,7 @@ class BufferGauges:
         no_spread = gauges["no_spread_discards"] - self._no_spread_before
         failed = self._quarantined - self._quarantined_before
         self.untrainable = (
-            f": {no_spread:.0f} groups since were discarded for equal rewards (a longer warm start, another reward, or "
+            f": {no_spread:.0f} groups were discarded since for equal rewards (a longer warm start, another reward, or "
             f"replay.drop_no_spread=false) and {failed:.0f} quarantined for failing rewards or logits "
             "(RUN/quarantine.json)"
             if no_spread + failed > 0

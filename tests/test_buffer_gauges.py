@@ -81,12 +81,12 @@ def test_groups_that_cannot_be_trained_are_counted_since_the_last_progress_with_
     assert seen.untrainable == ""
     failures = NOTHING | {"groups_discarded": 7.0, "no_spread_discards": 7.0, "groups_quarantined": 2.0}
     seen.see(failures)
-    assert "7 groups since were discarded for equal rewards (a longer warm start" in seen.untrainable
+    assert "7 groups were discarded since for equal rewards (a longer warm start" in seen.untrainable
     assert "2 quarantined" in seen.untrainable
     seen.see(failures | {"groups_trained": 8.0})
     assert seen.untrainable == ""
     seen.see(failures | {"groups_trained": 8.0, "no_spread_discards": 9.0})
-    assert "2 groups since were discarded" in seen.untrainable
+    assert "2 groups were discarded since" in seen.untrainable
     assert "0 quarantined" in seen.untrainable
 
 

@@ -208,7 +208,7 @@ def test_a_run_in_which_nothing_can_be_trained_ends(tmp_path: Path) -> None:
     process = start("countdown", tmp_path, "warm_start.steps=0", "replay.drop_no_spread=true", "run.stall_timeout=15")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1, output
-    assert "groups were discarded for equal rewards" in output.splitlines()[-1]
+    assert "groups were discarded since for equal rewards" in output.splitlines()[-1]
     waits = json.loads((tmp_path / "run" / "stall.json").read_text())
     assert waits["phase"] == "train"
     assert waits["learner"].startswith("waits for a batch from the buffer")
