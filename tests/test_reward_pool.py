@@ -54,10 +54,7 @@ def scored(pool: RewardPool, completions: list[str]) -> Any:
 
 
 def alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    return any(child.pid == pid for child in multiprocessing.active_children())
 
 
 def failure(pool: RewardPool, *completions: str) -> str:
