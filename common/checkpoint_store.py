@@ -63,6 +63,8 @@ class Found:
 
     checkpoint: Checkpoint
     warnings: list[str]
+    unsound: list[Checkpoint]
+    """Newer ones with files that did not stand."""
 
 
 class CheckpointStore:
@@ -191,7 +193,8 @@ class CheckpointStore:
         """
         scan = self._scan()
         broken = [found for found in scan.values() if isinstance(found, str)]
-        faults = []
+        faults: list[str] = []
+        unsound: list[Checkpoint] = []
         for checkpoint in sorted(_complete(scan), key=_age, reverse=True):
             if before is not None and _age(checkpoint) >= _age(before):
                 continue
@@ -199,6 +202,7 @@ class CheckpointStore:
                 self.verify(checkpoint)
             except CheckpointDamaged as error:
                 faults.append(error.fault)
+                unsound.append(checkpoint)
                 continue
             half_written = [
                 f"checkpoint {self.name}/{folder_name(step)} is half-written, it has no {MANIFEST}"
@@ -206,7 +210,8 @@ class CheckpointStore:
                 if found is None
             ]
             passed_over = [*faults, *broken, *half_written]
-            return Found(checkpoint, [f"{fault}; {checkpoint.name} is used in its place" for fault in passed_over])
+            warnings = [f"{fault}; {checkpoint.name} is used in its place" for fault in passed_over]
+            return Found(checkpoint, warnings, unsound)
         if before is not None or not (faults or broken):
             return None
         raise CheckpointDamaged(

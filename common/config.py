@@ -24,6 +24,7 @@ Where = Annotated[str, AfterValidator(os.path.expanduser)]  # shells leave the t
 Increasing = Annotated[tuple[Annotated[float, Field(le=1e6)], ...], Field(min_length=1)]
 SMALLEST_GAMMA = 1e-9  # nats; what is smaller counts as this wherever a logarithm is taken
 SMALLEST_REWARD_MEMORY = 64 * 2**20  # bytes
+LARGEST_REWARD_MEMORY = 2**60
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of a submitted job
 
 
@@ -82,6 +83,11 @@ class ModelConfig(Section):
     def _heads_divide(self) -> Self:
         if self.hidden_size % self.heads:
             raise ValueError(f"heads={self.heads} does not divide hidden_size={self.hidden_size}; choose a divisor")
+        if (width := self.hidden_size // self.heads) % 2:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} over heads={self.heads} is {width} wide, and positions turn pairs; "
+                "choose numbers that give an even width"
+            )
         return self
 
 
@@ -229,8 +235,8 @@ class RolloutConfig(Section):
     reward_timeout: float = Field(default=10.0, gt=0, le=604_800)
     """Seconds that the rewards of one group may take; in evaluation, that of one prompt."""
     reward_memory_bytes: int = Field(default=2**30)
-    """Address space that rewards may take beyond what their process holds once the task is built. At least 64 MiB;
-    enforced on Linux."""
+    """Address space that rewards may take beyond what their process holds once the task is built. At least 64 MiB, at
+    most 1 EiB; enforced on Linux."""
     max_restarts: int = Field(default=3, ge=0)
     """Restarts of one rollout actor (its node's preemption is none) before the run gives it up."""
     drain_seconds: float = Field(default=60.0, ge=0)
@@ -244,6 +250,8 @@ class RolloutConfig(Section):
                 f"{given} is below {SMALLEST_REWARD_MEMORY} (64 MiB), which a reward process needs to import a module "
                 "or start a thread; give that or more"
             )
+        if given > LARGEST_REWARD_MEMORY:
+            raise ValueError(f"{given} is above {LARGEST_REWARD_MEMORY} (1 EiB), which is no limit; give that or less")
         return given
 
     @model_validator(mode="after")
@@ -330,9 +338,9 @@ class LearnerConfig(Section):
     entropy_bonus: float = Field(default=0.01, ge=0)
     """Weight of the threshold policy's entropy, over the completions that are scored."""
     drift_remedy: Literal["auto", "none", "hold_nfe", "hold_entropy"] = "auto"
-    """Against threshold drift when only the model learns: hold_nfe scales gamma so that the mean NFE stays,
-    hold_entropy gives the reveal rule a temperature so that the mean entropy of the first step stays. auto is hold_nfe
-    with train=model and sampler.rule=entropy_bound, else none."""
+    """Against threshold drift when only the model learns: hold_nfe scales gamma so that the mean NFE of the trained
+    groups stays, hold_entropy gives the reveal rule a temperature so that the mean entropy of the first step stays.
+    auto is hold_nfe with train=model and sampler.rule=entropy_bound, else none."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """AdamW learning rate of the model."""
     threshold_learning_rate: float = Field(default=3e-3, gt=0)
@@ -484,7 +492,8 @@ class RunConfig(Section):
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints that stay; groups trained since the oldest of them stay too, in RUN/segments."""
     checkpoints: Where | None = None
-    """Folder or URI (s3://…, gs://…) below which the checkpoints are written; null is RUN/checkpoints."""
+    """Folder (relative as `root`) or URI (s3://…, gs://…) below which the checkpoints are written; null is
+    RUN/checkpoints."""
     record_groups: int = Field(default=1, ge=0)
     """Groups of each learner step whose completions are kept position by position, for `diffpo report` and `view`."""
     capacity_timeout: float = Field(default=1800.0, gt=0)
@@ -502,6 +511,17 @@ class RunConfig(Section):
         if given is not None and not re.fullmatch(r"[\w+-]+:///?[^/?].*|(?![\w+-]+:/).+", given, re.DOTALL):
             raise ValueError(f"{given!r} is neither a folder nor a URI such as s3://bucket/runs; give one of them")
         return given
+
+    @field_validator("checkpoints")
+    @classmethod
+    def _at_one_place(cls, given: str | None) -> str | None:
+        """A folder as an absolute path: whoever resumes the run, or works for it, may stand elsewhere."""
+        return given if given is None or is_uri(given) else str(_folder(given).absolute())
+
+
+def _folder(given: str) -> Path:
+    """Relative to the home directory in a Ray job, whose own working directory Ray deletes."""
+    return Path.home() / given if IN_RAY_JOB in os.environ else Path(given)
 
 
 class Config(Section):
@@ -547,9 +567,7 @@ class Config(Section):
     def run_directory(self) -> str:
         """Path or URI of this run's directory."""
         root = self.run.root
-        if IN_RAY_JOB in os.environ and not is_uri(root):
-            root = str(Path.home() / root)  # an absolute root stays as it is
-        return below(root, self.run.name)
+        return below(root if is_uri(root) else str(_folder(root)), self.run.name)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -109,7 +109,7 @@ def _names(found: ModelFolder, shards: Shards) -> dict[str, str]:
     names = found.parameter_names(shards)
     model = found.skeleton()
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ()) if found.config.tie_word_embeddings else set()
+    tied = set(found.tied())
     for name in tied & names.keys():
         del names[name]  # the same matrix twice
     missing = sorted(expected.keys() - names.keys() - tied)

@@ -97,7 +97,7 @@ class ModelFolder:
         """The checkpoint's name of each parameter, by the target's.
 
         Raises:
-            UserError: when two parameters would become one.
+            UserError: when two parameters would become one, or two that are tied differ.
         """
         names: dict[str, str] = {}
         for own in shards.parameters:
@@ -107,7 +107,20 @@ class ModelFolder:
             if name in names:
                 raise UserError(f"model {self.folder}: {names[name]} and {own} would both become {name}")
             names[name] = own
+        for name, other in self.tied().items():
+            held = {name, other} <= names.keys()
+            if held and not torch.equal(shards.tensor(names[name]), shards.tensor(names[other])):
+                raise UserError(
+                    f"model {self.folder}: {names[name]} is not {names[other]}, and config.json says that they are one "
+                    'matrix; set "tie_word_embeddings" (of a LLaDA "weight_tying") to false there'
+                )
         return names
+
+    def tied(self) -> dict[str, str]:
+        """Parameters that are another one's matrix, and whose; none where config.json ties none."""
+        if not self.config.tie_word_embeddings:
+            return {}
+        return dict(getattr(self.skeleton(), "all_tied_weights_keys", None) or {})
 
     def _open_tokenizer(self) -> PreTrainedTokenizerBase:
         """Families name tokenizers of their own code: what these read, transformers' classes read too."""

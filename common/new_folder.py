@@ -43,8 +43,9 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # safetensors has an error of its own for a full disk, and tokenizers raises the bare class
-        if not (isinstance(error, OSError | SafetensorError) or type(error) is Exception):
+        # safetensors and torch's zip writer have errors of their own for a full disk, tokenizers raises the bare class
+        of_torch = isinstance(error, RuntimeError) and "inline_container" in str(error)
+        if not (isinstance(error, OSError | SafetensorError) or of_torch or type(error) is Exception):
             raise
         raise RunError(f"{folder} cannot be written ({cause(error)}); make room there") from error
 

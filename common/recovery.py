@@ -90,8 +90,8 @@ def recover(store: SegmentStore, checkpoints: CheckpointStore | None) -> Recover
 
 
 def _newest_journal(checkpoints: CheckpointStore, kept: list[Checkpoint]) -> list[Any]:
-    """Any one will do: entries since the oldest are in segment files too."""
-    for checkpoint in reversed(kept):
+    """The longest that can be read: entries since the oldest are in segment files too, where these are whole."""
+    for checkpoint in sorted(kept, key=lambda one: (one.journal_index, one.version), reverse=True):
         try:
             return decode_journal(checkpoints.read(checkpoint, JOURNAL_FILE))
         except RunError as error:

@@ -37,6 +37,8 @@ class CheckpointWriter:
         self.failures = 0
         self.fault = ""
         """Why the last one that failed could not be written."""
+        self.unsound: list[Checkpoint] = []
+        """Damaged ones that training went on without: they go once a newer one is durable, and are not kept for it."""
 
     def start(self, step: int, version: int, save: Callable[[Path], None], export: Export) -> None:
         """Begin to write; call `finished` until there is none under way before the next one."""
@@ -77,6 +79,10 @@ class CheckpointWriter:
             ) from error
         self.newest, self.seconds, self.durable_at = step, time.monotonic() - started, time.time()
         try:
+            while self.unsound:
+                gone = self.unsound.pop()
+                if gone.step != step:  # else this one took its place
+                    self._store.discard(gone)
             return self._store.prune(self._keep)
         except RunError as error:  # it is durable all the same
             log.warning("%s", error)

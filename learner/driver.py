@@ -57,6 +57,7 @@ def train(
     if not resume:
         RunDirectory.check_free(config.run_directory)
         _check(config, parts)
+        RunDirectory(config.run_directory).check_unused_checkpoints(config)
         return _run(config, None, show, parts)
     directory = RunDirectory(config.run_directory)
     with directory.lock():

@@ -83,7 +83,7 @@ def evaluation_digest(config: Config, folders: Mapping[str, str]) -> str:
         "cost": [config.learner.speed_weight, config.learner.cost],
         "seed": config.run.seed,
         "policies": {name: [place.name, *place.files()] for name, place in places.items()},
-        "data": [[*_files(Path(name))] for name in config.task.model_dump().values() if isinstance(name, str)],
+        "data": [[*_files(Path(name))] for name in config.task.files],
         "code": [[*_files(Path(name))] for name in _modules(config)],
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]

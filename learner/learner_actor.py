@@ -131,7 +131,7 @@ class LearnerActor:
             if writer.newest < 0:
                 raise RunError(writer.fault)
         else:
-            found, version = self._return_to(found, link)
+            found, version = self._return_to(found, link, writer)
             self._record.rewind(self._trainer.steps)
             writer.newest = found.checkpoint.step
         link.publish(version, self._trainer.weights(), [], self._trainer.base())
@@ -139,12 +139,13 @@ class LearnerActor:
         self._report("started", begun | self._counters(writer) | self._trainer.gauges())
         return version
 
-    def _return_to(self, found: Found, link: BufferLink) -> tuple[Found, int]:
+    def _return_to(self, found: Found, link: BufferLink, writer: CheckpointWriter) -> tuple[Found, int]:
         """The checkpoint that training goes on from, `found` or an older one, and the version to publish next."""
         left: list[Checkpoint] = []
         while True:
             for warning in found.warnings:
                 self._controller.warn.remote(warning)
+            writer.unsound += found.unsound
             with self._checkpoints.fetch(found.checkpoint) as folder:
                 self._trainer.restore(folder)
             try:

@@ -260,7 +260,8 @@ class RunDirectory:
                 yield place.folder, place.name
             return
         with tempfile.TemporaryDirectory(prefix="diffpo-set-aside-") as folder:
-            yield Path(folder), place.name
+            with writing(Path(folder)):
+                yield Path(folder), place.name
             self._upload(Path(folder), place, last=WHY)
 
     def announce(self, target: list[dict[str, Any]]) -> None:
@@ -361,6 +362,15 @@ class RunDirectory:
         elsewhere = config.run.checkpoints
         folder = (self.place / "checkpoints").name if elsewhere is None else below(elsewhere, config.run.name)
         return CheckpointStore(folder)
+
+    def check_unused_checkpoints(self, config: Config) -> None:
+        """Refuse (UserError) a new run that would go on from another one's checkpoints, and remove them."""
+        store = self.checkpoint_store(config)
+        if store.checkpoints() or store.damaged():
+            raise UserError(
+                f"{store.name} holds checkpoints of another run of this name; choose another run.name or "
+                "run.checkpoints, or move them away"
+            )
 
 
 def _next_name(where: str) -> str:

@@ -41,7 +41,8 @@ class RunLock:
 
     def __init__(self, place: Place) -> None:
         self._place = place
-        self._owner = {"host": socket.gethostname(), "boot": _boot(), "pid": os.getpid(), "token": uuid.uuid4().hex}
+        self._owner = {"host": socket.gethostname(), "boot": _boot(), "pids": _pids(), "pid": os.getpid()}
+        self._owner["token"] = uuid.uuid4().hex
         self._beats = 0
         self._ended = threading.Event()
         self.lost = ""
@@ -102,7 +103,7 @@ class RunLock:
 
     def _is_dead(self, there: dict[str, Any]) -> bool:
         """Whether it is known at once that the owner is gone."""
-        if any(there.get(key) != self._owner[key] for key in ("host", "boot")):  # hosts may share a name
+        if any(there.get(key) != self._owner[key] for key in ("host", "boot", "pids")):  # hosts may share a name
             return False
         try:
             os.kill(int(there["pid"]), 0)
@@ -147,6 +148,14 @@ def _boot() -> str:
     """Tells this machine from others of its name; empty where the system does not say."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _pids() -> str:
+    """Tells containers of one machine apart, which number their processes each; empty where the system does not say."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""
 

@@ -12,7 +12,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +19,6 @@ import pyarrow as pa
 from common.checkpoint_manifest import MANIFEST
 from common.errors import RunError, UserError
 from common.lease import FinishedGroup
-from common.location import is_uri
 from common.place import FAILURES, Place
 from common.segment_folder import SegmentFolder
 from common.trajectory import NOT_DRAWN
@@ -124,8 +122,8 @@ def choose_weights(run: RunDirectory, saved: SavedGroup, table: pa.Table, given:
         UserError: when the run has no weights on disk.
     """
     if given is not None:
-        resolved = given if is_uri(given) else Path(given).resolve()
-        known = {weights.folder: weights for weights in _on_disk(run)}.get(Place(resolved))
+        same = (one for one in _on_disk(run) if _resolved(one.folder) == _resolved(Place(given)))
+        known = next(same, None)
         return Weights(Place(given), None if known is None else known.version, "given")
     if saved.set_aside is not None:
         return Weights(saved.set_aside, _version(saved.set_aside, WHY), "set aside with the group")
@@ -142,6 +140,11 @@ def choose_weights(run: RunDirectory, saved: SavedGroup, table: pa.Table, given:
         raise UserError(f"{run.name} has neither checkpoints nor a warm start; give the weights with --weights FOLDER")
     best = min(candidates, key=rank)
     return Weights(best.folder, best.version, "drew tokens" if rank(best)[0] else "nearest to the tokens' versions")
+
+
+def _resolved(place: Place) -> str:
+    """The same for all paths that lead to one folder."""
+    return place.name if place.folder is None else str(place.folder.resolve())
 
 
 def _on_disk(run: RunDirectory) -> list[Weights]:

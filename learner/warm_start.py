@@ -251,7 +251,10 @@ def _save(started: WarmStart, checkpoints: CheckpointStore) -> None:
 
 
 def _restored(folder: Path, task: Task, config: Config) -> WarmStart:
-    started = WarmStart(load_policy(folder, config.model, config.sampler.threshold), task, config)
+    model = config.model
+    if model.path is None:  # all of a small model is trained, and adapted when that is done
+        model = model.model_copy(update={"lora": None})
+    started = WarmStart(load_policy(folder, model, config.sampler.threshold), task, config)
     try:
         started.restore(torch.load(folder / STATE, map_location="cpu", weights_only=True))
     except Exception as error:  # a state can be wrong in more ways than torch has errors for

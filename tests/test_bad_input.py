@@ -427,6 +427,9 @@ def inputs() -> Iterator[Case]:
     yield Case("train: host", ["train", *TINY, "metrics.host=no.such.host.invalid"], ["metrics.host"])
     yield Case("train: odd host", ["train", *TINY, f"metrics.host={'a' * 80}.b"], ["metrics.host"])
     yield Case("train: another's host", ["train", *TINY, "metrics.host=192.0.2.77"], ["192.0.2.77"])
+    used = write("kept/new/step-000120/manifest.json", "{}")
+    given = ["train", *TINY, "run.name=new", "run.checkpoints=kept"]
+    yield Case("train: another's checkpoints", given, ["kept/new holds checkpoints of another run", "run.name"], used)
     yield Case("train: store", ["train", *TINY, "run.checkpoints=nonsense://b/x"], ["nonsense://b/x"])
     for command in ("train", "sft"):
         yield Case(f"{command}: run exists", [command, *TINY, "run.name=done"], ["runs/done exists", "done-2 is free"])

@@ -67,7 +67,7 @@ def test_a_checkpoint_comes_back_as_it_was(kind: str, tmp_path: Path) -> None:
     assert written.facts == {"step": 120, "reward": 0.1, "name": "grüße"}
     reader = pickle.loads(pickle.dumps(store))
     assert reader.checkpoints() == [written]
-    assert newest(reader) == Found(written, [])
+    assert newest(reader) == Found(written, [], [])
     assert {name: reader.read(written, name) for name in written.files} == FILES
     with reader.fetch(written) as folder:
         assert {name: (folder / name).read_bytes() for name in FILES} == FILES

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from common.config import Config
+from common.config import IN_RAY_JOB, Config
 from common.config_file import dump_config, load_config, parse_config
 from common.errors import UserError
 from common.spelling import IN_WORDS
@@ -160,6 +160,7 @@ BAD = [
     ("rollout.actors=0", ["rollout.actors", "given 0"]),
     ("rollout.actors=501", ["rollout.actors", "500", "given 501"]),
     ("rollout.reward_memory_bytes=67108863", ["rollout.reward_memory_bytes: 67108863", "67108864 (64 MiB)", "or more"]),
+    ("rollout.reward_memory_bytes=10000000000000000000", ["rollout.reward_memory_bytes", "(1 EiB)", "or less"]),
     ("rollout.reward_timeout=1e9", ["rollout.reward_timeout", "604800"]),
     ("replay.max_staleness=-1", ["replay.max_staleness", "given -1"]),
     ("evaluation.nfe_range=[4,2]", ["nfe_range=[4.0, 2.0]", "low < high"]),
@@ -180,6 +181,7 @@ BAD = [
     ("run.root=''", ["run.root: ''", "a folder"]),
     ("run.checkpoints=gs://?region=x", ["run.checkpoints: 'gs://?region=x'"]),
     ("model.heads=3", ["heads=3", "hidden_size=128", "divisor"]),
+    ("model={hidden_size: 132, heads: 4}", ["hidden_size=132", "heads=4", "33 wide", "an even width"]),
     ("model.attention=flash", ["model.attention", "'flash' is unknown; known: "]),
     ("task=countdown", ["task", "given 'countdown'"]),
     ("task.name=chess", ["unknown task 'chess'", KNOWN]),
@@ -209,6 +211,17 @@ def test_a_tilde_is_the_home_directory(key: str) -> None:
     section, name = key.split(".")
     config = load_config(None, ["task.name=sudoku", f"{key}=~/there"])
     assert getattr(getattr(config, section), name) == str(Path.home() / "there")
+
+
+def test_checkpoints_are_at_one_place_wherever_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def where(given: str) -> str | None:
+        return load_config(None, ["task.name=sudoku", f"run.checkpoints={given}"]).run.checkpoints
+
+    monkeypatch.chdir(tmp_path)
+    assert where("kept") == str(tmp_path / "kept")
+    assert where("s3://bucket/kept") == "s3://bucket/kept"
+    monkeypatch.setenv(IN_RAY_JOB, "{}")  # Ray deletes the folder that a job works in
+    assert (where("kept"), where("/kept")) == (str(Path.home() / "kept"), "/kept")
 
 
 @pytest.mark.parametrize("key", ["run.root", "model.path"])

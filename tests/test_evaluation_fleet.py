@@ -121,6 +121,15 @@ def test_what_is_computed_decides_what_goes_on(folders: dict[str, str], tmp_path
     assert evaluation_digest(settings(), moved) != digest
 
 
+def test_a_folder_named_as_a_text_of_the_task_is_none_of_its_data(
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    digest = evaluation_digest(settings(), folders)
+    (tmp_path / settings().task.name).mkdir()  # `--out sudoku`, in which shards are written
+    assert evaluation_digest(settings(), folders) == digest
+
+
 def test_a_text_of_the_task_too_long_for_a_path_is_none(folders: dict[str, str]) -> None:
     prompt = f"task.prompt='{{question}} {'step by step ' * 30}'"
     told = load_config(None, ["task.name=custom", "task.reward=a:b", prompt])

@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 import torch
 from engine_fixtures import make_requests
-from family_fixtures import LLADA, SHIFTED, WRITERS, all_logits, llada_logits, llada_weights, write_dream, write_llada
+from family_fixtures import (
+    LLADA,
+    SHIFTED,
+    WRITERS,
+    all_logits,
+    llada_logits,
+    llada_weights,
+    save_shards,
+    write_a2d,
+    write_dream,
+    write_llada,
+)
 from learner_fixtures import generate_batch, learner_config, loop_log_probs, parameters
 from test_engine_cache import assert_textbook
 from torch import Tensor
@@ -19,10 +30,12 @@ from actors.engine import DenoisingEngine
 from common.adapter import frozen_parameters, learned_parameters, learned_state
 from common.config import LoraConfig, ModelConfig, ThresholdConfig
 from common.config_file import load_config
+from common.conversion import convert
 from common.errors import UserError
 from common.family import FAMILIES, recognise
 from common.policy import Policy
 from common.policy_loading import load_policy
+from common.shards import Shards
 from learner.chat import chat_ids
 from learner.demonstrations import Demonstration
 from learner.learner import Learner
@@ -380,6 +393,25 @@ def test_a_llada_that_does_not_fit_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
     for word in (str(folder), *words):
         assert word in str(caught.value)
+
+
+def test_a_head_that_is_not_the_matrix_it_is_tied_to_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    """It would be one model for those who read it and another for those who get its weights by broadcast."""
+    folder = write_a2d(tmp_path / "model")
+    with Shards(folder) as shards:
+        weights = {name: shards.tensor(name).clone() for name in shards.parameters}
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_shards(folder, weights, 1)
+    assert sum(one.numel() for one in opened(folder).parameters()) == sum(
+        one.numel() for one in opened(folders["a2d"]).parameters()
+    )
+    weights["lm_head.weight"][0, 0] += 1
+    save_shards(folder, weights, 1)
+    told = r"lm_head.weight is not model.embed_tokens.weight, .*\"tie_word_embeddings\""
+    with pytest.raises(UserError, match=told):
+        opened(folder)
+    with pytest.raises(UserError, match=told):
+        convert(folder, tmp_path / "converted")
 
 
 def test_a_block_causal_dream_is_refused(tmp_path: Path) -> None:

@@ -339,6 +339,14 @@ def test_weights_of_the_tokens_version_are_chosen(run: RunDirectory, config: Con
     assert list(source["token_versions"]) == ["3"]
 
 
+def test_weights_are_known_by_whatever_path(run: RunDirectory, config: Config, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(run.path)
+    given = str(tmp_path / "link" / folder_of(run, 3).relative_to(run.path))
+    for one in (run, RunDirectory(tmp_path / "link")):
+        source, found = replay_saved(one, config, NUMBER, given, 1e-3)
+        assert (source["weights_version"], source["weights"], found.agrees) == (3, given, True)
+
+
 @pytest.mark.parametrize(
     ("versions", "chosen"),
     [({1: 2, 2: 4}, 2), ({1: 4, 2: 9}, 1), ({1: 1, 2: 2}, 2), ({1: 1}, 1), ({}, 0)],

@@ -324,6 +324,20 @@ def test_a_checkpoint_that_was_passed_over_and_is_sound_again_is_left_behind(tmp
         assert "were taken back since" in found.warnings[-1]
 
 
+def test_a_damaged_checkpoint_takes_the_place_of_no_sound_one(tmp_path: Path) -> None:
+    """Training ends before its step comes again: it would be the second newest of two that are kept."""
+    with world(tmp_path) as found:
+        found.dies_at = [6]
+        with pytest.raises(Killed):
+            found.learn()
+        sound, damaged = found.checkpoints()
+        (found.directory.path / "checkpoints" / f"step-{damaged:06d}" / "trained.json").write_text("[]")
+        found.after_step[damaged - 1] = lambda: found.buffer.call("close")
+        reached = found.learn()
+        assert sound < reached["steps"] < damaged
+        assert found.checkpoints() == [sound, reached["steps"]]
+
+
 def test_a_batch_that_cannot_be_trained_on_is_set_aside(tmp_path: Path) -> None:
     """Two in a row meet the same weights; their steps are done with other groups."""
     with world(tmp_path) as found:

@@ -244,7 +244,7 @@ def test_one_driver_at_a_time(root: str) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("host", ["here", "elsewhere", "namesake"])
+@pytest.mark.parametrize("host", ["here", "elsewhere", "namesake", "container"])
 def test_a_lock_whose_owner_is_gone_is_taken(root: str, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if host == "here":
         monkeypatch.setattr(run_lock, "DEAD_SECONDS", 60.0)
@@ -253,7 +253,8 @@ def test_a_lock_whose_owner_is_gone_is_taken(root: str, host: str, monkeypatch: 
     mine = RunLock(Place(root))
     owner = mine._owner | {"pid": gone.pid, "token": "x", "beats": 7}
     if host != "here":
-        owner |= {"host": host} if host == "elsewhere" else {"boot": "another"}
+        key = {"elsewhere": "host", "namesake": "boot", "container": "pids"}[host]
+        owner |= {key: "another"}
     Place(root).write("lock", json.dumps(owner).encode())
     started = time.monotonic()
     with mine.held():

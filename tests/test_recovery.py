@@ -662,6 +662,20 @@ async def test_a_damaged_segment_is_named_and_a_missing_one_too(tmp_path: Path) 
     assert place.buffer()._ledger.numbers(GroupState.FINISHED) == [0, 1, 2, 3]
 
 
+async def test_the_longest_journal_is_taken_whatever_its_step(tmp_path: Path) -> None:
+    """After a return to an older checkpoint, one of a higher step may have the shorter journal."""
+    place = Place(tmp_path)
+    buffer = await place.started()
+    for step in (9, 3):
+        await fill(buffer, 2)
+        await train(buffer)
+        await place.save(buffer, step)
+    entries = buffer._ledger.journal()
+    for file in place.segments.iterdir():
+        file.unlink()
+    assert place.buffer()._ledger.journal()[: len(entries)] == entries
+
+
 @pytest.mark.parametrize("damaged", [False, True])
 async def test_any_sound_journal_of_a_checkpoint_will_do(damaged: bool, tmp_path: Path) -> None:
     place = Place(tmp_path)

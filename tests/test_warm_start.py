@@ -281,6 +281,20 @@ def test_a_warm_start_that_was_killed_ends_with_the_same_weights(task: Task, tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["resumed", "whole"]  # the checkpoints are gone
 
 
+def test_a_small_model_is_adapted_after_its_warm_start_and_not_when_that_goes_on(task: Task, tmp_path: Path) -> None:
+    config = settings("warm_start.steps=4", "warm_start.checkpoint_every=2", "model.lora={rank: 2}")
+    store, told = CheckpointStore(tmp_path / "sft"), iter(range(4))
+
+    def killed(_: dict[str, float]) -> None:
+        if next(told) == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        supervised(config, task, tmp_path / "resumed", killed, store)
+    resumed = supervised(config, task, tmp_path / "resumed", lambda _: None, store)
+    assert (parameters(resumed) == parameters(supervised(config, task, tmp_path / "whole"))).all()
+
+
 def test_weights_that_find_no_room_are_named_and_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(file: Path, _: str) -> None:
         file.touch()  # a name still finds room
