@@ -76,6 +76,9 @@ CATALOGUE: dict[str, Metric] = {
         Metric("run_seconds", "gauge", "Seconds since the controller started"),
         Metric("run_idle_seconds", "gauge", "Seconds since anything made progress; the stall watchdog acts on it"),
         Metric("run_stall_seconds", "gauge", "Idle seconds at which the watchdog ends the run (run.stall_timeout)"),
+        Metric(
+            "run_waiting_for_nodes", "gauge", "1 while the run lacks nodes to go on; run.capacity_timeout counts then"
+        ),
         Metric("warm_start_steps", "gauge", "Supervised steps done"),
         Metric("warm_start_loss", "gauge", "Supervised loss, nats per token, of the last step"),
         Metric("warm_start_held_out_loss", "gauge", "Supervised loss of held-out demonstrations, nats per token"),
@@ -199,7 +202,7 @@ CATALOGUE: dict[str, Metric] = {
         Metric("drift_accuracy", "gauge", "Greedy exact-solve accuracy at gamma_init on validation prompts"),
         Metric("replay_groups", "gauge", "Groups per state", ("state",), _each(*GroupState)),
         Metric("replay_tickets", "gauge", "Tickets in use"),
-        Metric("replay_fill", "gauge", "Share of tickets held by finished groups that wait for the learner"),
+        Metric("replay_fill", "gauge", "Share of tickets held by groups that wait for the learner or are in its batch"),
         Metric("replay_held_bytes", "gauge", "Bytes of finished groups in memory"),
         Metric("replay_spilled_bytes", "gauge", "Bytes of finished groups that are only in their segment files"),
         Metric("replay_segments", "gauge", "Segment files that still hold a group"),

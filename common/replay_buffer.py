@@ -382,7 +382,7 @@ class ReplayBuffer:
         return {
             **{f"groups_{state}": float(count) for state, count in counts.items()},
             "tickets": float(tickets),
-            "fill": counts[GroupState.FINISHED] / tickets if tickets else 0.0,
+            "fill": (counts[GroupState.FINISHED] + counts[GroupState.SAMPLED]) / tickets if tickets else 0.0,
             **self._store.gauges(),
             **self._counters(),
             **self._groups.staleness.values(),

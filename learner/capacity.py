@@ -160,6 +160,5 @@ class Capacity:
     def gauges(self, wanted: int) -> dict[str, float]:
         """For the exporter; `wanted` rollout actors there shall be."""
         given = {f"rollout_scalings{{reason={reason}}}": count for reason, count in self.scalings.items()}
-        waiting = {"rollout_pending_actors": float(self.pending), "learner_pending": float(bool(self.learner))}
         least = self._config.rollout.min_actors if self._policy is not None else wanted
-        return {**waiting, "rollout_min_actors": float(least), **given}
+        return {"rollout_min_actors": float(least), **given}

@@ -193,7 +193,15 @@ class Controller:
     async def _work(self) -> dict[str, Any]:
         config = self.config
         if config.metrics.port >= 0:
-            await self._metrics.open_endpoint({"run_idle_seconds": lambda: self._watchdog.idle})
+            capacity = self._capacity
+            await self._metrics.open_endpoint(
+                {
+                    "run_idle_seconds": lambda: self._watchdog.idle,
+                    "run_waiting_for_nodes": lambda: float(bool(capacity.lacking)),
+                    "learner_pending": lambda: float(bool(capacity.learner)),
+                    "rollout_pending_actors": lambda: float(capacity.pending),
+                }
+            )
         self._capacity.reserve()
         await self._enter("warm_start")
         await self._unless_stopped(self._learner.start())
@@ -259,6 +267,7 @@ class Controller:
             await asyncio.wait({generation}, timeout=FLEET_STOP_SECONDS)
             generation.cancel()
             self._fleet = None
+            self._metrics.gauge({}, {"rollout_actors": 0.0, "rollout_actors_wanted": 0.0})
 
     async def _evaluate(self, steps: int) -> dict[str, Any]:
         """What `evaluation.json` holds; one that was cut off goes on."""
@@ -361,8 +370,8 @@ class Controller:
             )
         if late := seen.late_renewals(fleet, deadline=self.config.replay.lease_seconds):
             await self._events.warn(late)
-        if seen.failed:
-            newest = await self._quarantine.write(await self._buffer.quarantine.remote())
+        if seen.failed and (failed := await self._buffer.quarantine.remote()):  # a buffer started anew has none yet
+            newest = await self._quarantine.write(failed)
             await self._events.tell("quarantine", newest)
             seen.reported()
             seen.check_failures(newest["reason"])

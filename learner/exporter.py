@@ -33,6 +33,7 @@ class Exporter(Collector):
         port: int,
         live: Mapping[str, Callable[[], float]] | None = None,
         later: Collection[str] = (),
+        labels: Mapping[str, str] | None = None,
     ) -> None:
         """Open the endpoint.
 
@@ -41,11 +42,13 @@ class Exporter(Collector):
             port: to bind; 0 is a free one.
             live: values that are asked for at each scrape.
             later: counters that may begin above 0, so that a 0 before would look like an increase.
+            labels: of every series, beside those of the catalogue.
 
         Raises:
             UserError: when the address cannot be bound.
         """
         self._live = dict(live or {})
+        self._labels = dict(labels or {})
         self._histograms = {name: Histogram(name) for name, metric in CATALOGUE.items() if metric.kind == "histogram"}
         self._values: dict[str, Series] = {
             name: dict.fromkeys(metric.values or ((),), 0.0)
@@ -98,16 +101,19 @@ class Exporter(Collector):
     def collect(self) -> Iterator[Metric]:
         """Called by the client library at each scrape."""
         live: dict[str, Series] = {name: {(): ask()} for name, ask in self._live.items()}
+        names, values = tuple(self._labels), tuple(self._labels.values())
         for name, series in (self._values | live).items():
             metric = CATALOGUE[name]
             if metric.kind == "histogram":
                 buckets = [(labels[0], value) for labels, value in series.items() if labels != SUM]
-                yield HistogramMetricFamily(metric.exported, metric.meaning, buckets=buckets, sum_value=series[SUM])
+                counted = HistogramMetricFamily(metric.exported, metric.meaning, labels=names)
+                counted.add_metric(values, buckets, series[SUM])
+                yield counted
                 continue
             family: Any = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
-            found = family(metric.exported, metric.meaning, labels=metric.labels)
+            found = family(metric.exported, metric.meaning, labels=(*names, *metric.labels))
             for labels, value in series.items():
-                found.add_metric(labels, value)
+                found.add_metric((*values, *labels), value)
             yield found
 
     def close(self) -> None:

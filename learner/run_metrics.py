@@ -50,7 +50,9 @@ class RunMetrics:
         config = self._config
         live = {"run_seconds": lambda: self.seconds, **live}
         kept = {"learner_steps", *METRICS.values()}  # a resumed run goes on from what they were
-        self._exporter = Exporter(host=config.metrics.host, port=config.metrics.port, live=live, later=kept)
+        labels = {"run": config.run.name}  # a target may have many runs, one after the other
+        host, port = config.metrics.host, config.metrics.port
+        self._exporter = Exporter(host=host, port=port, live=live, later=kept, labels=labels)
         info = f"name={config.run.name},version={release()},task={config.task.name},learns={config.learner.train}"
         self._exporter.update({f"run_info{{{info}}}": 1.0, "run_stall_seconds": config.run.stall_timeout})
         address = self._exporter.reachable(ray.util.get_node_ip_address())

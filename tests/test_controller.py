@@ -110,6 +110,18 @@ async def test_groups_that_fail_at_once_are_one_event(controller: Controller, bu
     assert told == [1, 3]
 
 
+async def test_a_buffer_that_was_started_anew_may_have_no_group_that_failed(
+    tmp_path: Path, controller: Controller, buffer: Buffer
+) -> None:
+    buffer.fail(1)
+    failed, buffer.failed = buffer.failed, []
+    await controller._update_gauges()
+    assert not (tmp_path / "quarantine.json").exists()
+    buffer.failed = failed
+    await controller._update_gauges()
+    assert [kind for kind, _ in await controller.events(0)] == ["quarantine"]
+
+
 async def test_actors_that_are_given_up_are_told_once_each(controller: Controller, buffer: Buffer) -> None:
     assert controller._fleet is not None
     for name in ("rollout-0.3", "rollout-1.3"):

@@ -166,7 +166,7 @@ def metric(run: Path, name: str) -> float:
     target = json.loads((run / "metrics_target.json").read_text())[0]["targets"][0]
     with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as reply:
         lines = reply.read().decode().splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith(f"{PREFIX}{name} "))
+    return next(float(line.split()[1]) for line in lines if line.startswith(f'{PREFIX}{name}{{run="run"}} '))
 
 
 @pytest.mark.slow

@@ -82,6 +82,18 @@ def test_values_arrive_with_prefix_suffix_and_labels(exporter: Exporter) -> None
     }
 
 
+def test_constant_labels_are_on_every_series() -> None:
+    exporter = Exporter(host="127.0.0.1", port=0, labels={"run": "mine"})
+    try:
+        exporter.update({"replay_groups{state=leased}": 2.0, "learner_step_seconds": 3.0})
+        found = scrape_all(exporter)
+    finally:
+        exporter.close()
+    assert found["diffpo_replay_groups", (("run", "mine"), ("state", "leased"))] == 2.0
+    assert found["diffpo_learner_step_seconds_bucket", (("le", "5"), ("run", "mine"))] == 1.0
+    assert all(dict(labels)["run"] == "mine" for _, labels in found)
+
+
 def test_replace_forgets_the_series_of_before(exporter: Exporter) -> None:
     exporter.replace("replay_groups", {"leased": 2.0, "finished": 1.0})
     exporter.replace("replay_groups", {"finished": 4.0})

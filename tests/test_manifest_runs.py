@@ -12,6 +12,7 @@ from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.common_pb2 import LABEL_OPERATOR_IN
 from typer.testing import CliRunner
 
+from actors.fleet import NODE_MARGIN_SECONDS
 from actors.placement import Demand
 from actors.reward_actor import reward_demand
 from common.config import MetricsConfig
@@ -92,7 +93,10 @@ def test_groups_hold_what_the_run_asks_for(overlay: str, tmp_path: Path) -> None
     assert gpus["learner"] * group["learner"]["replicas"] == ranks * config.learner.gpus
     assert gpus["rewards"] == 0
     for each in group.values():
-        assert each["template"]["spec"]["terminationGracePeriodSeconds"] > config.rollout.drain_seconds
+        given = {one["name"]: one["value"] for one in container(each["template"])["env"]}
+        drain = float(given["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
+        grace = each["template"]["spec"]["terminationGracePeriodSeconds"]
+        assert config.rollout.drain_seconds + NODE_MARGIN_SECONDS < drain < grace
     assert cluster(made)["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
 
 

@@ -87,7 +87,8 @@ def faults(expr: str) -> list[str]:
             if label not in labels_of(name):
                 found.append(f"{name} has no label {label}")
             elif label not in OF_TARGETS:
-                wanted = value.split("|") if "~" in operator else [value]
+                # Prometheus 3 writes the bound 1 as 1.0
+                wanted = value.replace("(.0)?", "").split("|") if "~" in operator else [value]
                 found += [f"{name}: {label} is never {one!r}" for one in wanted if one not in values_of(name, label)]
     for words in re.findall(r"\b(?:by|on|ignoring|without|group_left|group_right) ?\(([^)]*)\)", expr):
         found += [f"no series has a label {word}" for word in re.findall(r"\w+", words) if word not in known]
