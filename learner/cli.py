@@ -24,6 +24,7 @@ from learner import (
     report_cli,
     training_cli,
 )
+from learner.text_console import without_controls
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 the run failed, or something that was checked is not as it should be: the last line names "
@@ -72,10 +73,10 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        typer.echo(f"error: {shown(error)}", err=True)
+        typer.echo(f"error: {without_controls(shown(error))}", err=True)
         sys.exit(2)
     except (RunError, OSError, MemoryError) as error:  # the last two: the machine has no room, or a file went away
-        typer.echo(f"run failed: {shown(error) or type(error).__name__}", err=True)
+        typer.echo(f"run failed: {without_controls(shown(error)) or type(error).__name__}", err=True)
         sys.exit(1)
     except RuntimeError as error:
         if not is_out_of_memory(error):

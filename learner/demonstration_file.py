@@ -67,7 +67,7 @@ class DemonstrationFile:
         file = tempfile.TemporaryFile()  # noqa: SIM115  # as long as this object lives
         for batch in table.iter_batches(columns=[name for name in COLUMNS if name in table.schema_arrow.names]):
             for row in batch.to_pylist():
-                file.write(json.dumps(row, default=str).encode() + b"\n")
+                file.write(json.dumps(row, default=_text_of).encode() + b"\n")
         file.seek(0)
         return file
 
@@ -93,6 +93,14 @@ class DemonstrationFile:
         if "assistant" not in [message["role"] for message in messages[1:]]:
             raise UserError(f"{name}: {shown} has no assistant's message after another; give {EXPECTED}")
         return messages
+
+
+def _text_of(value: Any) -> Any:
+    """Of a Parquet value that JSON does not know: text is text, and all else none, which is refused by its row."""
+    try:
+        return value.decode() if isinstance(value, bytes) else None
+    except UnicodeDecodeError:
+        return None
 
 
 def _messages(row: Any) -> list[Message]:

@@ -36,8 +36,10 @@ def evaluate(
     loaded = _load_for(folder, config, overrides, file=file, actors=actors, dry_run=dry_run)
     from common.place import Place
     from learner.preflight import preflight
+    from learner.ray_connection import LOCAL, chosen_address
 
-    task = preflight(loaded, trains=False)
+    elsewhere = loaded.rollout.actors > 1 and chosen_address(loaded.run.ray_address) != LOCAL
+    task = preflight(loaded, trains=False, here=not elsewhere)
     from learner.evaluation_record import ShardFolder, write_answers
     from learner.final_evaluation import Evaluation, summarise
     from learner.pareto import draw_pareto
@@ -83,14 +85,14 @@ def _load_for(
     """The configuration with the policy of a folder and the questions of a file."""
     given = list(overrides or [])
     given += ["evaluation.split=test"] if file is not None else []
-    given += [f"rollout.actors={actors}"] if actors is not None else []
-    loaded = load(config, given, dry_run and file is None)
+    if actors is not None:  # an evaluation does not scale itself
+        given += [f"rollout.actors={actors}", "rollout.min_actors=1", "rollout.max_actors=null"]
+    loaded = load(config, given, dry_run=False)
     loaded = loaded.model_copy(update={"model": loaded.model.model_copy(update={"path": folder})})
-    if file is None:
-        return loaded
-    from learner.evaluation_file import with_file
+    if file is not None:
+        from learner.evaluation_file import with_file
 
-    loaded = with_file(loaded, file, all_rows=not any(item.startswith("evaluation.prompts=") for item in given))
+        loaded = with_file(loaded, file, all_rows=not any(item.startswith("evaluation.prompts=") for item in given))
     end_dry_run(loaded, dry_run)
     return loaded
 

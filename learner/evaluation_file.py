@@ -22,7 +22,10 @@ def with_file(config: Config, file: Path, *, all_rows: bool) -> Config:
     """
     section = config.task
     key = next(key for key in KEYS if key in type(section).model_fields)
-    task = type(section).model_validate(section.model_dump() | {key: str(file)})
+    values = section.model_dump() | {key: str(file)}
+    if key == "test_data" and getattr(section, "factory", None) is None:
+        values |= {"data": None, "validation_data": None}  # nothing learns: they may be the same questions
+    task = type(section).model_validate(values)
     size = build_task(task).size("test")
     if size is None:
         raise UserError(

@@ -20,8 +20,8 @@ from common.policy_loading import (
 from common.tasks import SPLITS, CustomConfig, Split, Task, build_task
 from learner.demonstrations import Demonstrations, checked_ids
 
-SAMPLED_PROMPTS = 64
-CHECKED_ROWS = 10_000  # of a file of demonstrations; a bad one among more ends the warm start when it comes
+SAMPLED_PROMPTS = 64  # of a split that has no end
+CHECKED_ROWS = 10_000  # of a split, or a file of demonstrations; a bad one among more ends the run when it comes
 
 
 def preflight(config: Config, *, trains: bool = True, evaluates: bool = True, here: bool = True) -> Task:
@@ -126,8 +126,8 @@ def check_device(name: str, *, here: bool = True) -> None:
 
 
 def check_texts(config: Config, task: Task, *, splits: Sequence[Split], learns: bool) -> None:
-    """Tokenise some prompts of every split and, where it `learns` from demonstrations, these (a file's: all, or many),
-    and check them."""
+    """Tokenise the prompts of every split (of one without end, some) and, where it `learns` from demonstrations, these
+    (a file's: all, or many), and check them."""
     tokenizer, positions = open_tokenizer(config, task)
     sampler, file = config.sampler, config.warm_start.file
     total = sampler.max_prompt_tokens + sampler.max_completion_tokens
@@ -138,10 +138,10 @@ def check_texts(config: Config, task: Task, *, splits: Sequence[Split], learns: 
         )
     for split in splits:
         size = task.size(split)
-        for index in range(SAMPLED_PROMPTS if size is None else min(size, SAMPLED_PROMPTS)):
+        for index in range(SAMPLED_PROMPTS if size is None else min(size, CHECKED_ROWS)):
             example = task.example(split, index)
             checked_ids(tokenizer, example.prompt, "prompt", config, f"{split} example {index}")
-            if split == "train" and file is None and config.model.path is None:
+            if split == "train" and index < SAMPLED_PROMPTS and file is None and config.model.path is None:
                 text = task.demonstration(example, index)
                 checked_ids(tokenizer, text, "completion", config, f"demonstration {index}")
     if not learns:
@@ -151,4 +151,6 @@ def check_texts(config: Config, task: Task, *, splits: Sequence[Split], learns: 
         raise UserError(
             f"warm_start.max_tokens={longest} exceeds the model's {positions} positions; give {positions} or less"
         )
+    if file is None and config.warm_start.steps:
+        check_size(task, "validation", "warm_start.held_out", config.warm_start.held_out)
     Demonstrations(config, task, tokenizer).check(CHECKED_ROWS)

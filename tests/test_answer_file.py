@@ -75,6 +75,7 @@ def test_fields_have_the_names_that_are_given(tmp_path: Path) -> None:
         ("gsm8k", {"question": "a", "ground_truth": 3}, "no value in field 'completion'; the row has 'question', "),
         ("gsm8k", {"question": "a", "completion": "b"}, "no value in field 'ground_truth'"),
         ("gsm8k", {"completion": "b", "ground_truth": 3}, "name the field with --fields question=FIELD"),
+        ("gsm8k", {"question": "a", "completion": None, "ground_truth": 3}, "field 'completion' holds nothing; mend"),
         ("gsm8k", {"question": "a", "completion": 3, "ground_truth": 3}, "completion '3' is no text"),
         ("gsm8k", {"question": "a", "completion": "b", "ground_truth": "x"}, "answer 'x' is no number"),
         ("math500", {"question": "a", "completion": "b", "ground_truth": []}, "is neither text nor a number"),

@@ -21,9 +21,11 @@ from learner_fixtures import MODEL
 import learner.warm_start
 from common.config import ThresholdConfig
 from common.config_file import load_config
+from common.errors import UserError
 from common.metrics import CATALOGUE, PREFIX
 from common.policy_loading import build_policy
 from learner.cli import main
+from learner.preflight import preflight
 from learner.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[1]
@@ -160,6 +162,30 @@ def test_what_cannot_run_is_refused_before_anything_starts(
     check_refused(diffpo(command, *TINY, *overrides), *parts)
 
 
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("sampler.max_prompt_tokens=32", ["prompt of 40 tokens exceeds sampler.max_prompt_tokens=32"]),
+        ("warm_start.held_out=9", ["warm_start.held_out=9 exceeds the 1 rows of the validation split"]),
+    ],
+)
+def test_all_questions_of_data_are_looked_at_before_anything_starts(
+    tmp_path: Path, override: str, parts: list[str]
+) -> None:
+    """The long one is the last of many: the final evaluation would meet it."""
+    rows = [json.dumps({"question": f"{number:030}", "answer": "#### 1"}) for number in range(100)]
+    long = json.dumps({"question": "9" * 40, "answer": "#### 1"})
+    files = {"data": rows[:1], "validation_data": rows[1:2], "test_data": [*rows[2:], long]}
+    for name, lines in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    given = [f"task.{name}={tmp_path / name}.jsonl" for name in files]
+    settings = ["sampler.max_prompt_tokens=40", "evaluation.prompts=4", "evaluation.drift_prompts=1", override]
+    config = load_config(None, ["task.name=gsm8k", "task.prompt_style=compact", *given, *settings])
+    with pytest.raises(UserError) as caught:
+        preflight(config)
+    assert all(part in str(caught.value) for part in parts)
+
+
 def test_a_metrics_port_in_use_is_refused_before_anything_starts(diffpo: Diffpo, taken_port: int) -> None:
     ended = diffpo("train", *TINY, f"metrics.port={taken_port}")
     check_refused(ended, f"metrics.port={taken_port} on 127.0.0.1", "set metrics.port=0")
@@ -284,6 +310,23 @@ def test_an_evaluation_of_a_file_takes_all_its_rows(diffpo: Diffpo, tmp_path: Pa
     ended = diffpo("eval", "model", *tiny, "--file", "puzzles.csv")
     assert (ended.code, ended.err) == (0, "")
     assert json.loads((tmp_path / "evaluation/evaluation.json").read_text())["prompts"] == 2
+
+
+def test_an_evaluation_of_questions_that_it_could_train_on(diffpo: Diffpo, tmp_path: Path) -> None:
+    """Nothing learns here, so none of them need be left; and it does not scale itself."""
+    rows = [json.dumps({"question": f"{number}+1=", "answer": f"#### {number + 1}"}) for number in range(20)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(rows))
+    (tmp_path / "own.yaml").write_text(
+        "task: {name: gsm8k, data: questions.jsonl}\nrollout: {actors: 2, min_actors: 2, max_actors: 4}\n"
+    )
+    command = ["eval", "FOLDER", "--file", "questions.jsonl", "-c", "own.yaml", "--actors", "1", "--dry-run"]
+    ended = diffpo(*command)
+    assert (ended.code, ended.err) == (0, "")
+    (tmp_path / "resolved.yaml").write_text(ended.out)
+    config = load_config(tmp_path / "resolved.yaml")
+    assert (config.model.path, config.rollout.actors, config.evaluation.prompts) == ("FOLDER", 1, 20)
+    (tmp_path / "without.yaml").write_text(diffpo("eval", "FOLDER", "-c", CONFIG, "--dry-run").out)
+    assert load_config(tmp_path / "without.yaml").model.path == "FOLDER"
 
 
 def test_a_command_that_succeeds_writes_nothing_to_standard_error(diffpo: Diffpo) -> None:

@@ -125,6 +125,18 @@ def test_a_parquet_file_is_the_same_as_its_jsonl(
     assert found.name(1).endswith("rows.parquet, row 2")
 
 
+def test_bytes_of_a_parquet_file_are_their_text(tmp_path: Path) -> None:
+    def written(completion: object, kind: pa.DataType) -> DemonstrationFile:
+        table = pa.table({"prompt": pa.array([b"1"], pa.binary()), "completion": pa.array([completion], kind)})
+        pq.write_table(table, tmp_path / "rows.parquet")
+        return DemonstrationFile(str(tmp_path / "rows.parquet"))
+
+    assert written("é".encode(), pa.binary())[0] == said("1", "é")
+    for wrong, kind in ((b"\xff", pa.binary()), (0, pa.timestamp("s"))):
+        with pytest.raises(UserError, match=r"rows.parquet, row 1: .* holds a value that is no text"):
+            written(wrong, kind)
+
+
 def test_a_template_is_applied_and_the_end_of_the_turn_is_learned(policy: Policy) -> None:
     policy.tokenizer.chat_template = TEMPLATE
     prompt, answer = chat_ids(policy.tokenizer, said("1", "2", "11", "22"), "row")

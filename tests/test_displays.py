@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from test_cli import CONFIG as CONFIG_FILE
 from test_cli import ROOT, TINY, Diffpo, diffpo  # noqa: F401
 
@@ -307,8 +308,24 @@ def test_texts_of_others_are_printed_as_they_are(text: str) -> None:
     assert console.file.getvalue().count(text) == 5  # pyright: ignore
 
 
+def test_texts_of_others_do_not_steer_the_terminal() -> None:
+    """Completions are in warnings and errors; the console's own colours stay."""
+    hostile = "a\x1b]52;c;eA==\x07\x1b[2J\x9b31mb\tc"
+    console = text_console(file=io.StringIO(), width=80, force_terminal=True, color_system="standard")
+    table = Table(hostile)
+    table.add_row(Text(hostile))
+    for printed in (hostile, Text(hostile), table):
+        console.print(printed, style="bold")
+    printed = console.file.getvalue()  # pyright: ignore
+    assert printed.count("a]52;c;eA==[2J31mb") == 4
+    assert set(re.findall(r"\x1b.", printed)) == {"\x1b["}
+    assert re.search(r"\x1b\](?!\[)|\x1b\[2J|\x07|\x9b", printed) is None
+
+
 def test_every_command_prints_on_such_a_console() -> None:
-    made = {path.name for path in ROOT.glob("learner/**/*.py") if re.search(r"(?<!_)\bConsole\(", path.read_text())}
+    made = {
+        path.name for path in ROOT.glob("learner/**/*.py") if re.search(r"(?<!_)\b_?(Text)?Console\(", path.read_text())
+    }
     assert made == {"text_console.py"}
 
 

@@ -1,6 +1,7 @@
 """MATH: which answers are the same, how rows become examples, and how answers score, d1's own verdicts included."""
 
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -72,6 +73,7 @@ def test_the_same_answer(truth: str, given: str, question: str) -> None:
             ("5", "5x", ""),
         ),
         *((r"\sqrt{2}", r"\frac", ""), (r"\sqrt{2}", "}{", ""), (r"\sqrt{2}", "x" * 5000, "")),
+        *((r"\sqrt{51}", r"\sqrt{50}=\sqrt{51}", ""), (r"2\pi", r"6=2\pi", ""), ("x^2+1", "x^2-1=x^2+1", "")),
         *((r"\pi", "9^{9^{9}}", ""), (r"\pi", "9^9^9", ""), (r"\pi", "3^{99999999}", ""), (r"\pi", "99999!", "")),
     ],
 )
@@ -101,6 +103,7 @@ SAID = {
     "Evelyn": r"evelyn;EVELYN;\text{Evelyn}",
     "east": r"East;\textbf{East};(east)",
     r"\text{no solution}": "No solution",
+    r"\sqrt{12}": r"\sqrt{12}=2\sqrt{3};x=\sqrt{12}=2\sqrt{3}",
     r"\sqrt{3}": r"AB=\sqrt3;\left(\sqrt3\right);\displaystyle\sqrt3;\sqrt3\text{ m/s}",
     "(0,100)": r"(0, 100);\left(0,100\right)",
     "300000": "3 hundred-thousand;3 hundred thousand",
@@ -159,6 +162,11 @@ def test_a_long_answer_costs_little() -> None:
         "x=" * 3000,
         "A, " * 3000,
         "1.5E+99999999",
+        "(100000000)!",
+        r"\binom{1000000000}{500000000}",
+        r"2^{2\cdot 1000000000}",
+        r"9^{\frac{9999999999}{1}}",
+        "9^{(9+9)^{9}}",
     )
     for text in (*hostile, "5" + r"\text{ a }  " * 24 + "!", "5" + r"\text{ a }  " * 900):
         started = time.process_time()
@@ -242,17 +250,22 @@ def test_rows_of_math_and_of_math_500(tmp_path: Path) -> None:
         {"problem": "One?", "solution": r"It is $\boxed{\frac{1}{2}}$.", "level": "Level 1"},
         {"problem": "Two?", "answer": "2", "solution": "It is two."},
         {"problem": "Three?", "answer": "3"},
+        {"problem": "Four?", "answer": " ", "solution": r"$\boxed{4}$"},
     ]
     file.write_text("\n".join(map(json.dumps, rows)))
     task = build_task(Math500Config(data=str(file), holdout=0))
-    found = {e.fields["question"]: e.fields for e in (task.example("train", index) for index in range(3))}
+    found = {e.fields["question"]: e.fields for e in (task.example("train", index) for index in range(4))}
     assert {question: fields["answer"] for question, fields in found.items()} == {
-        "One?": r"\frac{1}{2}", "Two?": "2", "Three?": "3",
+        "One?": r"\frac{1}{2}", "Two?": "2", "Three?": "3", "Four?": "4",
     }  # fmt: skip
     assert found["Three?"]["solution"] is None
     file.write_text(json.dumps({"problem": "One?", "solution": "No box."}))
     with pytest.raises(UserError, match=r"row 1: no field 'answer', and the solution has no \\boxed"):
         build_task(Math500Config(data=str(file))).example("train", 0)
+    for wrong in (math.nan, True, ["1"], ""):
+        file.write_text(json.dumps({"problem": "One?", "answer": wrong}))
+        with pytest.raises(UserError, match=r"row 1: ground truth .* is neither text nor a number"):
+            build_task(Math500Config(data=str(file))).example("train", 0)
 
 
 def test_what_is_slow_to_import_waits_for_the_first_comparison() -> None:

@@ -9,6 +9,7 @@ r"""MATH-500 (arXiv 2305.20050) and MATH (arXiv 2103.03874): competition problem
   count, equal numbers count (see `math_answer` for what does not), an answer in tags without a box counts.
 """
 
+import math
 import re
 from typing import Any, ClassVar, Literal
 
@@ -78,22 +79,28 @@ class Math500Task(QuestionTask):
 
     def posed(self, question: str, truth: Any) -> Example:
         """The truth is text in LaTeX, or a number."""
-        if not isinstance(truth, str | int | float) or isinstance(truth, bool) or not str(truth).strip():
-            raise ValueError(f"ground truth {str(truth)[:60]!r} is neither text nor a number")
-        return self.pose(question, str(truth))
+        return self.pose(question, _as_text(truth))
 
     def read_answer(self, row: Row) -> tuple[str, str | None]:
         """The answer's field, else the last box of the solution; and the solution."""
         config = self._asked
         solution = row.values.get(config.solution_field) if config.solution_field else None
         solution = solution if isinstance(solution, str) and solution.strip() else None
-        if row.values.get(config.answer_field) is None and solution is not None:
+        given = row.values.get(config.answer_field)
+        if solution is not None and (given is None or (isinstance(given, str) and not given.strip())):
             boxed = boxed_answer(solution)
             if not boxed:
                 raise ValueError(f"no field {config.answer_field!r}, and the solution has no \\boxed{{…}}")
             return boxed, solution
-        return str(row.value(config.answer_field, "name the answer's field in task.answer_field")), solution
+        return _as_text(row.value(config.answer_field, "name the answer's field in task.answer_field")), solution
 
     def shown_answer(self, example: Example) -> str:
         """The answer in a box."""
         return rf"\boxed{{{example.fields['answer']}}}"
+
+
+def _as_text(truth: Any) -> str:
+    number = isinstance(truth, int | float) and not isinstance(truth, bool) and math.isfinite(truth)
+    if number or (isinstance(truth, str) and truth.strip()):
+        return str(truth)
+    raise ValueError(f"ground truth {str(truth)[:60]!r} is neither text nor a number")

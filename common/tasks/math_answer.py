@@ -24,16 +24,19 @@ from typing import Any
 from common.tasks.number import WORDS, Number, plain, read_number, without_unit
 
 MOST_CHARACTERS = 300
-SECONDS = 3  # of math-verify, for one expression
+SECONDS = 2  # of math-verify, for one expression
 _FRACTION_ASKED = re.compile(r"\b(?:as|into) an? (?:\w+ ){0,3}fraction|common fraction", re.IGNORECASE)
 _DECIMAL_ASKED = re.compile(r"\bas a decimal|decimal (?:form|places?)", re.IGNORECASE)
 _MIXED_ASKED = re.compile(r"\bmixed number", re.IGNORECASE)
 _FORM_ASKED = re.compile(r"\b(?:factor|expand|simplif|simplest|rationali[sz]e)", re.IGNORECASE)
 # Powers of powers and factorials that no one can write out; Python cannot be stopped while it computes one.
 _TOWER = re.compile(
-    r"\^[^+\-=,;a-zA-Z]*\^|\^\s*\{?\s*-?[0-9]{4,}|\^.*!|!.*[!^]|[0-9]{4,}\s*!|[0-9.][eE][+-]?[0-9]{3,}", re.DOTALL
+    r"\^[^+\-=,;a-zA-Z]*\^|\^\s*\{[^{}a-zA-Z]*\^|\^\s*-?[0-9]{4,}|\^\s*\{(?:[^{}]|\{[^{}]*\})*[0-9]{4,}|\^.*!|!.*[!^]|"
+    r"[0-9]{4,}[)}\]\s]*!|binom.*[0-9]{4,}|[0-9.][eE][+-]?[0-9]{3,}",
+    re.DOTALL,
 )
 _BRACED = re.compile(r"\\(frac|sqrt)\s*(?:([0-9a-zA-Z])\s*(?=[0-9a-zA-Z\\{])|([0-9a-zA-Z]))")
+_EQUALS = re.compile(r"(?<![<>!:])=")
 _NAME = re.compile(r"[(\[]?\s*([A-Za-z][A-Za-z .,'-]*?)\s*[)\]]?\.?")
 _TEXT_ONLY = re.compile(r"\s*\\(?:text|textbf|textrm|mathrm|mbox)\s*\{[^{}]*\}\s*")
 _DELIMITER = re.compile(r"(?<!\\)(?:\$|\\[()\[\]])|\\(?:display|text)style(?![A-Za-z])")
@@ -65,6 +68,8 @@ def same_answer(truth: str, given: str, question: str = "") -> bool:
     if _canonical(true) == _canonical(found):
         return True
     name, said = _NAME.fullmatch(plain(true)), _NAME.fullmatch(plain(found))
+    if _EQUALS.search(found) and not _EQUALS.search(true):
+        return all(same_answer(truth, side, question) for side in _EQUALS.split(found))
     texts = _TEXT_ONLY.fullmatch(true) or _TEXT_ONLY.fullmatch(found)
     if name is not None and (texts or len(name.group(1)) == 1 or _WORDY.search(name.group(1))):
         return said is not None and said.group(1).casefold() == name.group(1).casefold()

@@ -36,6 +36,8 @@ class Row:
     def value(self, field: str, way_out: str) -> Any:
         """The field's value. Raises UserError, ending in `way_out`, where it is missing or null."""
         found = self.values.get(field)
+        if found is None and field in self.values:
+            raise UserError(f"{self.where}: field {field!r} holds nothing; mend the row, or {way_out}")
         if found is None:
             names = ", ".join(map(repr, list(self.values)[:20])) or "nothing"
             raise UserError(f"{self.where}: no value in field {field!r}; the row has {names}; {way_out}")
@@ -111,10 +113,19 @@ def _json_lines(path: Path) -> list[Row]:
 def _record(path: Path, number: int, line: str) -> Row:
     where = f"{path}, row {number}"
     try:
-        values = json.loads(line)
+        values = json.loads(line, object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: {line[:60]!r} is no JSON ({one_line(error)[:100]}); mend the row") from error
     return _json_row(where, values)
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object. Raises ValueError for a name that it has twice, of which JSON would take the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has {next(name for name in names if names.count(name) > 1)!r} twice")
+    return found
 
 
 def _json_row(where: str, values: Any) -> Row:
@@ -136,7 +147,7 @@ def _json(path: Path) -> list[Row]:
     if not text.lstrip().startswith("["):
         return _json_lines(path)
     try:
-        records = json.loads(text)
+        records = json.loads(text, object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON list ({one_line(error)[:100]}); mend it") from error
     return [_json_row(f"{path}, row {number}", values) for number, values in enumerate(records, 1)]
@@ -146,6 +157,7 @@ def _csv(path: Path) -> list[Row]:
     rows = []
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
+        _check_header(path, reader)
         while True:
             try:
                 values = next(reader, None)
@@ -159,6 +171,16 @@ def _csv(path: Path) -> list[Row]:
                     "quote texts that hold a comma"
                 )
             rows.append(Row(f"{path}, row {reader.line_num}", {str(name): value for name, value in values.items()}))
+
+
+def _check_header(path: Path, reader: csv.DictReader) -> None:
+    try:
+        names = list(reader.fieldnames or ())
+    except csv.Error as error:
+        raise UserError(f"{path}, row 1: {one_line(error)}; mend the header") from error
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{path}, row 1: the header has {twice!r} twice; name each column once")
 
 
 def _parquet(path: Path) -> list[Row]:
