@@ -221,6 +221,7 @@ def standard_settings(config: Config) -> list[Setting]:
     settings = [Setting(f"eb gamma={gamma:g}", "entropy_bound", gamma) for gamma in chosen.gammas]
     settings += [Setting(f"confidence {value:g}", "confidence", value) for value in chosen.confidences]
     settings += [Setting(f"top-k {count}", "top_k", float(count)) for count in chosen.tokens_per_step]
-    settings.append(Setting("learned, greedy", "entropy_bound", "mean"))
-    settings.append(Setting("learned, sampled", "entropy_bound", "mean", config.sampler.temperature))
+    own = "initial" if config.learner.train == "model" else "mean"  # as rollouts have it
+    settings.append(Setting("learned, greedy", "entropy_bound", own))
+    settings.append(Setting("learned, sampled", "entropy_bound", own, config.sampler.temperature))
     return settings

@@ -16,6 +16,7 @@ from torch.nn.functional import logsigmoid
 
 WIDTH = 0.25  # in ln(nats); p falls from .98 to .02 while c grows from gamma / e to gamma * e
 SMALLEST = 1e-9  # nats; keeps logarithms finite
+IMPOSSIBLE = -30.0  # nats; of a set of probability 0: finite, since a difference of two is taken
 
 
 def gate_logits(entropy: Tensor, active: Tensor, gamma: Tensor) -> Tensor:
@@ -54,7 +55,12 @@ def draw_set(logits: Tensor, uniforms: Tensor, greedy: Tensor) -> Tensor:
 
 
 def set_log_prob(logits: Tensor, chosen: Tensor) -> Tensor:
-    """Log-probability `[N]` (nats) of the revealed set `chosen` `[N, L]`; 0 where there was no choice."""
+    """Log-probability `[N]` (nats) of the revealed set `chosen` `[N, L]`; 0 where there was no choice.
+
+    A set without the position that is always revealed, which was another one under the weights that drew it, has no
+    more than `IMPOSSIBLE`, and no gradient there.
+    """
     free = logits.isfinite()
     safe = logits.masked_fill(~free, 0.0)
-    return torch.where(chosen, logsigmoid(safe), logsigmoid(-safe)).masked_fill(~free, 0.0).sum(-1)
+    fixed = torch.zeros_like(safe).masked_fill((logits == torch.inf) & ~chosen, IMPOSSIBLE)
+    return torch.where(free, torch.where(chosen, logsigmoid(safe), logsigmoid(-safe)), fixed).sum(-1)

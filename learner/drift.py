@@ -4,7 +4,8 @@ RL sharpens the distributions, an entropy-bounded rule then reveals more at the 
 Two controllers hold the sampler where it was at the first batch; both read rollouts that are there anyway and cost no
 forward. They move `Policy.calibration`, which is published with the weights.
 
-- `hold_nfe` multiplies gamma so that the mean NFE stays: `ln scale += GAIN (ln NFE - ln NFE_0)`.
+- `hold_nfe` multiplies gamma so that the mean NFE of the trained groups stays: `ln scale += GAIN (ln NFE - ln NFE_0)`.
+  Groups that `replay.drop_no_spread` discards are not among them, so the NFE of all completions may move a little.
 - `hold_entropy` gives the reveal rule a temperature, so that the mean entropy of the first step, before anything is
   revealed, stays that of the warm start: `ln T += GAIN (ln H_0 - ln H)`.
 

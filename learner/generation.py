@@ -76,10 +76,12 @@ def generate(folder: Path, choice: Choice, console: Console, *, show_steps: bool
     outcome = _watch(engine, handle, policy, console) if show_steps else _run(engine)
     if isinstance(outcome, Failure):
         raise RunError(f"{outcome.reason}; {WAY_OUT}")
+    given = not isinstance(threshold, str)  # else it is the policy's own, times its scale
+    used = outcome.gamma * (1.0 if given else policy.calibration.gamma_scale)
     drawn = int((outcome.reveal_step <= outcome.nfe).sum())
     console.print(policy.decode(outcome.completion_ids.tolist()), style="bold")
     console.print(
-        f"NFE {outcome.nfe}  TPF {drawn / outcome.nfe:.2f}  {drawn} tokens revealed  threshold {outcome.gamma:.3g}  "
+        f"NFE {outcome.nfe}  TPF {drawn / outcome.nfe:.2f}  {drawn} tokens revealed  threshold {used:.3g}  "
         f"ended by {outcome.finish_reason}"
     )
     return outcome

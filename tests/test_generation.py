@@ -1,6 +1,7 @@
 """`diffpo generate`: what a person sees of one completion, and what is refused."""
 
 import io
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +49,17 @@ def test_every_step_shows_fewer_blanks_until_none_is_left(folder: Path) -> None:
     assert blanks[-1] == 0
     drawn = int((completion.reveal_step <= completion.nfe).sum())
     assert f"NFE {completion.nfe}  TPF {drawn / completion.nfe:.2f}" in lines[-1]
+
+
+def test_the_threshold_that_was_used_is_told(make_policy, tmp_path: Path) -> None:
+    """The policy's own comes with the scale that training gave it."""
+    policy = make_policy(double=False)
+    policy.calibration.log_gamma_scale.fill_(math.log(3.0))
+    policy.save(tmp_path / "scaled")
+    lines, completion = shown(tmp_path / "scaled", replace(CHOICE, threshold=None), show_steps=False)
+    assert f"threshold {3 * completion.gamma:.3g}  " in lines[-1]
+    given, same = shown(tmp_path / "scaled", replace(CHOICE, threshold=3 * completion.gamma), show_steps=False)
+    assert (given, same.completion_ids.tolist()) == (lines, completion.completion_ids.tolist())
 
 
 def test_without_steps_only_the_answer_and_its_cost_are_shown(folder: Path) -> None:

@@ -286,6 +286,21 @@ def test_the_report_says_what_the_runs_say(tmp_path: Path) -> None:
     assert "0 of 4 runs" in write_report("empty", study(), runs, {}, tmp_path).read_text()
 
 
+def test_what_was_spent_does_not_depend_on_the_order_of_arms(tmp_path: Path) -> None:
+    """Arms may start from other rewards: the warm start is sampled by each arm's own rule."""
+    given = study(arms=dict(reversed(study().model_dump()["arms"].items())))
+    rows = []
+    for each in (study(), given):
+        runs = plan(each)
+        done = {run.name: result(run.arm, run.seed, {"one": 0.3, "other": 0.1}[run.arm]) for run in runs}
+        for found in done.values():
+            found["validation"][0]["sampled_reward_costed"] = {"one": 0.2, "other": 0.1}[found["arm"]]
+        text = write_report("name", each, runs, done, tmp_path).read_text()
+        rows.append({line for line in text.splitlines() if re.match(r"\| `(one|other)` \| \d of", line)})
+    assert rows[0] == rows[1]
+    assert any(line.startswith("| `one` | 2 of 2 | 50 (50 to 50) |") for line in rows[0])  # to .35 from .2 of .5
+
+
 def test_the_report_names_what_is_missing_and_shows_what_there_is(tmp_path: Path) -> None:
     claims = [{"claim": "absent", "arm": "one", "measure": "adaptation.slack"}]
     given = study(comparisons=[*claims, {"claim": "later", "arm": "other", "measure": "test.after.area"}])

@@ -205,7 +205,7 @@ def _adaptation(by_arm: dict[str, list[Result]]) -> list[str]:
 
 
 def _spent(by_arm: dict[str, list[Result]], runs: list[Planned]) -> list[str]:
-    """What each arm spends until its sampled validation reward is half way to its seed's best arm's last.
+    """What each arm spends until its sampled validation reward is half way from its seed's best start to its best end.
 
     Arms whose reward is another one are left out.
     """
@@ -216,7 +216,7 @@ def _spent(by_arm: dict[str, list[Result]], runs: list[Planned]) -> list[str]:
     for result in (result for results in arms.values() for result in results):
         start, end = lookup(result, f"first.{name}"), lookup(result, f"last.{name}")
         if start is not None and end is not None:
-            first[result["seed"]] = start
+            first[result["seed"]] = max(start, first.get(result["seed"], start))
             last[result["seed"]] = max(end, last.get(result["seed"], end))
     level = {seed: start + LEVEL_SHARE * (last[seed] - start) for seed, start in first.items()}
     axes = {"passes": "learner passes by the paper's count", "rows_forwarded": "learner rows", "seconds": "seconds"}
@@ -237,7 +237,7 @@ def _spent(by_arm: dict[str, list[Result]], runs: list[Planned]) -> list[str]:
     return _table(
         ["arm", "runs that reach it", *axes.values()],
         rows,
-        "Spent, median (range), until the sampled validation reward is half way to its seed's best arm's last",
+        "Spent, median (range), until the sampled validation reward is half way from its seed's best start to best end",
     )
 
 

@@ -144,7 +144,7 @@ class SingleRun:
                 sums.setdefault(name, []).append(value)
                 if "{" in name:
                     self._labelled.setdefault(name, []).append(value)
-            if step % every == 0:
+            if step % every == 0 or step == config.learner.steps:
                 self._curve.append(self._curve_point(step, sums))
                 sums = {}
             if step == config.learner.steps or step % (config.evaluation.drift_every or config.learner.steps) == 0:
@@ -251,10 +251,9 @@ class SingleRun:
         }
         if rollout_threshold(config) != "sample":
             return found, None
+        used = operating.gamma * self._rollout.policy.calibration.gamma_scale
         learned = [
-            evaluator.measure(
-                Setting(f"learned x{scale:.3g}", "entropy_bound", scale), thresholds=operating.gamma * scale
-            )
+            evaluator.measure(Setting(f"learned x{scale:.3g}", "entropy_bound", scale), thresholds=used * scale)
             for scale in LEARNED_SCALES
         ]
         found["learned_frontier"] = [_row(point) for point in learned]
