@@ -12,7 +12,7 @@ import pytest
 import ray
 from learner_fixtures import MODEL
 
-from actors.evaluation import Point
+from actors.evaluation import Point, standard_settings
 from common.config import IN_RAY_JOB, Config, ThresholdConfig
 from common.config_file import load_config
 from common.errors import RunError
@@ -66,6 +66,13 @@ def check_equal(found: Points, expected: Points) -> None:
                 np.testing.assert_array_equal(getattr(mine, field), getattr(theirs, field))
             for key, values in theirs.components.items():
                 np.testing.assert_array_equal(mine.components[key], values)
+
+
+@pytest.mark.parametrize(("learns", "mode"), [("joint", "mean"), ("threshold", "mean"), ("model", "initial")])
+def test_the_operating_point_is_that_of_rollouts(learns: str, mode: str) -> None:
+    """A head that nothing trains has another mean than the gamma that it was made for."""
+    own = [each.parameter for each in standard_settings(settings(f"learner.train={learns}"))[-2:]]
+    assert own == [mode, mode]
 
 
 def test_shards_cover_every_prompt_of_every_setting(folders: dict[str, str]) -> None:

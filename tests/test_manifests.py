@@ -136,6 +136,20 @@ def test_no_secret_is_here() -> None:
     assert f"kubectl -n diffpo create secret generic {name} --from-literal=auth_token=" in page
 
 
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not on PATH")
+def test_the_rules_become_objects_of_the_operator() -> None:
+    """By the command that docs/cluster.md has, here without its last part."""
+    page = (ROOT / "docs/cluster.md").read_text()
+    [command] = re.findall(r"```bash\n(for rules in .*?)\| kubectl apply -f -\n```", page, re.DOTALL)
+    done = subprocess.run(["bash", "-ec", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    found = [one for one in yaml.safe_load_all(done.stdout) if one]
+    monitor = yaml.safe_load((KUBERAY / "components/monitor/pod-monitor.yaml").read_text())
+    for each, file in zip(found, ("recording.yml", "alerts.yml"), strict=True):
+        assert each["spec"] == yaml.safe_load((ROOT / "deploy/prometheus" / file).read_text())
+        assert each["metadata"]["labels"] == monitor["metadata"]["labels"]
+    assert {(each["kind"], each["metadata"]["namespace"]) for each in found} == {("PrometheusRule", "diffpo")}
+
+
 @every_overlay
 def test_names_lead_somewhere(overlay: str) -> None:
     made = built(overlay)

@@ -258,6 +258,7 @@ def test_a_server_scrapes_a_run_and_finds_every_metric_that_rules_and_dashboard_
         assert (
             found["metric"].items() >= {"run": "watched", "name": "watched", "task": "sudoku", "job": "diffpo"}.items()
         )
+        assert "exported_run" not in found["metric"], "its own label and the target's are one"
         for name, expr in expressions().items():
             server.get("query", query=expr.replace("$run", "watched"))  # or the server's error, which names it
             assert name
