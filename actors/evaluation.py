@@ -155,6 +155,8 @@ class Evaluator:
                 "%s: the reward of %d of %d prompts failed; they count as wrong. Prompt %d: %s",
                 *(setting.name, len(failures), len(outcomes), index, one_line(failure)),
             )
+        own = thresholds is None and isinstance(setting.parameter, str)
+        scale = self.policy.calibration.gamma_scale if own else 1.0  # a given threshold is used as it is
         nothing = Score(dict.fromkeys([*self.task.components, "reward"], 0.0), False)
         scores = [nothing if isinstance(found, Exception) else found for found in outcomes]
         reward = np.array([found.rewards["reward"] for found in scores])
@@ -173,7 +175,7 @@ class Evaluator:
             reward=reward,
             reward_costed=costed.numpy(),
             components={name: np.array([found.rewards[name] for found in scores]) for name in self.task.components},
-            gamma=np.array([c.gamma for c in completions]),
+            gamma=np.array([c.gamma for c in completions]) * scale,
             failed=len(failures),
             completions=tuple(texts),
             failures=tuple(one_line(found) if isinstance(found, Exception) else "" for found in outcomes),

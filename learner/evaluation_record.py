@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from actors.evaluation import Point, Setting
+from actors.evaluation import Point, Setting, standard_settings
 from common.config import Config
 from common.errors import RunError, one_line
 from common.place import FAILURES, Place
@@ -80,6 +80,7 @@ def evaluation_digest(config: Config, folders: Mapping[str, str]) -> str:
         "sampler": config.sampler.model_dump(mode="json"),
         "rollout": config.rollout.model_dump(mode="json", exclude=ELSEWHERE),
         "evaluation": config.evaluation.model_dump(mode="json"),
+        "settings": [[one.rule, one.parameter, one.temperature] for one in standard_settings(config)],
         "cost": [config.learner.speed_weight, config.learner.cost],
         "seed": config.run.seed,
         "policies": {name: [place.name, *place.files()] for name, place in places.items()},

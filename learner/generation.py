@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from rich.console import Console
@@ -68,7 +69,8 @@ def generate(folder: Path, choice: Choice, console: Console, *, show_steps: bool
         block_length=choice.block,
         cache=choice.cache,
     )
-    usual = {"entropy_bound": "mean", "sampled_entropy_bound": "mean", "confidence": 0.9, "top_k": 1.0}[choice.rule]
+    own = own_threshold(folder)
+    usual = {"entropy_bound": own, "sampled_entropy_bound": own, "confidence": 0.9, "top_k": 1.0}[choice.rule]
     threshold = usual if choice.threshold is None else choice.threshold
     handle = engine.submit(
         Request(prompt_ids=prompt, seed=choice.seed, group=0, temperature=choice.temperature, threshold=threshold)
@@ -91,6 +93,12 @@ def usual_tokens(folder: Path) -> int:
     """The completion length of the run that wrote a checkpoint, where the folder says which it was."""
     file = folder / RUN_CONFIG
     return load_config(file).sampler.max_completion_tokens if file.is_file() else USUAL_TOKENS
+
+
+def own_threshold(folder: Path) -> Literal["mean", "initial"]:
+    """What a policy takes for gamma: the mean of its head, or what a run that trained the model alone was given."""
+    file = folder / RUN_CONFIG
+    return "initial" if file.is_file() and load_config(file).learner.train == "model" else "mean"
 
 
 def checked_prompt(policy: Policy, text: str) -> tuple[int, ...]:

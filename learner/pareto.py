@@ -43,7 +43,7 @@ def draw_pareto(points: Mapping[str, list[Point]], *, title: str) -> bytes:
                 color=colour,
                 label=f"{name}: {label}",
             )
-        learned = [p for p in found if p.setting.parameter == "mean" and p.setting.temperature == 0]
+        learned = [p for p in found if isinstance(p.setting.parameter, str) and p.setting.temperature == 0]
         if learned:
             axes.plot(
                 learned[0].mean_nfe,

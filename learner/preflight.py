@@ -1,6 +1,6 @@
 """Preflight: everything a user can have got wrong, checked before anything expensive starts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from queue import SimpleQueue
 from traceback import extract_tb
@@ -17,10 +17,10 @@ from common.policy_loading import (
     open_rollout_policy,
     open_tokenizer,
 )
-from common.tasks import SPLITS, CustomConfig, Split, Task, build_task
+from common.tasks import CustomConfig, Split, Task, build_task
 from learner.demonstrations import Demonstrations, checked_ids
 
-SAMPLED_PROMPTS = 64  # of a split that has no end
+SAMPLED_PROMPTS = 64  # of a task that makes them without end
 CHECKED_ROWS = 10_000  # of a split, or a file of demonstrations; a bad one among more ends the run when it comes
 
 
@@ -72,14 +72,18 @@ def errors_of(task: CustomConfig) -> Iterator[None]:
 def check_task(config: Config, task: Task, *, trains: bool, evaluates: bool) -> None:
     """Sizes of the splits and texts of the examples. Raises UserError."""
     chosen = config.evaluation
-    if evaluates:
-        check_size(task, chosen.split, "evaluation.prompts", chosen.prompts)
+    asked: dict[Split, int] = {}
     if trains:
         check_size(task, "train", "learner.steps", 0)
+        asked["train"] = CHECKED_ROWS
         if chosen.drift_every and evaluates:
             check_size(task, "validation", "evaluation.drift_prompts", chosen.drift_prompts)
+            asked["validation"] = chosen.drift_prompts
+    if evaluates:
+        check_size(task, chosen.split, "evaluation.prompts", chosen.prompts)
+        asked[chosen.split] = max(chosen.prompts, asked.get(chosen.split, 0))
     learns = config.model.path is None or not evaluates  # a given model too, where nothing but its warm start is asked
-    check_texts(config, task, splits=SPLITS if trains or evaluates else (), learns=learns)
+    check_texts(config, task, asked=asked, learns=learns)
 
 
 def check_size(task: Task, split: Split, key: str, prompts: int) -> None:
@@ -125,9 +129,9 @@ def check_device(name: str, *, here: bool = True) -> None:
         ) from error
 
 
-def check_texts(config: Config, task: Task, *, splits: Sequence[Split], learns: bool) -> None:
-    """Tokenise the prompts of every split (of one without end, some) and, where it `learns` from demonstrations, these
-    (a file's: all, or many), and check them."""
+def check_texts(config: Config, task: Task, *, asked: Mapping[Split, int], learns: bool) -> None:
+    """Tokenise the prompts that are `asked` of each split (of those that are made without end, some) and, where it
+    `learns` from demonstrations, these (a file's: all, or many), and check them."""
     tokenizer, positions = open_tokenizer(config, task)
     sampler, file = config.sampler, config.warm_start.file
     total = sampler.max_prompt_tokens + sampler.max_completion_tokens
@@ -136,9 +140,9 @@ def check_texts(config: Config, task: Task, *, splits: Sequence[Split], learns: 
             f"sampler.max_prompt_tokens + sampler.max_completion_tokens = {total} exceeds the model's {positions} "
             "positions; shorten one of them"
         )
-    for split in splits:
-        size = task.size(split)
-        for index in range(SAMPLED_PROMPTS if size is None else min(size, CHECKED_ROWS)):
+    for split, count in asked.items():
+        there = task.distinct(split)
+        for index in range(min(count, SAMPLED_PROMPTS if there is None else there, CHECKED_ROWS)):
             example = task.example(split, index)
             checked_ids(tokenizer, example.prompt, "prompt", config, f"{split} example {index}")
             if split == "train" and index < SAMPLED_PROMPTS and file is None and config.model.path is None:
@@ -151,6 +155,6 @@ def check_texts(config: Config, task: Task, *, splits: Sequence[Split], learns: 
         raise UserError(
             f"warm_start.max_tokens={longest} exceeds the model's {positions} positions; give {positions} or less"
         )
-    if file is None and config.warm_start.steps:
+    if file is None and config.warm_start.steps and config.warm_start.held_out:
         check_size(task, "validation", "warm_start.held_out", config.warm_start.held_out)
     Demonstrations(config, task, tokenizer).check(CHECKED_ROWS)

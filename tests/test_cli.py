@@ -162,25 +162,34 @@ def test_what_cannot_run_is_refused_before_anything_starts(
     check_refused(diffpo(command, *TINY, *overrides), *parts)
 
 
+LONG = "of 40 tokens exceeds sampler.max_prompt_tokens=32"
+
+
 @pytest.mark.parametrize(
-    ("override", "parts"),
+    ("long", "overrides", "parts"),
     [
-        ("sampler.max_prompt_tokens=32", ["prompt of 40 tokens exceeds sampler.max_prompt_tokens=32"]),
-        ("warm_start.held_out=9", ["warm_start.held_out=9 exceeds the 1 rows of the validation split"]),
+        ("data", [], ["train example", LONG]),
+        ("test_data", ["evaluation.prompts=99"], ["test example 98", LONG]),
+        ("test_data", [], []),
+        (None, ["warm_start.held_out=9"], ["warm_start.held_out=9 exceeds the 1 rows of the validation split"]),
+        (None, [], []),
     ],
 )
-def test_all_questions_of_data_are_looked_at_before_anything_starts(
-    tmp_path: Path, override: str, parts: list[str]
+def test_the_questions_of_data_that_will_be_asked_are_looked_at(
+    tmp_path: Path, long: str | None, overrides: list[str], parts: list[str]
 ) -> None:
-    """The long one is the last of many: the final evaluation would meet it."""
-    rows = [json.dumps({"question": f"{number:030}", "answer": "#### 1"}) for number in range(100)]
-    long = json.dumps({"question": "9" * 40, "answer": "#### 1"})
-    files = {"data": rows[:1], "validation_data": rows[1:2], "test_data": [*rows[2:], long]}
-    for name, lines in files.items():
+    """The long one is the last of many: training, or the final evaluation, would meet it after hours."""
+    questions = {"data": range(98), "validation_data": range(98, 99), "test_data": range(99, 197)}
+    for name, numbers in questions.items():
+        texts = [f"{number:030}" for number in numbers] + ["9" * 40] * (name == long)
+        lines = [json.dumps({"question": text, "answer": "#### 1"}) for text in texts]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    given = [f"task.{name}={tmp_path / name}.jsonl" for name in files]
-    settings = ["sampler.max_prompt_tokens=40", "evaluation.prompts=4", "evaluation.drift_prompts=1", override]
-    config = load_config(None, ["task.name=gsm8k", "task.prompt_style=compact", *given, *settings])
+    given = [f"task.{name}={tmp_path / name}.jsonl" for name in questions]
+    settings = ["sampler.max_prompt_tokens=32", "evaluation.prompts=98", "evaluation.drift_prompts=1"]
+    config = load_config(None, ["task.name=gsm8k", "task.prompt_style=compact", *given, *settings, *overrides])
+    if not parts:
+        preflight(config)
+        return
     with pytest.raises(UserError) as caught:
         preflight(config)
     assert all(part in str(caught.value) for part in parts)

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from common.config import ThresholdConfig
+from common.config_file import dump_config, load_config
 from common.errors import RunError, UserError
 from common.policy import Policy
 from learner.generation import BLANK, Choice, generate
+from learner.run_directory import RUN_CONFIG
 
 CHOICE = Choice(
     prompt="12+3=",
@@ -60,6 +63,20 @@ def test_the_threshold_that_was_used_is_told(make_policy, tmp_path: Path) -> Non
     assert f"threshold {3 * completion.gamma:.3g}  " in lines[-1]
     given, same = shown(tmp_path / "scaled", replace(CHOICE, threshold=3 * completion.gamma), show_steps=False)
     assert (given, same.completion_ids.tolist()) == (lines, completion.completion_ids.tolist())
+
+
+def test_the_gamma_is_that_of_the_run_that_wrote_the_folder(make_policy, tmp_path: Path) -> None:
+    """Where the model alone was trained nothing fitted the head, whose mean is another."""
+    policy = make_policy(double=False)
+    policy.save(tmp_path / "model")
+    gammas = {}
+    for learns in ("model", "joint"):
+        run = load_config(None, ["task.name=sudoku", f"learner.train={learns}"])
+        (tmp_path / "model" / RUN_CONFIG).write_text(dump_config(run))
+        _, completion = shown(tmp_path / "model", CHOICE, show_steps=False)
+        gammas[learns] = completion.gamma
+    assert gammas["model"] == pytest.approx(ThresholdConfig().gamma_init)
+    assert gammas["joint"] != pytest.approx(ThresholdConfig().gamma_init, rel=1e-3)
 
 
 def test_without_steps_only_the_answer_and_its_cost_are_shown(folder: Path) -> None:

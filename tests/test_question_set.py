@@ -90,6 +90,12 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: str | 
     assert "\n" not in str(caught.value)
 
 
+def test_columns_without_a_name_are_no_columns(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("question,answer,,\nOne?,1,,\n")
+    [row] = read_rows(str(tmp_path / "a.csv"), "task.data")
+    assert (row.values["question"], row.values["answer"]) == ("One?", "1")
+
+
 def test_a_path_is_taken_for_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"data/train\.jsonl is no file or folder here; give"):

@@ -11,6 +11,7 @@ r"""MATH-500 (arXiv 2305.20050) and MATH (arXiv 2103.03874): competition problem
 
 import math
 import re
+from decimal import Decimal
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -100,7 +101,7 @@ class Math500Task(QuestionTask):
 
 
 def _as_text(truth: Any) -> str:
-    number = isinstance(truth, int | float) and not isinstance(truth, bool) and math.isfinite(truth)
+    number = isinstance(truth, int | float | Decimal) and not isinstance(truth, bool) and math.isfinite(truth)
     if number or (isinstance(truth, str) and truth.strip()):
         return str(truth)
     raise ValueError(f"ground truth {str(truth)[:60]!r} is neither text nor a number")

@@ -4,7 +4,8 @@ r"""Whether two mathematical answers are the same, as MATH (arXiv 2103.03874) as
 - Where the truth is a number, the answer has to be one too, exactly equal: 37/3 - 1/3 is no answer that says 12. A
   fraction counts in lowest terms only, as MATH writes all of its own; where the question asks for a fraction, a decimal
   or a mixed number, the answer has to be one.
-- What is set equal to names (x_1 = 3, 3 = x) counts; a chain of different values says none of them.
+- What is set equal to names and terms of other letters (x_1 = 3, 3 = x, f^{-1}(x) = 3) counts; a chain of different
+  values says none of them.
 - Of a number in a base, 2516_8, the digits count, and the base where the answer gives one.
 - Where the truth is a name (a word of four letters, several words) or a choice, letters count and not their case or
   brackets.
@@ -31,12 +32,16 @@ _MIXED_ASKED = re.compile(r"\bmixed number", re.IGNORECASE)
 _FORM_ASKED = re.compile(r"\b(?:factor|expand|simplif|simplest|rationali[sz]e)", re.IGNORECASE)
 # Powers of powers and factorials that no one can write out; Python cannot be stopped while it computes one.
 _TOWER = re.compile(
-    r"\^[^+\-=,;a-zA-Z]*\^|\^\s*\{[^{}a-zA-Z]*\^|\^\s*-?[0-9]{4,}|\^\s*\{(?:[^{}]|\{[^{}]*\})*[0-9]{4,}|\^.*!|!.*[!^]|"
-    r"[0-9]{4,}[)}\]\s]*!|binom.*[0-9]{4,}|[0-9.][eE][+-]?[0-9]{3,}",
+    r"\^[^+\-=,;a-zA-Z]*\^|\^\s*\{(?:[^{}a-zA-Z\\]|\\cdot|\\times)*\^|\^\s*-?[0-9]{4,}|"
+    r"\^\s*\{(?:[^{}]|\{[^{}]*\})*\{?[^{}]*(?<![0-9.])[0-9]{4,}|\^.*!|!.*[!^]|[0-9]{4,}[)}\]\s]*!|binom.*[0-9]{4,}|"
+    r"[0-9.][eE][+-]?[0-9]{3,}",
     re.DOTALL,
 )
 _BRACED = re.compile(r"\\(frac|sqrt)\s*(?:([0-9a-zA-Z])\s*(?=[0-9a-zA-Z\\{])|([0-9a-zA-Z]))")
 _EQUALS = re.compile(r"(?<![<>!:])=")
+_SEVERAL = re.compile(r"[,;]|\b(?:or|and)\b")
+_NO_LETTERS = re.compile(r"\\(?:begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
+_GREEK = {"alpha", "beta", "gamma", "delta", "epsilon", "theta", "lambda", "mu", "phi", "varphi", "omega", "ell"}
 _NAME = re.compile(r"[(\[]?\s*([A-Za-z][A-Za-z .,'-]*?)\s*[)\]]?\.?")
 _TEXT_ONLY = re.compile(r"\s*\\(?:text|textbf|textrm|mathrm|mbox)\s*\{[^{}]*\}\s*")
 _DELIMITER = re.compile(r"(?<!\\)(?:\$|\\[()\[\]])|\\(?:display|text)style(?![A-Za-z])")
@@ -68,12 +73,26 @@ def same_answer(truth: str, given: str, question: str = "") -> bool:
     if _canonical(true) == _canonical(found):
         return True
     name, said = _NAME.fullmatch(plain(true)), _NAME.fullmatch(plain(found))
-    if _EQUALS.search(found) and not _EQUALS.search(true):
-        return all(same_answer(truth, side, question) for side in _EQUALS.split(found))
+    if _says_another(true, found, question):
+        return False
     texts = _TEXT_ONLY.fullmatch(true) or _TEXT_ONLY.fullmatch(found)
     if name is not None and (texts or len(name.group(1)) == 1 or _WORDY.search(name.group(1))):
         return said is not None and said.group(1).casefold() == name.group(1).casefold()
     return _verified(true, found, form=_FORM_ASKED.search(question) is not None)
+
+
+def _says_another(truth: str, given: str, question: str) -> bool:
+    """Whether one side of a chain of equations is another value than the truth: one that has no other letters."""
+    if _EQUALS.search(truth) or _SEVERAL.search(given):
+        return False
+    sides, known = _EQUALS.split(given), _letters(truth)
+    return len(sides) > 1 and any(_letters(one) <= known and not same_answer(truth, one, question) for one in sides)
+
+
+def _letters(text: str) -> set[str]:
+    """Names of variables, of Greek letters too."""
+    commands = {name for name in re.findall(r"\\([A-Za-z]+)", text) if name in _GREEK}
+    return commands | set(re.findall("[A-Za-z]", _NO_LETTERS.sub(" ", text))) - {"e", "i"}
 
 
 def _without_names(text: str) -> str:

@@ -98,6 +98,10 @@ class QuestionTask(Task):
         found = len(self.questions.splits[split])
         return None if split == "train" and found else found
 
+    def distinct(self, split: Split) -> int:
+        """See `Task.distinct`: training questions too."""
+        return len(self.questions.splits[split])
+
     def example(self, split: Split, index: int) -> Example:
         """See `Task.example`."""
         check_cursor(split, index)

@@ -178,7 +178,7 @@ def _check_header(path: Path, reader: csv.DictReader) -> None:
         names = list(reader.fieldnames or ())
     except csv.Error as error:
         raise UserError(f"{path}, row 1: {one_line(error)}; mend the header") from error
-    twice = next((name for name in names if names.count(name) > 1), None)
+    twice = next((name for name in names if name and names.count(name) > 1), None)
     if twice is not None:
         raise UserError(f"{path}, row 1: the header has {twice!r} twice; name each column once")
 

@@ -103,6 +103,10 @@ class Task(ABC):
         """How far the cursor of a split goes; None: without end. Raises UserError for data that cannot be used."""
         return None
 
+    def distinct(self, split: Split) -> int | None:
+        """How many of a split's examples, its first ones, are all that there are; None: it makes others without end."""
+        return self.size(split)
+
     @abstractmethod
     def example(self, split: Split, index: int) -> Example:
         """The example under the prompt cursor; the same in every process.

@@ -251,9 +251,10 @@ class SingleRun:
         }
         if rollout_threshold(config) != "sample":
             return found, None
-        used = operating.gamma * self._rollout.policy.calibration.gamma_scale
         learned = [
-            evaluator.measure(Setting(f"learned x{scale:.3g}", "entropy_bound", scale), thresholds=used * scale)
+            evaluator.measure(
+                Setting(f"learned x{scale:.3g}", "entropy_bound", scale), thresholds=operating.gamma * scale
+            )
             for scale in LEARNED_SCALES
         ]
         found["learned_frontier"] = [_row(point) for point in learned]
